@@ -1,0 +1,1 @@
+"""Language models with the graft, under the names that people import."""

@@ -1,0 +1,1 @@
+"""Vision towers: frozen encoders that give one feature vector per patch."""

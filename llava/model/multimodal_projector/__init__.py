@@ -1,0 +1,1 @@
+"""Connectors: what turns picture features into tokens of the language model."""

@@ -1,0 +1,134 @@
+"""A LLaVA small enough to be made in a second, and pictures to train it on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def make_vision_tower(folder: Path, hidden_size: int = 32) -> None:
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(folder)
+
+
+def make_llm(folder: Path, hidden_size: int = 48) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    folder.mkdir(parents=True)
+    shutil.copy(GOLDEN / "toy_tokenizer.model", folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "unk_token": "<unk>"})
+    )
+    config = LlamaConfig(
+        vocab_size=1200,
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) <= config.vocab_size
+
+
+def make_data(folder: Path, name: str, samples: int, seed: int = 0) -> Path:
+    """`folder/name.json` and pictures of one colour each under `folder/images`; returns the JSON."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(samples):
+        colour = list(COLOURS)[i % len(COLOURS)]
+        pixels = np.clip(np.array(COLOURS[colour]) + rng.integers(-25, 25, (20, 20, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{name}-{i}.png")
+        records.append(
+            {
+                "id": f"{name}-{i}",
+                "image": f"{name}-{i}.png",
+                "domain": colour,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is this?"},
+                    {"from": "gpt", "value": f"a {colour} picture"},
+                ],
+            }
+        )
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with `vision_tower/`, `llm/`, `a.json`, `b.json`, `heldout.json`, `clients.yaml`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_vision_tower(folder / "vision_tower")
+    make_llm(folder / "llm")
+    make_data(folder, "a", 12, seed=1)
+    make_data(folder, "b", 9, seed=2)
+    make_data(folder, "heldout", 6, seed=3)
+    (folder / "clients.yaml").write_text(
+        "clients:\n"
+        "  - {name: a, data_path: a.json, image_folder: images}\n"
+        "  - {name: b, data_path: b.json, image_folder: images}\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def flags(tiny, tmp_path):
+    """The flags of a small projector-only run; `flags(name=value, …)` adds to or changes them."""
+
+    def make(**changes) -> list[str]:
+        values = {
+            "model_name_or_path": tiny / "llm",
+            "vision_tower": tiny / "vision_tower",
+            "version": "plain",
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_use_im_patch_token": False,
+            "tune_mm_mlp_adapter": True,
+            "image_folder": tiny / "images",
+            "output_dir": tmp_path / "out",
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "seed": 7,
+        }
+        values.update(changes)
+        out: list[str] = []
+        for name, value in values.items():
+            if value is None:
+                continue
+            values_of = value if isinstance(value, list) else [value]
+            out += [f"--{name}", *map(str, values_of)]
+        return out
+
+    return make

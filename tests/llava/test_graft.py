@@ -1,0 +1,184 @@
+"""The graft: names, pickling, what trains, and pictures in the right places."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import InputError
+from llava.model.builder import from_pretrained, load_tokenizer
+from llava.model.checkpoint import load_projector, projector_state, read_config
+from llava.model.llava_arch import llava_class
+from llava.model.multimodal_projector.builder import build_vision_projector
+
+PATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    torch.manual_seed(0)
+    config = read_config(tiny / "llm")
+    config.mm_hidden_size, config.mm_projector_type = 32, "mlp2x_gelu"
+    config.mm_vision_tower, config.mm_vision_select_layer = str(tiny / "vision_tower"), -2
+    model = from_pretrained(str(tiny / "llm"), config, dtype=torch.float32).eval()
+    model.load_vision_tower(torch.float32, "cpu")
+    return model
+
+
+def test_the_class_is_made_once_named_as_upstreams_and_pickles():
+    cls = llava_class(LlamaForCausalLM)
+    assert cls is llava_class(LlamaForCausalLM)
+    assert cls.__name__ == "LlavaLlamaForCausalLM"
+    assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+def test_state_dict_has_upstreams_names_and_no_tower(model):
+    names = set(model.state_dict())
+    assert {"model.mm_projector.0.weight", "model.mm_projector.2.bias", "lm_head.weight"} <= names
+    assert not any("vision_tower" in name for name in names)
+    assert not any("vision_tower" in name for name, _ in model.named_parameters())
+    assert model.config.model_type == "llama"
+
+
+def test_without_mm_keys_it_is_the_plain_language_model(tiny):
+    model = from_pretrained(str(tiny / "llm"), read_config(tiny / "llm"), dtype=torch.float32)
+    assert type(model) is LlamaForCausalLM
+
+
+def test_a_fresh_projector_starts_as_torchs_own_layers_do(model):
+    weight = model.get_model().mm_projector[0].weight
+    bound = 1 / weight.shape[1] ** 0.5  # nn.Linear draws uniformly within this
+    assert 0.9 * bound < weight.abs().max() <= bound
+    assert model.get_model().mm_projector[0].bias.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("linear", {"weight", "bias"}),
+        ("mlp1x_gelu", {"0.weight", "0.bias"}),
+        ("mlp3x_gelu", {f"{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")}),
+    ],
+)
+def test_connectors_have_upstreams_names(kind, names):
+    projector = build_vision_projector(
+        LlamaConfig(hidden_size=32, mm_hidden_size=6, mm_projector_type=kind)
+    )
+    assert set(projector.state_dict()) == names == set(projector.groups()["shared"])
+    assert projector(torch.zeros(2, 5, 6)).shape == (2, projector.num_tokens(5), 32)
+
+
+def test_unknown_and_unfitting_connectors_are_refused():
+    with pytest.raises(InputError, match="mlp_gelu"):
+        build_vision_projector(LlamaConfig(mm_hidden_size=6, mm_projector_type="mlp_gelu"))
+    with pytest.raises(InputError, match="tower 6, language model 32"):
+        build_vision_projector(
+            LlamaConfig(hidden_size=32, mm_hidden_size=6, mm_projector_type="identity")
+        )
+
+
+def batch(model, rows):
+    """Rows of ids, right-padded, with mask and labels equal to the ids where these are text."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    labels = ids.masked_fill((mask == 0) | (ids < 0), IGNORE_INDEX)
+    return ids, mask, labels
+
+
+def test_one_marker_a_picture_and_expanded_markers_give_the_same(model):
+    pixels = torch.randn(2, 3, 16, 16)
+    image = [IMAGE_TOKEN_INDEX]
+    single = batch(model, [[1, *image, 30, 31, 32], [1, 40, *image, 41]])
+    full = batch(model, [[1, *image * PATCHES, 30, 31, 32], [1, 40, *image * PATCHES, 41]])
+    a = model(single[0], attention_mask=single[1], labels=single[2], images=pixels)
+    b = model(full[0], attention_mask=full[1], labels=full[2], images=pixels)
+    assert a.logits.shape == b.logits.shape == (2, 8, 1200)
+    assert torch.equal(a.logits, b.logits) and torch.equal(a.loss, b.loss)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model):
+    pixels = torch.randn(1, 3, 16, 16)
+    image = [IMAGE_TOKEN_INDEX] * PATCHES
+    alone = model(torch.tensor([[1, *image, 30, 31]]), images=pixels).logits[0]
+    ids, mask, _ = batch(model, [[1, *image, 30, 31], [1, 50, 51, 52, 53, 54, 55, 56, 57]])
+    together = model(ids, attention_mask=mask, images=pixels).logits[0, : len(alone)]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_features_in_place_of_pixels_give_the_same(model):
+    pixels = torch.randn(2, 3, 16, 16)
+    features = model.get_vision_tower()(pixels)
+    assert features.shape == (2, PATCHES, 32)
+    expected = model.encode_images(pixels)
+    assert torch.equal(model.encode_images(features), expected)
+    assert torch.equal(model.encode_images([features[0], features[1]]), expected)
+    mixed = model.encode_images([pixels[0], features[1]])
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_or_too_few_pictures_are_an_error(model):
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30]])
+    with pytest.raises(InputError, match="2 pictures of 4 tokens .* 1 image tokens"):
+        model(ids, images=torch.randn(2, 3, 16, 16))
+
+
+def test_only_the_projector_gets_gradients_and_text_alone_touches_it(model):
+    model.requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    ids = torch.tensor([[1, 30, 31]])
+    model(ids, labels=ids).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == set(projector_state(model))
+    assert all(not g.any() for g in grads.values())
+    model.zero_grad(set_to_none=True)
+
+
+def test_generation_in_a_left_padded_batch_equals_one_by_one(model, tiny):
+    tokenizer = load_tokenizer(str(tiny / "llm"))
+    pixels = torch.randn(2, 3, 16, 16)
+    rows = [[1, IMAGE_TOKEN_INDEX, 30, 31, 32, 33], [1, IMAGE_TOKEN_INDEX, 40]]
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=tokenizer.unk_token_id)
+    alone = [
+        model.generate(torch.tensor([row]), images=pixels[i : i + 1], **options)[0].tolist()
+        for i, row in enumerate(rows)
+    ]
+    ids, mask, _ = batch(model, rows)
+    together = model.generate(ids, attention_mask=mask, images=pixels, **options)
+    assert together.tolist() == alone
+    assert len(alone[0]) == 5  # new tokens only
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.mm_projector.0.bias"), "0.bias is missing"),
+        (
+            lambda s: s.update({"model.mm_projector.0.weight": torch.zeros(3, 3)}),
+            r"0.weight has shape \(3, 3\), .*\(48, 32\)",
+        ),
+        (
+            lambda s: s.update({"model.mm_projector.0.bias": torch.full((48,), torch.nan)}),
+            "0.bias .*NaN",
+        ),
+        (lambda s: s.update({"model.mm_projector.4.bias": torch.zeros(48)}), "4.bias"),
+        (
+            lambda s: s.update(
+                {"model.mm_projector.0.bias": torch.zeros(48, dtype=torch.int64)}
+            ),
+            "0.bias is torch.int64",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(model, change, message):
+    before = projector_state(model)
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    change(state)
+    with pytest.raises(InputError, match=message):
+        load_projector(model, state, "some.bin")
+    after = projector_state(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
