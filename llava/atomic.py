@@ -34,3 +34,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove what killed writers left in a folder that nobody writes to now."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
