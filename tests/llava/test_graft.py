@@ -167,9 +167,7 @@ def test_generation_in_a_left_padded_batch_equals_one_by_one(model, tiny):
         ),
         (lambda s: s.update({"model.mm_projector.4.bias": torch.zeros(48)}), "4.bias"),
         (
-            lambda s: s.update(
-                {"model.mm_projector.0.bias": torch.zeros(48, dtype=torch.int64)}
-            ),
+            lambda s: s.update({"model.mm_projector.0.bias": torch.zeros(48, dtype=torch.int64)}),
             "0.bias is torch.int64",
         ),
     ],

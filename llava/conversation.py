@@ -1,0 +1,287 @@
+"""Conversation templates: how turns of talk become the one string that a language model reads.
+
+The strings are upstream's to the letter (checkpoints were trained on them). What is ours:
+`segments()`, which says of every piece of that string whether the assistant speaks it. The prompt
+is the pieces joined, the training mask is the pieces' flags, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import difflib
+import io
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Segment = tuple[str, bool]
+"""A piece of text, and whether the assistant says it (and so is to be learnt)."""
+
+
+class SeparatorStyle(Enum):
+    """The ways of joining turns."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A template with its turns so far: `messages` holds `[role, text]`, user first, in turn.
+
+    A user's text may be `(text, picture, image_process_mode)`; a text of None is the open turn that
+    the model is to fill. The first `offset` messages are examples that belong to the template.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: list[list[Any]]
+    offset: int
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    skip_next: bool = False
+
+    def get_prompt(self) -> str:
+        """The whole conversation as one string."""
+        return "".join(text for text, _ in self.segments())
+
+    def segments(self) -> list[Segment]:
+        """The prompt in pieces. An answer's piece holds the space before it and its end mark."""
+        style, end = self.sep_style, self.sep2 or self.sep
+        system = self.system
+        if style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO, SeparatorStyle.MPT):
+            system += self.sep
+        segments = [] if style is SeparatorStyle.LLAMA_2 else [(system, False)]
+        for i, (role, text) in enumerate(self._turns()):
+            answer = i % 2 == 1
+            mark = end if answer else self.sep
+            if style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO):
+                segments.append((f"{role}:", False))
+                if text:
+                    segments.append((f" {text}{mark}", answer))
+            elif style is SeparatorStyle.MPT:
+                segments.append((role, False))
+                if text:
+                    segments.append((f"{text}{mark}", answer))
+            elif style is SeparatorStyle.PLAIN and text:
+                segments.append((f"{text}{mark}", answer))
+            elif style is SeparatorStyle.LLAMA_2 and text and answer:
+                segments.append((f" {text} {mark}", True))
+            elif style is SeparatorStyle.LLAMA_2 and text:
+                if i == 0 and self.system:
+                    text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n{text}"
+                segments.append((f"{self.sep if i else ''}[INST] {text} [/INST]", False))
+        return segments
+
+    def _turns(self) -> list[tuple[str, str | None]]:
+        """Role and bare text of each message; a picture in the first is announced in front."""
+        turns = [(role, _text(message)) for role, message in self.messages]
+        if self.messages and isinstance(self.messages[0][1], tuple):
+            role, text = turns[0]
+            text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            if "mmtag" in self.version:
+                shown = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
+                turns[:1] = [(self.roles[0], shown), (self.roles[1], "Received."), (role, text)]
+            else:
+                turns[0] = (role, f"{DEFAULT_IMAGE_TOKEN}\n{text}")
+        return turns
+
+    def append_message(self, role: str, message: Any) -> None:
+        """Add a turn; None as `message` opens the assistant's."""
+        self.messages.append([role, message])
+
+    def get_images(self, return_pil: bool = False) -> list[Image.Image] | list[str]:
+        """The users' pictures after the template's own messages: PIL, or PNG in base64."""
+        pictures = []
+        for _, text in self.messages[self.offset :: 2]:
+            if isinstance(text, tuple):
+                _, picture, mode = text
+                pictures.append(self.process_image(picture, mode, return_pil))
+        return pictures
+
+    def process_image(
+        self,
+        image: Image.Image,
+        image_process_mode: str,
+        return_pil: bool = False,
+        image_format: str = "PNG",
+        max_len: int = 1344,
+        min_len: int = 672,
+    ) -> Image.Image | str:
+        """Prepare a picture for the wire, as upstream's demo does.
+
+        `image_process_mode` is Pad (to a square), Resize (336 x 336), Default or Crop (neither).
+        Pictures with a side over `max_len` pixels shrink to at most `max_len` x `min_len`.
+        """
+        if image_process_mode == "Pad":
+            from llava.mm_utils import expand2square
+
+            image = expand2square(image, (122, 116, 104))
+        elif image_process_mode == "Resize":
+            image = image.resize((336, 336))
+        elif image_process_mode not in ("Default", "Crop"):
+            raise InputError(
+                f"image_process_mode is {image_process_mode!r}, "
+                "expected Pad, Resize, Default or Crop"
+            )
+        if max(image.size) > max_len:
+            aspect = max(image.size) / min(image.size)
+            short = int(min(max_len / aspect, min_len, *image.size))
+            long = int(short * aspect)
+            wide = image.width >= image.height
+            image = image.resize((long, short) if wide else (short, long))
+        if return_pil:
+            return image
+        buffer = io.BytesIO()
+        image.save(buffer, format=image_format)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def copy(self) -> Conversation:
+        """A copy whose turns can be added to."""
+        return dataclasses.replace(self, messages=[list(message) for message in self.messages])
+
+    def dict(self) -> dict[str, Any]:
+        """What a worker is told of the conversation, without the pictures."""
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": [[role, _text(message)] for role, message in self.messages],
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+
+def _text(message: Any) -> str | None:
+    return message[0] if isinstance(message, tuple) else message
+
+
+def get_template(name: str) -> Conversation:
+    """A fresh copy of the template called `name`; an unknown name is an `InputError`."""
+    if name not in conv_templates:
+        near = difflib.get_close_matches(name, conv_templates, n=3, cutoff=0.5)
+        known = ", ".join(conv_templates)
+        hint = f"did you mean {' or '.join(near)}" if near else f"known are {known}"
+        raise InputError(f"{name!r} is no conversation template; {hint}")
+    return conv_templates[name].copy()
+
+
+def _chat(person: str) -> str:
+    return (
+        f"A chat between a curious {person} and an artificial intelligence assistant. "
+        f"The assistant gives helpful, detailed, and polite answers to the {person}'s questions."
+    )
+
+
+_SEES = (
+    "able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    f"The assistant is {_SEES}"
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAMA_2 = """\
+You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, \
+while being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, \
+dangerous, or illegal content. Please ensure that your responses are socially unbiased and \
+positive in nature.
+
+If a question does not make any sense, or is not factually coherent, explain why instead of \
+answering something not correct. If you don't know the answer to a question, please don't share \
+false information."""
+
+_FEW_SHOT = [
+    [
+        "Human",
+        "What are the key differences between renewable and non-renewable energy sources?",
+    ],
+    [
+        "Assistant",
+        "Renewable energy sources are those that can be replenished naturally in a relatively "
+        "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+        "Non-renewable energy sources, on the other hand, are finite and will eventually be "
+        "depleted, such as coal, oil, and natural gas. Here are some key differences between "
+        "renewable and non-renewable energy sources:\n"
+        "1. Availability: Renewable energy sources are virtually inexhaustible, while "
+        "non-renewable energy sources are finite and will eventually run out.\n"
+        "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+        "than non-renewable sources, which can lead to air and water pollution, greenhouse gas "
+        "emissions, and other negative effects.\n"
+        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they "
+        "typically have lower operational costs than non-renewable sources.\n"
+        "4. Reliability: Renewable energy sources are often more reliable and can be used in more "
+        "remote locations than non-renewable sources.\n"
+        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to "
+        "different situations and needs, while non-renewable sources are more rigid and "
+        "inflexible.\n"
+        "6. Sustainability: Renewable energy sources are more sustainable over the long term, "
+        "while non-renewable sources are not, and their depletion can lead to economic and social "
+        "instability.\n",
+    ],
+]
+
+
+def _single(system: str, messages: list[list[Any]] | None = None, **more: Any) -> Conversation:
+    messages = messages or []
+    return Conversation(system, ("Human", "Assistant"), messages, offset=len(messages), **more)
+
+
+def _two(system: str, style: SeparatorStyle = SeparatorStyle.TWO, **more: Any) -> Conversation:
+    more = {"sep": " ", "sep2": "</s>", "version": "v1"} | more
+    return Conversation(system, ("USER", "ASSISTANT"), [], 0, style, **more)
+
+
+def _llama_2(system: str, sep: str) -> Conversation:
+    return _two(system, SeparatorStyle.LLAMA_2, sep=sep, version="llama_v2")
+
+
+def _chatml(system: str) -> Conversation:
+    roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    system = f"<|im_start|>system\n{system}"
+    return Conversation(system, roles, [], 0, SeparatorStyle.MPT, "<|im_end|>", version="mpt")
+
+
+_vicuna_v0 = _single(_chat("human"), _FEW_SHOT)
+_vicuna_v1 = _two(_chat("user"))
+_plain = Conversation("", ("", ""), [], 0, SeparatorStyle.PLAIN, "\n")
+_direct = _chatml("Answer the questions.")
+
+conv_templates: dict[str, Conversation] = {
+    "default": _vicuna_v0,
+    "v0": _vicuna_v0,
+    "v1": _vicuna_v1,
+    "vicuna_v1": _vicuna_v1,
+    "llama_2": _llama_2(_LLAMA_2, sep="<s>"),
+    "mistral_instruct": _llama_2("", sep=""),
+    "chatml_direct": _direct,
+    "mistral_direct": _direct,
+    "plain": _plain,
+    "v0_plain": _plain,
+    "llava_v0": _single(_chat("human")),
+    "v0_mmtag": _single(_MMTAG, version="v0_mmtag"),
+    "llava_v1": _two(_chat("human")),
+    "v1_mmtag": _two(_MMTAG, version="v1_mmtag"),
+    "llava_llama_2": _llama_2(
+        f"You are a helpful language and vision assistant. You are {_SEES}", "<s>"
+    ),
+    "mpt": _chatml(
+        "A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers."
+    ),
+}
+"""Every template by the key that `--version` and `--conv-mode` take. Copy before adding turns."""
+
+default_conversation = conv_templates["vicuna_v1"]

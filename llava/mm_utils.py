@@ -1,0 +1,189 @@
+"""Pictures and prompts on their way into the model: opening, squaring, image tokens, stop words."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageOps
+from transformers import StoppingCriteria
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The whole picture at `path`, upright (EXIF orientation applied) and RGB, its file closed.
+
+    Grey, palette and transparent pictures are converted; transparency is dropped, not blended, as
+    upstream does. A missing, truncated or foreign file is an `InputError` that names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error
+        raise InputError(f"picture {path} cannot be read: {_reason(error)}") from error
+
+
+def load_image(path_or_url: str) -> Image.Image:
+    """An RGB picture from a file, or from an http(s) address."""
+    if not path_or_url.startswith(("http://", "https://")):
+        return open_image(path_or_url)
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(path_or_url, timeout=30) as response:
+            data = response.read()
+        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    except Exception as error:
+        raise InputError(f"picture {path_or_url} cannot be read: {_reason(error)}") from error
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """The picture that a request carries; `InputError` when it is none."""
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(image)))
+    except Exception as error:
+        raise InputError(f"the base64 picture cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return str(error) or type(error).__name__
+
+
+def expand2square(image: Image.Image, background_color: Any) -> Image.Image:
+    """Centre the picture on a square of `background_color`, as wide as its longer side."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new(image.mode, (side, side), background_color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def image_pixels(
+    image: Image.Image, image_processor: Any, aspect_ratio: str | None
+) -> torch.Tensor:
+    """One picture as the tower wants it, (3, H, W).
+
+    `aspect_ratio` "pad" first squares it with the processor's mean colour; "anyres" is refused;
+    anything else leaves it to the processor, which cuts out the centre.
+    """
+    if aspect_ratio and aspect_ratio.startswith("anyres"):
+        raise InputError(
+            f"image_aspect_ratio {aspect_ratio!r} is not supported yet; use 'pad' or 'square'"
+        )
+    if aspect_ratio == "pad":
+        image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
+    return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+
+def process_images(
+    images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
+) -> torch.Tensor | list[torch.Tensor]:
+    """Pictures for the model: (B, 3, H, W), or a list when their sizes differ.
+
+    `model_cfg.image_aspect_ratio` says how, see `image_pixels`.
+    """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    pixels = [image_pixels(image, image_processor, aspect_ratio) for image in images]
+    return stack_same(pixels)
+
+
+def stack_same(tensors: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """One tensor with a new first dimension when all shapes agree, else the list as it is."""
+    same = all(tensor.shape == tensors[0].shape for tensor in tensors)
+    return torch.stack(tensors) if tensors and same else tensors
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`[bos]` if this tokenizer begins texts with it, else nothing."""
+    empty = tokenizer("").input_ids
+    return empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> list[int] | torch.Tensor:
+    """Token ids of `prompt`, with `image_token_index` in the place of each `<image>`.
+
+    The pieces between pictures are tokenised each by itself. `return_tensors="pt"` gives a 1-D
+    LongTensor in place of the list.
+    """
+    ids = bos_prefix(tokenizer)
+    for i, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        if i:
+            ids.append(image_token_index)
+        ids += tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids
+    if return_tensors is None:
+        return ids
+    if return_tensors != "pt":
+        raise InputError(f"return_tensors is {return_tensors!r}; expected 'pt' or None")
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def expand_image_tokens(
+    ids: torch.Tensor, labels: torch.Tensor | None, num_tokens: int | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Repeat each image token of `ids` (1-D) as often as its picture has tokens.
+
+    `num_tokens` is one number for all pictures, or one for each. Labels follow, -100 at pictures.
+    """
+    is_image = ids == IMAGE_TOKEN_INDEX
+    pictures = int(is_image.sum())
+    counts = [num_tokens] * pictures if isinstance(num_tokens, int) else list(num_tokens)
+    if len(counts) != pictures:
+        raise InputError(f"{len(counts)} pictures were given for {pictures} image tokens")
+    repeats = torch.ones_like(ids)
+    repeats[is_image] = torch.tensor(counts, dtype=ids.dtype, device=ids.device)
+    if labels is not None:
+        labels = labels.masked_fill(is_image, IGNORE_INDEX).repeat_interleave(repeats)
+    return ids.repeat_interleave(repeats), labels
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """The last part of a path or hub name; `PARENT_checkpoint-N` for a checkpoint folder."""
+    *parents, name = model_path.strip("/").split("/")
+    return f"{parents[-1]}_{name}" if name.startswith("checkpoint-") and parents else name
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stop a row once one of `keywords` stands at the end of what it generated.
+
+    `input_ids` (B, T) is the prompt. Generation from embeddings returns new tokens alone, so the
+    prompt counts as part of the output only where the output really begins with it.
+    """
+
+    def __init__(
+        self,
+        keywords: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: torch.Tensor,
+    ) -> None:
+        self.keywords = list(keywords)
+        self.tokenizer = tokenizer
+        self.input_ids = input_ids
+        # A token is at least one byte, so this many tokens hold any keyword, however it was split.
+        self.tail = max((len(keyword.encode()) for keyword in self.keywords), default=0)
+
+    def __call__(self, output_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B,) booleans: which rows are done."""
+        length = self.input_ids.shape[1]
+        if torch.equal(output_ids[:, :length], self.input_ids.to(output_ids.device)):
+            output_ids = output_ids[:, length:]
+        tails = output_ids[:, output_ids.shape[1] - min(self.tail, output_ids.shape[1]) :]
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=False)
+        done = [any(keyword in text for keyword in self.keywords) for text in texts]
+        return torch.tensor(done, device=output_ids.device)

@@ -1,0 +1,283 @@
+"""LLaVA's data: a JSON list of records, each a conversation and perhaps a picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import Segment, get_template
+from llava.errors import InputError
+from llava.mm_utils import image_pixels, open_image, stack_same
+from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llava.train.feature_cache import FeatureCache
+
+
+def load_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a LLaVA data file; `InputError` names the file, and the record, at fault."""
+    try:
+        records = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"data file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"data file {path} is not JSON: {error}") from error
+    check_records(records, str(path))
+    return records
+
+
+def check_records(records: Any, source: str) -> None:
+    """`InputError` unless `records` is a list of dicts, each with a list as `conversations`."""
+    if not isinstance(records, list):
+        raise InputError(f"{source}: expected a list of records, found {type(records).__name__}")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InputError(f"{source}: record {i} is not an object but {record!r:.80}")
+        if not isinstance(record.get("conversations"), list):
+            raise InputError(f"{source}: {_name(record, i)} has no list `conversations`")
+
+
+def _name(record: dict[str, Any], index: int) -> str:
+    return f"record {index} (id {record['id']!r})" if "id" in record else f"record {index}"
+
+
+def picture_pixels(path: str, data_args: Any) -> torch.Tensor:
+    """The picture at `path` as the tower wants it, (3, H, W)."""
+    return image_pixels(open_image(path), data_args.image_processor, data_args.image_aspect_ratio)
+
+
+@dataclass
+class CheckReport:
+    """What `LazySupervisedDataset.check` found.
+
+    `samples` are left, the text of `truncated` of them will be cut at model_max_length, and
+    `skipped` were dropped for a picture that cannot be read.
+    """
+
+    samples: int
+    truncated: int
+    skipped: int
+
+
+class LazySupervisedDataset(Dataset):
+    """Records, tokenised and opened one at a time as they are asked for.
+
+    An item is `{"input_ids": (T,), "labels": (T,)}` and, for a record with a picture, `"image"`:
+    pixels (3, H, W), or features (N, C) when `feature_cache` has them. In `input_ids` a picture is
+    one -200. A text-only record has no `image` (upstream sends zeros through the tower).
+
+    Fields of `data_args`: version, is_multimodal, image_folder, image_aspect_ratio,
+    image_processor, image_tokens, mm_use_im_start_end, skip_bad_images.
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike | list[dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        data_args: Any,
+        feature_cache: FeatureCache | None = None,
+    ) -> None:
+        if isinstance(data_path, list):
+            self.source = "the given records"
+            check_records(data_path, self.source)
+            self.records = data_path
+        else:
+            self.source = str(data_path)
+            self.records = load_records(data_path)
+        self.tokenizer = tokenizer
+        self.data_args = data_args
+        self.feature_cache = feature_cache
+        self.template = get_template(data_args.version)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def select(self, indices: Iterable[int]) -> LazySupervisedDataset:
+        """The same data set with only the records at `indices`, in that order; all else shared."""
+        chosen = copy.copy(self)
+        chosen.records = [self.records[i] for i in indices]
+        return chosen
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each record, and 128 more for a picture."""
+        return [words + 128 if picture else words for words, picture in self._sizes()]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Words of each record (at least 1), negative where there is no picture."""
+        return [max(1, words) * (1 if picture else -1) for words, picture in self._sizes()]
+
+    def _sizes(self) -> Iterator[tuple[int, bool]]:
+        for record in self.records:
+            words = sum(len(turn["value"].split()) for turn in record["conversations"])
+            yield words, record.get("image") is not None
+
+    def picture(self, index: int) -> str | None:
+        """Where the record's picture lies; None for a text-only record."""
+        image = self.records[index].get("image")
+        if image is None:
+            return None
+        if not isinstance(image, str):
+            raise InputError(
+                f"{self.name(index)}: `image` is {image!r:.80}, expected one path "
+                "(several pictures a sample are not supported yet)"
+            )
+        return os.path.join(self.data_args.image_folder or "", image)
+
+    def pictures(self) -> list[str]:
+        """All pictures, each once, in the order of their first record."""
+        paths = (self.picture(i) for i in range(len(self)))
+        return list(dict.fromkeys(path for path in paths if path is not None))
+
+    def name(self, index: int) -> str:
+        """How an error message calls the record."""
+        return f"{self.source}: {_name(self.records[index], index)}"
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids, labels = tokenize(self._segments(index), self.tokenizer)
+        item = {"input_ids": ids, "labels": labels}
+        path = self.picture(index)
+        if path is not None:
+            features = self.feature_cache.get(path) if self.feature_cache else None
+            item["image"] = picture_pixels(path, self.data_args) if features is None else features
+        return item
+
+    def _segments(self, index: int) -> list[Segment]:
+        """The record as pieces of text; `InputError` when text and picture do not fit together."""
+        args = self.data_args
+        has_picture = self.picture(index) is not None
+        try:
+            turns = read_turns(self.records[index]["conversations"])
+            mentions = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in turns)
+            if has_picture and not args.is_multimodal:
+                raise InputError("it has a picture, but the run has no vision tower")
+            if mentions != has_picture:
+                pictures = "one picture" if has_picture else "no picture"
+                raise InputError(f"it has {pictures}, but its text says `<image>` {mentions} times")
+            turns = preprocess_multimodal(turns, self.template, args.mm_use_im_start_end)
+            return render(turns, self.template)
+        except InputError as error:
+            raise InputError(f"{self.name(index)}: {error}") from None
+
+    def check(self) -> CheckReport:
+        """Look at every record and picture before any training.
+
+        The first record of a wrong structure, the first whose picture's tokens do not fit into
+        model_max_length, and the first whose picture cannot be decoded, is an `InputError`. With
+        `skip_bad_images` records of the last kind leave `records` and are counted instead.
+        Pictures in the feature cache have been decoded before and are not read again.
+        """
+        is_cut = [self._is_cut(i) for i in range(len(self))]
+        owners = {self.picture(i): i for i in reversed(range(len(self)))}
+        cache = self.feature_cache or ()
+        broken = set()
+        for path, error in _broken([p for p in self.pictures() if p not in cache]):
+            if not self.data_args.skip_bad_images:
+                raise InputError(f"{self.name(owners[path])}: {error}")
+            broken.add(path)
+        kept = [i for i in range(len(self)) if self.picture(i) not in broken]
+        skipped = len(self) - len(kept)
+        if not kept:
+            raise InputError(f"{self.source}: no record is left, none of its pictures can be read")
+        self.records = [self.records[i] for i in kept]
+        return CheckReport(len(kept), sum(is_cut[i] for i in kept), skipped)
+
+    def _is_cut(self, index: int) -> bool:
+        """Whether the record's text is longer than the model takes."""
+        segments = self._segments(index)
+        limit, image_tokens = self.tokenizer.model_max_length, self.data_args.image_tokens
+        # A token is at least a byte of text, but for <s> and the space before the first word:
+        # most records are seen to fit without being tokenised.
+        at_most = 2 + sum(len(text.encode()) for text, _ in segments)
+        if at_most + image_tokens * (self.picture(index) is not None) <= limit:
+            return False
+        ids, labels = tokenize(segments, self.tokenizer)
+        try:
+            fitted, _ = fit(ids, labels, image_tokens, limit)
+        except InputError as error:
+            raise InputError(f"{self.name(index)}: {error}") from None
+        return len(fitted) < len(ids) + (image_tokens - 1) * (self.picture(index) is not None)
+
+
+def _broken(paths: Sequence[str]) -> Iterator[tuple[str, InputError]]:
+    """Those of `paths` that do not decode to the end, with the reason, in order."""
+
+    def attempt(path: str) -> tuple[str, InputError] | None:
+        try:
+            open_image(path)
+        except InputError as error:
+            return path, error
+        return None
+
+    quiet = len(paths) <= 2000
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(paths), desc="checking pictures", disable=quiet) as bar,
+    ):
+        for start in range(0, len(paths), 1024):  # not all at once: map() queues all it is given
+            for found in pool.map(attempt, paths[start : start + 1024]):
+                bar.update()
+                if found:
+                    yield found
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Makes a batch of items: pictures' tokens expanded, cut to model_max_length, padded right.
+
+    Gives `input_ids`, `labels` (B, T) long, `attention_mask` (B, T) bool, and `images` when a row
+    has one: (rows with a picture, …), or a list when their shapes differ. Each picture takes
+    `image_tokens` places, all -200. The mask comes from lengths, so that a real `<unk>` in a text
+    is not taken for padding where the two share an id.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_tokens: int
+
+    def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        limit = self.tokenizer.model_max_length
+        rows = [fit(item["input_ids"], item["labels"], self.image_tokens, limit) for item in items]
+        ids, labels = zip(*rows, strict=True)
+        lengths = torch.tensor([len(row) for row in ids])
+        pad = self.tokenizer.pad_token_id
+        batch = {
+            "input_ids": pad_sequence(list(ids), batch_first=True, padding_value=pad),
+            "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": torch.arange(int(lengths.max())) < lengths[:, None],
+        }
+        images = [item["image"] for item in items if "image" in item]
+        if images:
+            batch["images"] = stack_same(images)
+        return batch
+
+
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase, data_args: Any
+) -> dict[str, Any]:
+    """The three arguments that a Trainer needs: data sets for training and evaluation, collator.
+
+    `eval_dataset` is None unless `data_args.eval_data_path` is set.
+    """
+    evaluation = data_args.eval_data_path
+    return {
+        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args),
+        "eval_dataset": LazySupervisedDataset(evaluation, tokenizer, data_args)
+        if evaluation
+        else None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer, data_args.image_tokens),
+    }
