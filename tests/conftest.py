@@ -57,7 +57,7 @@ def make_llm(folder: Path, hidden_size: int = 48) -> None:
 
 
 def make_data(folder: Path, name: str, samples: int, seed: int = 0) -> Path:
-    """`folder/name.json` and pictures of one colour each under `folder/images`; returns the JSON."""
+    """Make `folder/name.json` and its pictures, of one colour each, under `folder/images`."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []

@@ -166,7 +166,9 @@ def read_projector(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: a flat dict of tensors is expected, found {type(raw).__name__}")
     state: dict[str, torch.Tensor] = {}
     for key, tensor in raw.items():
-        name = PROJECTOR_PREFIX + key.split("mm_projector.", 1)[1] if "mm_projector." in key else key
+        name = (
+            PROJECTOR_PREFIX + key.split("mm_projector.", 1)[1] if "mm_projector." in key else key
+        )
         if name in state:
             raise InputError(f"{path}: two tensors would be called {name}")
         state[name] = tensor

@@ -105,7 +105,9 @@ class LlavaMixin:
             input_ids, attention_mask, labels = _expand_rows(
                 input_ids, attention_mask, labels, per_picture, side
             )
-            position_ids = None if position_ids is None else attention_mask.cumsum(-1).sub(1).clamp(0)
+            position_ids = (
+                None if position_ids is None else attention_mask.cumsum(-1).sub(1).clamp(0)
+            )
         elif found != len(tokens) * per_picture:
             raise InputError(
                 f"{len(tokens)} pictures of {per_picture} tokens were given, "

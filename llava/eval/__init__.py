@@ -1,0 +1,1 @@
+"""Evaluation entries with upstream's flags and file formats."""
