@@ -1,0 +1,11 @@
+"""Methods: what becomes of the clients' states. One file, one method, one pure function.
+
+    outcome = get("fedcmp")(states, weights=[120, 80], base=base, rescale=2.0)
+
+A new method is a new file here with one function under `@method("its-name")`; its keyword-only
+arguments with their types are its options, on the command line and in YAML.
+"""
+
+from fed.methods.registry import Outcome, get, method, names, parse_options
+
+__all__ = ["Outcome", "get", "method", "names", "parse_options"]

@@ -1,0 +1,154 @@
+"""Methods by exact name, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fed.methods import options as options_of
+from fed.state import State, StateError, check, near
+from llava.errors import InputError
+
+_METHODS: dict[str, Callable[..., Outcome]] = {}
+
+
+@dataclass
+class Outcome:
+    """What a method returns.
+
+    Attributes:
+        state: the shared state, or for a personal method one per client, in `base`'s dtypes.
+        memory: what its next call is to be given: a flat dict of tensors, None when nothing.
+        facts: what happened, for people and plots; JSON types only.
+    """
+
+    state: State | list[State]
+    memory: dict[str, torch.Tensor] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def method(name: str, *, personal: bool = False) -> Callable:
+    """Register a function `(states, *, weights, base, memory, <options>) -> Outcome` as `name`.
+
+    The function gets arguments that were checked (see `get`), memory as a dict, no client of weight
+    0 unless `personal` (one state per client comes back), and may return any floating type.
+    """
+
+    def register(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
+        if name in _METHODS:
+            raise InputError(f"two methods are called {name}")
+
+        @functools.wraps(function)
+        @torch.no_grad()
+        def run(
+            states: Sequence[State],
+            *,
+            weights: Sequence[float],
+            base: State,
+            memory: Mapping[str, torch.Tensor] | None = None,
+            clients: Sequence[str] | None = None,
+            **options: Any,
+        ) -> Outcome:
+            options = options_of.parse(name, function, options)
+            who = list(clients or map(str, range(len(states))))
+            weights = _check(states, weights, base, who)
+            heard = [k for k, weight in enumerate(weights) if personal or weight > 0]
+            outcome = function(
+                [states[k] for k in heard],
+                weights=[weights[k] for k in heard],
+                base=base,
+                memory=dict(memory or {}),
+                **options,
+            )
+            if personal:
+                outcome.state = [_as(base, state, name) for state in outcome.state]
+            else:
+                outcome.state = _as(base, outcome.state, name)
+            outcome.memory = outcome.memory or None
+            outcome.facts["clients"] = [who[k] for k in heard]
+            return outcome
+
+        _METHODS[name] = run
+        return run
+
+    return register
+
+
+def names() -> list[str]:
+    """All methods, sorted."""
+    _load()
+    return sorted(_METHODS)
+
+
+def get(name: str) -> Callable[..., Outcome]:
+    """The method `name`, a callable `(states, *, weights, base, memory=None, **options)`.
+
+    It also takes `clients`, names for messages and facts. It changes none of its arguments.
+
+    Raises:
+        InputError: no such method; and when it is called: weights that are not sample counts, an
+            option that it has not or of another type.
+        StateError: when it is called: a state that has not the names and shapes of `base` or is
+            not finite, memory that does not fit.
+    """
+    _load()
+    if name not in _METHODS:
+        known = ", ".join(sorted(_METHODS))
+        raise InputError(f"no method is called {name!r}{near(name, _METHODS)}; there are {known}")
+    return _METHODS[name]
+
+
+def parse_options(name: str, options: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Options of method `name` from `["tau=0.3", ...]` or a mapping, as its signature types them.
+
+    Only what is given is returned. `none` means None where the type allows it, `inf` is a float.
+
+    Raises:
+        InputError: an unknown option, one given twice, or a value that is not of its type.
+    """
+    return options_of.parse(name, get(name), options)
+
+
+def _load() -> None:
+    """Import every file of this folder, each of which registers its method."""
+    folder = importlib.import_module("fed.methods").__path__
+    for module in pkgutil.iter_modules(folder):
+        importlib.import_module(f"fed.methods.{module.name}")
+
+
+def _check(
+    states: Sequence[State], weights: Sequence[float], base: State, who: list[str]
+) -> list[float]:
+    if not states:
+        raise InputError("no client states to aggregate")
+    if not len(states) == len(weights) == len(who):
+        raise InputError(
+            f"{len(states)} client states, {len(weights)} weights and {len(who)} client names: "
+            "expected one of each per client"
+        )
+    weights = [float(weight) for weight in weights]
+    for client, weight in zip(who, weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise InputError(f"client {client} has weight {weight}, expected a number of samples")
+    if not 0 < sum(weights) < math.inf:
+        raise InputError(f"the clients' weights sum to {sum(weights)}, expected some samples")
+    check(base, base, who="the base")
+    for client, state in zip(who, states, strict=True):
+        check(state, base, who=f"client {client}")
+    return weights
+
+
+def _as(base: State, state: State, method: str) -> State:
+    """A copy in `base`'s dtypes and order."""
+    cast = {name: state[name].to(base[name].dtype, copy=True) for name in base}
+    for name, tensor in cast.items():
+        if not torch.isfinite(tensor).all():
+            raise StateError(f"{method}: the result's {name} does not fit into {tensor.dtype}")
+    return cast

@@ -1,0 +1,255 @@
+import json
+import math
+from typing import Literal
+
+import pytest
+import torch
+
+from fed import methods
+from fed.methods import Outcome, registry
+from fed.state import StateError
+from llava.errors import InputError
+
+SHAPES = {
+    "model.mm_projector.0.weight": (7, 5),
+    "model.mm_projector.0.bias": (7,),
+    "model.mm_projector.2.weight": (6, 7),
+    "model.mm_projector.2.bias": (6,),
+}
+SHARED = ["fedavg", "fedcmp"]
+
+
+def draw(seed, clients=3, dtype=torch.float32):
+    torch.manual_seed(seed)
+    base = {n: torch.randn(s).to(dtype) for n, s in SHAPES.items()}
+    states = [{n: (t + 0.1 * torch.randn(t.shape)).to(dtype) for n, t in base.items()}]
+    states += [
+        {n: (t + 0.1 * torch.randn(t.shape)).to(dtype) for n, t in base.items()}
+        for _ in range(clients - 1)
+    ]
+    return base, states
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A method with an option of every kind, in a registry of its own."""
+    methods.names()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @methods.method("toy")
+    def toy(
+        states,
+        *,
+        weights,
+        base,
+        memory,
+        number: float = 1.0,
+        count: int = 1,
+        flag: bool = False,
+        text: str = "",
+        choice: Literal["left", "right"] = "left",
+        maybe: int | None = None,
+    ) -> Outcome:
+        return Outcome({n: t * number for n, t in base.items()}, memory, {"weights": weights})
+
+    return toy
+
+
+def test_names_and_get():
+    assert methods.names() == sorted(methods.names())
+    assert {"fedavg", "fedcmp", "local"} <= set(methods.names())
+    with pytest.raises(InputError, match="did you mean fedavg"):
+        methods.get("fedavgg")
+    with pytest.raises(InputError, match="fedcmp, local"):
+        methods.get("???")
+
+
+def test_a_second_method_of_a_name_is_refused(toy):
+    with pytest.raises(InputError, match="two methods are called toy"):
+        methods.method("toy")(lambda: None)
+    assert methods.get("toy") is toy
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["number=0.3"], {"number": 0.3}),
+        (["number=inf", "count=-2"], {"number": math.inf, "count": -2}),
+        (["flag=true", "text=a=b", "choice=right"], dict(flag=True, text="a=b", choice="right")),
+        (["maybe=none"], {"maybe": None}),
+        (["maybe=3"], {"maybe": 3}),
+        ([], {}),
+        ({"number": 2, "flag": False, "maybe": None}, dict(number=2.0, flag=False, maybe=None)),
+        ({"number": "1e-3", "count": "4"}, {"number": 1e-3, "count": 4}),
+    ],
+)
+def test_options_are_read_by_their_types(toy, given, expected):
+    parsed = methods.parse_options("toy", given)
+    assert parsed == expected
+    assert [type(v) for v in parsed.values()] == [type(v) for v in expected.values()]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["numbr=1"], "no option 'numbr' (did you mean number?)"),
+        (["memory=1"], "no option 'memory'"),
+        (["number"], "expected name=value"),
+        (["number=1", "number=2"], "number is given twice"),
+        (["number=much"], "expected a number, found 'much'"),
+        (["number=nan"], "expected a number"),
+        (["number=none"], "expected a number"),
+        (["count=1.5"], "expected a whole number, found '1.5'"),
+        (["flag=1"], "expected true or false"),
+        (["choice=up"], "expected one of left, right, found 'up'"),
+        (["maybe=x"], "expected a whole number or none"),
+        ({"count": True}, "expected a whole number, found True"),
+        ({"number": [1]}, "expected a number, found [1]"),
+        ({"number": None}, "expected a number, found None"),
+        ({"text": 3}, "expected text"),
+        ({"choice": 3}, "expected one of"),
+    ],
+)
+def test_wrong_options(toy, given, said):
+    with pytest.raises(InputError) as caught:
+        methods.parse_options("toy", given)
+    assert said in str(caught.value) and "toy" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+def test_wrong_options_in_a_direct_call(name):
+    base, states = draw(0)
+    with pytest.raises(InputError, match="no option 'server_rl'"):
+        methods.get(name)(states, weights=[1, 1, 1], base=base, server_rl=1.0)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(weights=[1, 2]), "3 client states, 2 weights"),
+        (dict(states=[], weights=[]), "no client states"),
+        (dict(weights=[0, 0, 0]), "sum to 0"),
+        (dict(weights=[1, -1, 1]), "client 1 has weight -1"),
+        (dict(weights=[1, 1, math.nan]), "client 2 has weight nan"),
+        (dict(weights=[1, 1, math.inf]), "client 2 has weight inf"),
+        (dict(weights=[1e308, 1e308, 1]), "sum to inf"),
+        (dict(clients=["a"]), "1 client names"),
+    ],
+)
+def test_arguments_that_do_not_fit(name, change, said):
+    base, states = draw(0)
+    arguments = dict(states=states, weights=[1, 1, 1], base=base) | change
+    with pytest.raises(InputError, match=said):
+        methods.get(name)(arguments.pop("states"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+def test_bad_states_name_client_and_tensor(name):
+    base, states = draw(0)
+    tensor = "model.mm_projector.2.weight"
+
+    def said(**arguments):
+        with pytest.raises(StateError) as caught:
+            methods.get(name)(states, weights=[1, 1, 1], **{"base": base, **arguments})
+        return str(caught.value)
+
+    good = states[1]
+    states[1] = {**good, tensor: good[tensor].T}
+    assert all(s in said() for s in ["client 1", tensor, "(7, 6)", "(6, 7)"])
+    states[1] = {n: t for n, t in good.items() if n != tensor}
+    assert "client hill: tensor" in said(clients=["sea", "hill", "town"])
+    states[1] = {**good, tensor: good[tensor] * math.nan}
+    assert "client 1" in said() and tensor in said()
+    states[1] = good
+    assert "the base" in said(base={**base, tensor: base[tensor] / 0})
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+def test_arguments_are_left_as_they_were(name):
+    base, states = draw(0)
+    memory = {}
+    before = [{n: t.clone() for n, t in s.items()} for s in [base, *states]]
+    outcome = methods.get(name)(states, weights=[1, 1, 1], base=base, memory=memory)
+    for state in outcome.state if name == "local" else [outcome.state]:
+        for tensor in state.values():
+            tensor.fill_(9)
+    assert memory == {}
+    for old, new in zip(before, [base, *states], strict=True):
+        assert all(torch.equal(old[n], new[n]) for n in old)
+
+
+def test_a_result_that_does_not_fit_the_type(toy):
+    base, states = draw(0, dtype=torch.float16)
+    with pytest.raises(StateError, match="does not fit into torch.float16"):
+        methods.get("toy")(states, weights=[1, 1, 1], base=base, number=1e9)
+
+
+def test_what_a_method_is_given_and_what_comes_back(toy):
+    base, states = draw(0)
+    outcome = methods.get("toy")(states, weights=[2, 0, 1], base=base, clients=["a", "b", "c"])
+    assert outcome.facts == {"weights": [2.0, 1.0], "clients": ["a", "c"]}
+    assert outcome.memory is None
+    memory = {"x": torch.ones(1)}
+    outcome = methods.get("toy")(states, weights=[1, 1, 1], base=base, memory=memory)
+    assert outcome.memory == memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
+    base, states = draw(0, dtype=dtype)
+    states[0] = {n: torch.nn.Parameter(t.float()) for n, t in states[0].items()}
+    outcome = methods.get(name)(states, weights=torch.tensor([1, 2, 3]), base=base)
+    for state in outcome.state if name == "local" else [outcome.state]:
+        assert list(state) == list(base)
+        for n, tensor in state.items():
+            assert tensor.dtype == dtype and tensor.shape == base[n].shape
+            assert not tensor.requires_grad
+    json.dumps(outcome.facts, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_an_identity_connector_has_nothing_to_aggregate(name):
+    assert methods.get(name)([{}, {}], weights=[1, 2], base={}).state == {}
+
+
+def test_fedavg_by_hand():
+    base = {"a": torch.zeros(2)}
+    states = [{"a": torch.tensor([1.0, 2])}, {"a": torch.tensor([5.0, -2])}]
+    outcome = methods.get("fedavg")(states, weights=[3, 1], base=base)
+    assert outcome.state["a"].tolist() == [2, 1] and outcome.memory is None
+    base["a"] += 1
+    outcome = methods.get("fedavg")(states, weights=[3, 1], base=base, server_lr=2.0)
+    assert outcome.state["a"].tolist() == [3, 1]
+    for bad in (0.0, -1.0, math.inf):
+        with pytest.raises(InputError, match="server_lr"):
+            methods.get("fedavg")(states, weights=[3, 1], base=base, server_lr=bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_fedavg_properties_hold_exactly(seed, dtype):
+    base, states = draw(seed, 5, dtype)
+    fedavg = methods.get("fedavg")
+
+    def same(a, b):
+        return all(torch.equal(a[n], b[n]) for n in SHAPES)
+
+    one = fedavg(states[:1], weights=[7], base=base).state
+    equal = fedavg([states[0]] * 3, weights=[1, 5, 11], base=base).state
+    assert same(one, states[0]) and same(equal, states[0])
+    weights = [3, 0, 8, 1, 4]
+    mean = fedavg(states, weights=weights, base=base).state
+    assert same(mean, fedavg(states[::-1], weights=weights[::-1], base=base).state)
+    assert same(mean, fedavg(states, weights=[8 * w for w in weights], base=base).state)
+    heard = [s for s, w in zip(states, weights, strict=True) if w]
+    assert same(mean, fedavg(heard, weights=[3, 8, 1, 4], base=base).state)
+
+
+def test_local_leaves_every_client_alone():
+    base, states = draw(0)
+    outcome = methods.get("local")(states, weights=[1, 0, 5], base=base)
+    assert len(outcome.state) == 3 and outcome.facts["clients"] == ["0", "1", "2"]
+    for mine, theirs in zip(outcome.state, states, strict=True):
+        assert all(torch.equal(mine[n], theirs[n]) for n in SHAPES)
