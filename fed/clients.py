@@ -1,0 +1,117 @@
+"""Clients: what clients.yaml says of them, and which of their samples a round sees.
+
+```yaml
+clients:
+  - name: st-mary                     # letters, digits, . _ -
+    data_path: st-mary/captions.json  # LLaVA JSON; relative to this file
+    image_folder: st-mary/images
+    learning_rate: 5e-4               # any flag of the client's data or training, for it alone
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava.errors import InputError
+
+
+@dataclass(frozen=True)
+class ClientSpec:
+    """One client: a name, its data, and the flags that are its own (flag name → value as text)."""
+
+    name: str
+    data_path: str
+    image_folder: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+
+
+def load_clients(path: str | Path, flags: Sequence[str]) -> list[ClientSpec]:
+    """Read clients.yaml; `flags` are the names that a client may override.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown or missing key, a bad or doubled name, or a
+            data file that does not exist. The message names the client.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--fed_clients {path}: no such file")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--fed_clients {path}: not YAML ({error})") from None
+    entries = document.get("clients") if isinstance(document, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"--fed_clients {path}: a list under the key `clients` is expected")
+    if unknown := sorted(set(document) - {"clients"}):
+        raise InputError(f"--fed_clients {path}: unknown key {unknown[0]!r} beside `clients`")
+    clients = [_client(path, i, entry, flags) for i, entry in enumerate(entries)]
+    seen: set[str] = set()
+    for client in clients:
+        # Names become folders, and some file systems do not tell cases apart.
+        if client.name.lower() in seen:
+            raise InputError(f"--fed_clients {path}: two clients are called {client.name!r}")
+        seen.add(client.name.lower())
+    return clients
+
+
+def _client(path: Path, index: int, entry: object, flags: Sequence[str]) -> ClientSpec:
+    where = f"--fed_clients {path}: client {index + 1}"
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is {type(entry).__name__}, keys and values are expected")
+    name = entry.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(
+            f"{where} has name {name!r}; letters, digits, '.', '_' and '-' are expected"
+        )
+    where = f"--fed_clients {path}: client {name}"
+    for key in entry:
+        if key not in ("name", "data_path", "image_folder") and key not in flags:
+            near = difflib.get_close_matches(
+                str(key), ["name", "data_path", "image_folder", *flags], n=3
+            )
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise InputError(f"{where} has unknown key {key!r}{hint}")
+    if not isinstance(entry.get("data_path"), str):
+        raise InputError(f"{where} has no data_path")
+    data_path = path.parent / entry["data_path"]
+    if not data_path.is_file():
+        raise InputError(f"{where}: data_path {data_path} does not exist")
+    image_folder = entry.get("image_folder")
+    if image_folder is not None:
+        image_folder = path.parent / str(image_folder)
+        if not image_folder.is_dir():
+            raise InputError(f"{where}: image_folder {image_folder} does not exist")
+    overrides = {
+        key: str(value)
+        for key, value in entry.items()
+        if key not in ("name", "data_path", "image_folder")
+    }
+    return ClientSpec(name, str(data_path), image_folder and str(image_folder), overrides)
+
+
+def seed_of(*parts: object) -> int:
+    """A 31-bit seed that depends on all parts, the same on every machine and Python."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def slices(samples: int, rounds: int, seed: int) -> list[list[int]]:
+    """Cut a shard of `samples` into one slice a round: every sample in exactly one (one pass).
+
+    The order is drawn with `seed`; sizes differ by at most one, and are 0 in some rounds when
+    there are fewer samples than rounds.
+    """
+    import random
+
+    order = list(range(samples))
+    random.Random(seed).shuffle(order)
+    bounds = [r * samples // rounds for r in range(rounds + 1)]
+    return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,217 @@
+"""What federated runs achieved, side by side: a table and two pictures.
+
+    python -m fed.report --runs "FedAvg=runs/fedavg" "Fed-CMP=runs/fedcmp" --output runs/report
+
+Writes report.json, report.md, loss.png (held-out loss over rounds) and cosines.png (how much the
+clients' updates agree), and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.atomic import atomic_write, write_text
+from llava.errors import InputError, one_clear_error
+
+# Colours that people with a colour-vision deficiency can tell apart (Okabe and Ito).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+@dataclass
+class Run:
+    """A run's name for people, and its rounds.jsonl."""
+
+    name: str
+    records: list[dict]
+
+    @classmethod
+    def load(cls, name: str, folder: str | Path) -> Run:
+        file = Path(folder) / "rounds.jsonl"
+        try:
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+        except OSError:
+            raise InputError(f"{file}: no such file; {folder} is not a finished run") from None
+        except ValueError as error:
+            raise InputError(f"{file}: not one JSON object a line ({error})") from None
+        if not records:
+            raise InputError(f"{file}: no round is finished")
+        return cls(name, records)
+
+    @property
+    def final(self) -> dict[str, dict]:
+        """The last measures: model → evaluation set → measures."""
+        measured = [record["heldout"] for record in self.records if record["heldout"]]
+        return measured[-1] if measured else {}
+
+
+def rows_of(runs: Sequence[Run]) -> list[dict]:
+    """One row a model: a run's shared model, or each client's where a method keeps them apart."""
+    rows = []
+    for run in runs:
+        for model, sets in run.final.items():
+            name = run.name if model == "global" else f"{model}, {run.name}"
+            rows.append({"model": name, "run": run.name, "personal": model != "global", **sets})
+    return rows
+
+
+def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
+    """Loss and exact names per evaluation set, then both per domain of the first; Markdown."""
+    if not rows:
+        return "No run was measured on held-out data.\n"
+    head = ["model", *(f"{name}: {what}" for name in sets for what in ("loss", "exact"))]
+    body = [
+        [row["model"], *(cell for name in sets for cell in _cells(row.get(name)))] for row in rows
+    ]
+    parts = [_markdown(head, body)]
+    domains = sorted({d for row in rows for d in row.get(sets[0], {}).get("domains", {})})
+    for what, title in (("exact", "Exact names"), ("loss", "Caption loss")):
+        if domains:
+            body = [
+                [row["model"], *(_cell(row[sets[0]]["domains"].get(d), what) for d in domains)]
+                for row in rows
+            ]
+            parts.append(
+                f"{title} per domain, {sets[0]}:\n\n{_markdown(['model', *domains], body)}"
+            )
+    return "\n".join(parts)
+
+
+def _cells(measures: dict | None) -> list[str]:
+    return [_cell(measures, "loss"), _cell(measures, "exact")]
+
+
+def _cell(measures: dict | None, what: str) -> str:
+    if not measures or measures[what] is None:
+        return "–"
+    return f"{measures[what]:.3f}" if what == "loss" else f"{100 * measures[what]:.1f} %"
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = (
+        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
+    )
+    return "\n".join([line(head), rule, *map(line, body)]) + "\n"
+
+
+def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
+    """Held-out loss over rounds: a line per run of several rounds, a dashed level per other one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for run, colour in zip(runs, PALETTE * len(runs), strict=False):
+        measured = [r for r in run.records if r["heldout"]]
+        if "global" not in (measured[-1]["heldout"] if measured else {}):
+            losses = [sets[data]["loss"] for sets in run.final.values()]
+            if losses:
+                axes.axhspan(min(losses), max(losses), color=colour, alpha=0.12, lw=0)
+                axes.text(0.99, (min(losses) + max(losses)) / 2, f"{run.name} (all clients)",
+                          transform=axes.get_yaxis_transform(), ha="right", va="center",
+                          color=colour, fontsize=9)  # fmt: skip
+            continue
+        rounds = [r["round"] for r in measured]
+        losses = [r["heldout"]["global"][data]["loss"] for r in measured]
+        if len(run.records) == 1:
+            axes.axhline(losses[0], color=colour, ls="--", lw=1.5, label=f"{run.name}")
+        else:
+            axes.plot(rounds, losses, color=colour, marker="o", lw=2, label=run.name)
+    axes.set(xlabel="round", ylabel=f"caption loss, {data} (nats a token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def draw_cosines(run: Run, path: Path) -> None:
+    """Cosines between the clients' updates, in the first and in the last round of a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy
+    from matplotlib import pyplot
+
+    shown = [run.records[0]] + ([run.records[-1]] if len(run.records) > 1 else [])
+    size = 1.6 + 0.55 * max(len(r["clients"]) for r in shown)
+    figure, all_axes = pyplot.subplots(
+        1, len(shown), figsize=(size * len(shown) + 0.8, size), layout="constrained", squeeze=False
+    )
+    for axes, record in zip(all_axes[0], shown, strict=True):
+        cosines = numpy.array(
+            [[numpy.nan if c is None else c for c in row] for row in record["cosines"]], dtype=float
+        )
+        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+        names = list(record["clients"])
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(f"{run.name}, round {record['round']}", fontsize=10)
+        for i, row in enumerate(cosines):
+            for j, value in enumerate(row):
+                text = "–" if numpy.isnan(value) else f"{value:.2f}"
+                colour = "white" if abs(value) > 0.6 else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=all_axes, shrink=0.8, label="cosine of the clients' updates")
+    _write(figure, path)
+
+
+def _write(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    pyplot.close(figure)
+
+
+def report(runs: Sequence[Run], output: Path, title: str, note: str = "") -> str:
+    """Write all files of the report into `output`; returns the Markdown."""
+    rows = rows_of(runs)
+    sets = list(
+        dict.fromkeys(k for row in rows for k, value in row.items() if isinstance(value, dict))
+    )
+    text = f"# {title}\n\n" + (f"{note}\n\n" if note else "") + table(rows, sets)
+    write_text(output / "report.json", json.dumps({"title": title, "rows": rows}, indent=1))
+    write_text(output / "report.md", text)
+    if sets:
+        draw_loss(runs, sets[0], output / "loss.png")
+    several = [run for run in runs if len(run.records[0]["clients"]) > 1]
+    shared = [run for run in several if "global" in run.final] or several
+    if shared:
+        draw_cosines(shared[0], output / "cosines.png")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--title", default="Federated pre-training")
+    parser.add_argument("--note", default="", help="a paragraph under the title")
+    args = parser.parse_args(argv)
+    with one_clear_error():
+        runs = []
+        for text in args.runs:
+            name, equals, folder = text.partition("=")
+            if not equals:
+                raise InputError(f"--runs {text}: NAME=FOLDER is expected")
+            runs.append(Run.load(name, folder))
+        print(report(runs, args.output, args.title, args.note))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""`fed.train` end to end, in this process, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fed import state
+from fed.rounds import RoundState
+from fed.train import train
+from llava.errors import InputError
+
+
+def run(flags, output_dir, clients, **changes) -> list[dict]:
+    """One run; the records of its rounds."""
+    changes = {"fed_clients": clients, "output_dir": output_dir, **changes}
+    train(flags(**changes))
+    return [json.loads(line) for line in (output_dir / "rounds.jsonl").read_text().splitlines()]
+
+
+def clients_yaml(path: Path, tiny: Path, *entries: str) -> Path:
+    """clients.yaml of entries such as `{name: a, data_path: a.json}`, with the tiny pictures."""
+    lines = [entry.replace("DIR", str(tiny)) for entry in entries]
+    path.write_text("clients:\n" + "".join(f"  - {line}\n" for line in lines))
+    return path
+
+
+def test_a_run_leaves_a_checkpoint_and_its_record(flags, tiny, tmp_path):
+    out = tmp_path / "run"
+    records = run(
+        flags,
+        out,
+        tiny / "clients.yaml",
+        fed_rounds=3,
+        fed_eval_data_path=[tiny / "heldout.json"],
+        report_to="tensorboard",
+    )
+    assert [record["round"] for record in records] == [1, 2, 3]
+    assert all(record["method"] == "fedavg" for record in records)
+    # One pass: every sample is in exactly one round.
+    assert sum(record["clients"]["a"]["samples"] for record in records) == 12
+    assert sum(record["clients"]["b"]["samples"] for record in records) == 9
+    measures = [record["heldout"]["global"]["heldout"] for record in records]
+    assert measures[-1]["loss"] < measures[0]["loss"]
+    assert set(measures[-1]["domains"]) == {"red", "green", "blue"}
+    assert set(records[0]["seconds"]) == {"training", "aggregation", "evaluation", "other"}
+    assert records[0]["cosines"][0][0] == pytest.approx(1)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llava_llama" and config["mm_projector_type"] == "mlp2x_gelu"
+    assert set(state.load(out / "mm_projector.bin")) == {
+        f"model.mm_projector.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")
+    }
+    assert list(out.glob("runs/*/events.out.tfevents.*"))
+
+
+def test_same_command_same_bits_and_another_seed_others(flags, tiny, tmp_path):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        run(flags, tmp_path / name, tiny / "clients.yaml", fed_rounds=2, seed=seed)
+    a, b, c = ((tmp_path / name / "mm_projector.bin").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_one_client_in_one_round_is_llavas_own_training(flags, tiny, tmp_path):
+    """The same order of samples, so sampled batches of one epoch: equal to the bit."""
+    from fed.clients import seed_of, slices
+    from llava.train.train import train as plain_train
+
+    one = clients_yaml(
+        tmp_path / "one.yaml", tiny, "{name: a, data_path: DIR/a.json, image_folder: DIR/images}"
+    )
+    run(flags, tmp_path / "fed", one)
+    records = json.loads((tiny / "a.json").read_text())
+    (order,) = slices(len(records), 1, seed_of(7, "slices", "a"))
+    (tmp_path / "a.json").write_text(json.dumps([records[i] for i in order]))
+    state.save(initial_projector(flags, tmp_path), tmp_path / "start.bin")
+    plain_train(
+        argv=flags(
+            data_path=tmp_path / "a.json",
+            output_dir=tmp_path / "plain",
+            seed=seed_of(7, "a", 1),
+            pretrain_mm_mlp_adapter=tmp_path / "start.bin",
+        )
+    )
+    a = state.load(tmp_path / "fed" / "mm_projector.bin")
+    b = state.load(tmp_path / "plain" / "mm_projector.bin")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def initial_projector(flags, tmp_path) -> state.State:
+    """What a run with these flags starts from."""
+    from llava.model.checkpoint import projector_state
+    from llava.train.arguments import parse
+    from llava.train.train import load_session
+
+    session = load_session(*parse(flags(output_dir=tmp_path / "unused")))
+    return projector_state(session.model)
+
+
+def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkeypatch):
+    from fed import train as module
+
+    rates: dict[str, list[float]] = {}
+
+    def capture(self, name):
+        return lambda logs: rates.setdefault(name, []).append(logs["learning_rate"])
+
+    monkeypatch.setattr(module._Logger, "of_client", capture)
+    run(flags, tmp_path / "run", tiny / "clients.yaml", fed_rounds=3)
+    spanning, rates = rates["a"], {}
+    assert len(spanning) == 6 and spanning[0] == 1e-2
+    assert all(later < earlier for earlier, later in zip(spanning, spanning[1:], strict=False))
+    run(flags, tmp_path / "round", tiny / "clients.yaml", fed_rounds=3, fed_lr_schedule="round")
+    assert rates["a"][0::2] == [1e-2] * 3
+
+
+def test_local_keeps_clients_apart_and_pool_puts_them_together(flags, tiny, tmp_path):
+    heldout = {"fed_eval_data_path": [tiny / "heldout.json"]}
+    local = run(flags, tmp_path / "l", tiny / "clients.yaml", fed_method="local", **heldout)
+    assert set(local[-1]["heldout"]) == {"a", "b"}
+    a, b = (state.load(tmp_path / "l/clients" / n / "mm_projector.bin") for n in "ab")
+    assert not torch.equal(a["model.mm_projector.0.weight"], b["model.mm_projector.0.weight"])
+    pool = run(flags, tmp_path / "p", tiny / "clients.yaml", fed_pool=True)
+    assert pool[-1]["clients"]["pool"]["samples"] == 21
+
+
+def test_a_part_of_the_clients_each_round(flags, tiny, tmp_path):
+    records = run(
+        flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=6, fed_clients_per_round=1
+    )
+    names = [list(record["clients"]) for record in records]
+    assert all(len(name) == 1 for name in names) and len({n[0] for n in names}) == 2
+
+
+def test_one_sample_and_empty_slices(flags, tiny, tmp_path):
+    records = json.loads((tiny / "a.json").read_text())
+    (tmp_path / "single.json").write_text(json.dumps(records[:1]))
+    clients = clients_yaml(
+        tmp_path / "c.yaml",
+        tiny,
+        "{name: a, data_path: DIR/a.json, image_folder: DIR/images}",
+        f"{{name: single, data_path: {tmp_path}/single.json, image_folder: DIR/images}}",
+    )
+    rounds = run(flags, tmp_path / "x", clients, fed_rounds=3)
+    assert [r["clients"]["single"]["samples"] for r in rounds] == [0, 0, 1]
+    assert rounds[0]["facts"]["clients"] == ["a"]
+
+
+def test_a_client_may_have_its_own_flags(flags, tiny, tmp_path):
+    clients = clients_yaml(
+        tmp_path / "c.yaml",
+        tiny,
+        "{name: a, data_path: DIR/a.json, image_folder: DIR/images, learning_rate: 1e-9}",
+        "{name: b, data_path: DIR/b.json, image_folder: DIR/images,"
+        " per_device_train_batch_size: 3}",
+    )
+    rounds = run(flags, tmp_path / "x", clients, fed_method="local")
+    assert rounds[0]["clients"]["a"]["steps"] == 6 and rounds[0]["clients"]["b"]["steps"] == 3
+    start = initial_projector(flags, tmp_path)
+    moved = [
+        float((state.load(tmp_path / "x/clients" / n / "mm_projector.bin")[k] - start[k]).norm())
+        for n in "ab"
+        for k in ("model.mm_projector.0.weight",)
+    ]
+    assert 0 < moved[0] < 1e-5 < moved[1]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["{name: a, data_path: DIR/a.json, learning_rat: 1}"], "learning_rat.*learning_rate"),
+        (["{name: a, data_path: DIR/a.json, output_dir: x}"], "client a has unknown key 'output_"),
+        (["{name: a, data_path: DIR/none.json}"], "client a: data_path .*none.json does not exist"),
+        (["{name: a, data_path: DIR/a.json, image_folder: DIR/no}"], "image_folder .*no does not"),
+        (["{name: a, data_path: DIR/a.json}", "{name: A, data_path: DIR/b.json}"], "two clients"),
+        (["{name: ../a, data_path: DIR/a.json}"], "name '../a'"),
+        (["{name: a}"], "client a has no data_path"),
+        (["just text"], "client 1 is str"),
+        (["{name: a, data_path: DIR/a.json, learning_rate: fast}"], "client a: .*learning_rate"),
+    ],
+)
+def test_bad_clients(flags, tiny, tmp_path, entries, message):
+    clients = clients_yaml(tmp_path / "c.yaml", tiny, *entries)
+    with pytest.raises(InputError, match=message):
+        run(flags, tmp_path / "x", clients)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("clients: {", "not YAML"), ("[1]", "a list under the key"), ("other: 1", "a list under"),
+     ("clients: []", "a list under"), ("clients: [{name: a}]\nserver: 1", "unknown key 'server'")],
+)  # fmt: skip
+def test_bad_clients_file(flags, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        run(flags, tmp_path / "x", tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fed_method": "fedavgg"}, "fedavgg.*fedavg"),
+        ({"fed_method": "fedcmp", "fed_options": ["tua=1"]}, "tua.*tau"),
+        ({"fed_method": "fedcmp", "fed_options": ["tau=high"]}, "tau: expected a number"),
+        ({"fed_rounds": 13}, "no client has more than 12 samples"),
+        ({"fed_rounds": 0}, "--fed_rounds is 0"),
+        ({"fed_roundz": 3}, "unknown flag --fed_roundz.*--fed_rounds"),
+        ({"fed_driver": "carrier-pigeon"}, "--fed_driver"),
+        ({"fed_clients": None}, "--fed_clients is missing"),
+        ({"tune_mm_mlp_adapter": False}, "--tune_mm_mlp_adapter"),
+        ({"mm_projector_type": "mlp2x"}, "unknown mm_projector_type 'mlp2x'"),
+        ({"version": "plane"}, "plane.*plain"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"vision_tower": "no/such/tower"}, "--vision_tower no/such/tower"),
+    ],
+)
+def test_bad_flags(flags, tiny, tmp_path, changes, message):
+    changes = {"fed_clients": tiny / "clients.yaml", **changes}
+    with pytest.raises(InputError, match=message):
+        train(flags(**changes, output_dir=tmp_path / "x"))
+    assert not (tmp_path / "x" / "rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["model.mm_projector.0.bias"].fill_(torch.nan), "0.bias.*NaN"),
+        (lambda s: s.update({"model.mm_projector.0.bias": torch.zeros(3)}), r"shape \(3,\)"),
+        (lambda s: s.pop("model.mm_projector.2.bias"), "2.bias is missing"),
+        (
+            lambda s: s.update({"model.mm_projector.0.bias": torch.zeros(48, dtype=torch.int8)}),
+            "torch.int8",
+        ),
+    ],
+)
+def test_bad_start(flags, tiny, tmp_path, change, message):
+    start = initial_projector(flags, tmp_path)
+    change(start)
+    state.save(start, tmp_path / "start.bin")
+    with pytest.raises(InputError, match=message):
+        run(
+            flags,
+            tmp_path / "x",
+            tiny / "clients.yaml",
+            pretrain_mm_mlp_adapter=tmp_path / "start.bin",
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "a.json"),
+        ('{"a": 1}', "a list"),
+        ('[{"id": "x7"}]', "x7.*conversations"),
+        (None, "no such file|cannot be read"),
+    ],
+)
+def test_bad_data(flags, tiny, tmp_path, content, message):
+    records = json.loads((tiny / "a.json").read_text())
+    if content is None:
+        records[3]["image"] = "missing.png"
+        content = json.dumps(records)
+    (tmp_path / "a.json").write_text(content)
+    clients = clients_yaml(
+        tmp_path / "c.yaml",
+        tiny,
+        "{name: b, data_path: DIR/b.json, image_folder: DIR/images}",
+        f"{{name: bad, data_path: {tmp_path}/a.json, image_folder: DIR/images}}",
+    )
+    with pytest.raises(InputError, match=f"client bad: .*({message})"):
+        run(flags, tmp_path / "x", clients)
+
+
+def test_truncated_pictures_are_named_or_skipped_and_counted(flags, tiny, tmp_path, capfd):
+    import shutil
+
+    images = tmp_path / "images"
+    shutil.copytree(tiny / "images", images)
+    whole = (images / "a-4.png").read_bytes()
+    (images / "a-4.png").write_bytes(whole[: len(whole) // 2])
+    clients = clients_yaml(
+        tmp_path / "c.yaml", tiny, f"{{name: a, data_path: DIR/a.json, image_folder: {images}}}"
+    )
+    with pytest.raises(InputError, match=r"client a: .*a-4.*a-4\.png"):
+        run(flags, tmp_path / "x", clients)
+    records = run(flags, tmp_path / "y", clients, skip_bad_images=True)
+    assert records[0]["clients"]["a"]["samples"] == 11
+    assert "11 samples, 1 skipped for a bad picture" in capfd.readouterr().out
+
+
+def test_captions_longer_than_the_model_takes(flags, tiny, tmp_path, capfd):
+    clients = tiny / "clients.yaml"
+    with pytest.raises(InputError, match="client a: .*a-0"):
+        run(flags, tmp_path / "x", clients, model_max_length=3)  # a picture has 4 tokens
+    run(flags, tmp_path / "y", clients, model_max_length=6)  # and bos, and a word
+    assert "client a: 12 samples, 12 longer than --model_max_length" in capfd.readouterr().out
+
+
+def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path):
+    run(flags, tmp_path / "x", tiny / "clients.yaml")
+    before = (tmp_path / "x" / "mm_projector.bin").read_bytes()
+    with pytest.raises(InputError, match="learning_rate = '0.01', now it is '0.001'"):
+        run(flags, tmp_path / "x", tiny / "clients.yaml", learning_rate=1e-3)
+    run(flags, tmp_path / "x", tiny / "clients.yaml")  # finished: nothing to do, nothing changed
+    assert (tmp_path / "x" / "mm_projector.bin").read_bytes() == before
+
+
+def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
+    flags, tiny, tmp_path, monkeypatch
+):
+    from fed.drivers.resident import ResidentDriver
+
+    fit = ResidentDriver.fit
+
+    def diverge(self, client, sent, round, **kwargs):
+        update = fit(self, client, sent, round, **kwargs)
+        if client.name == "b" and round == 2:
+            update.state["model.mm_projector.2.bias"][0] = torch.inf
+        return update
+
+    monkeypatch.setattr(ResidentDriver, "fit", diverge)
+    with pytest.raises(InputError, match="client b: .*2.bias .*NaN|infinit"):
+        run(flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=3)
+    assert RoundState.load(tmp_path / "x/fed/state.safetensors").round == 1
+    monkeypatch.setattr(ResidentDriver, "fit", fit)
+    run(flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=3)
+    run(flags, tmp_path / "y", tiny / "clients.yaml", fed_rounds=3)
+    names = ("x", "y")
+    x, y = ((tmp_path / name / "mm_projector.bin").read_bytes() for name in names)
+    assert x == y
