@@ -1,0 +1,276 @@
+"""Train the playground's frozen parts: a small CLIP vision tower and a small Llama.
+
+    python scripts/playground/unpack_data.py
+    python scripts/playground/train_backbones.py --steps 4500 | tee playground/backbones/train.log
+
+Tower, projector (mlp2x_gelu) and language model learn together to name all pictures but the
+`unseen` ones and to answer simple questions about them; the projector is then thrown away. The
+text-only rows also use the names of the unseen concepts: the language model knows the words.
+Writes playground/backbones/{vision_tower,llm} in float16, with the key names that every version of
+transformers reads. Two CPU cores, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import string
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+from captioner import (
+    BACKBONES,
+    MEAN,
+    STD,
+    SYSTEM,
+    Row,
+    caption_row,
+    chat_row,
+    features,
+    losses,
+    name_of,
+    new_projector,
+    pictures,
+    records,
+)
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+VOCABULARY = 2560
+CAPTIONS, CHATS, TEXTS = 40, 12, 8  # rows of a step: `plain`, `v1` with a picture, text only
+NAME_QUESTIONS = (
+    "What is this?",
+    "What is in the picture?",
+    "What does this picture show?",
+    "Describe the picture.",
+)
+KIND_QUESTION = "What kind of thing is this?"
+KINDS = {
+    "smileys": "a smiley or an emotion",
+    "people": "a person or a part of the body",
+    "animals": "an animal or a plant",
+    "food": "food or drink",
+    "travel": "a place or a vehicle",
+    "activities": "an activity",
+    "objects": "an object",
+    "symbols": "a symbol",
+}
+
+
+def write_tokenizer(folder: Path, names: list[str]) -> None:
+    """Train a SentencePiece BPE on the names and the prompts; save it as a LlamaTokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = [*NAME_QUESTIONS, KIND_QUESTION, "What kind of thing is called", "Does it show"]
+    prompts = [f"{SYSTEM} USER: {q} ASSISTANT: yes no" for q in questions]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(names * 3 + (prompts + list(KINDS.values())) * 10),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,  # anything else is spelt in bytes, "\n" always
+        normalization_rule_name="identity",  # keeps "\n"
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        special
+        | {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "legacy": False,
+            "model_max_length": 2048,
+            "padding_side": "right",
+        },
+    )
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def new_models() -> tuple[CLIPVisionModel, LlamaForCausalLM]:
+    tower = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=5,  # LLaVA reads the last layer but one, so four of these learn
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=16,
+        projection_dim=192,
+        hidden_act="gelu",
+    )
+    llm = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return CLIPVisionModel(tower), LlamaForCausalLM(llm)
+
+
+def save(tower: CLIPVisionModel, llm: LlamaForCausalLM) -> None:
+    """Write both folders; weights as float16 under their classic names."""
+    for model, name in ((tower, "vision_tower"), (llm, "llm")):
+        folder = BACKBONES / name
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+        if model is tower:  # transformers 5 holds them without the prefix that it had on disk
+            weights = {
+                f"vision_model.{k.removeprefix('vision_model.')}": weights[k] for k in weights
+            }
+            weights.pop("vision_model.embeddings.position_ids", None)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+        # both spellings of the type, for transformers 4 and 5
+        write_json(folder / "config.json", config | {"dtype": "float16", "torch_dtype": "float16"})
+    write_json(
+        BACKBONES / "llm/generation_config.json",
+        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    )
+    write_json(
+        BACKBONES / "vision_tower/preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": 64},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": 64, "width": 64},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": MEAN,
+            "image_std": STD,
+        },
+    )
+
+
+def augment(images: torch.Tensor) -> torch.Tensor:
+    """Shift by up to 4 px, change brightness and contrast by up to 15 %; no flip: it renames."""
+    count, shift = len(images), 4
+    padded = torch.nn.functional.pad(images, [shift] * 4, value=255)
+    moves = torch.randint(0, 2 * shift + 1, (count, 2)).tolist()
+    moved = [p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(padded, moves, strict=True)]
+    gain, offset = 0.85 + 0.3 * torch.rand(2, count, 1, 1, 1)
+    return ((torch.stack(moved) - 128) * gain + 128 * offset).clamp(0, 255)
+
+
+def picture_chat(tokenizer: PreTrainedTokenizerBase, record: dict, names: list[str]) -> Row:
+    """A question about a picture: its name (half), its kind, or whether it shows something."""
+    name, dice = name_of(record), random.random()
+    if dice < 0.5:
+        return chat_row(tokenizer, random.choice(NAME_QUESTIONS), name)
+    if dice < 0.75:
+        return chat_row(tokenizer, KIND_QUESTION, KINDS[record["topic"]])
+    other = random.choice([name, random.choice(names)])
+    return chat_row(tokenizer, f"Does it show {other}?", "yes" if other == name else "no")
+
+
+def text_row(tokenizer: PreTrainedTokenizerBase, record: dict) -> Row:
+    """A name alone, or the question what kind of thing it names."""
+    if random.random() < 0.5:
+        return caption_row(tokenizer, name_of(record), image=0)
+    question = f"What kind of thing is called {name_of(record)}?"
+    return chat_row(tokenizer, question, KINDS[record["topic"]], image=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    torch.set_num_threads(2)
+
+    styles = [f"clients/style/{s}" for s in ("google", "twitter", "openmoji", "fluent")]
+    seen = records(*styles, "heldout_dev", "heldout_test")
+    unseen = records("unseen")
+    by_name = {name_of(r): r for r in seen + unseen}
+    names, concepts = sorted(by_name), [by_name[n] for n in sorted(by_name)]
+    write_tokenizer(BACKBONES / "llm", names)
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONES / "llm")
+    images = pictures(seen)
+    tower, llm = new_models()
+    projector = new_projector(tower.config.hidden_size, llm.config.hidden_size)
+    parameters = [p for m in (tower, llm, projector) for p in m.parameters()]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    warmup = min(200, args.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min(
+            (s + 1) / warmup,
+            0.5 + 0.5 * math.cos(math.pi * max(0, s - warmup) / (args.steps - warmup)),
+        ),
+    )
+    size = [sum(p.numel() for p in m.parameters()) for m in (tower, llm, projector)]
+    print(f"torch {torch.__version__}, {vars(args)}, {len(seen)} pictures, {len(names)} names")
+    print(f"parameters: tower {size[0]:,}, language model {size[1]:,}, projector {size[2]:,}")
+
+    order, start, running = [], time.time(), []
+    for step in range(1, args.steps + 1):
+        if len(order) < CAPTIONS + CHATS:
+            order = torch.randperm(len(seen)).tolist()
+        chosen, order = order[: CAPTIONS + CHATS], order[CAPTIONS + CHATS :]
+        tokens = projector(features(tower, augment(images[chosen].float())))
+        plain = [caption_row(tokenizer, name_of(seen[i])) for i in chosen[:CAPTIONS]]
+        chats = [picture_chat(tokenizer, seen[i], names) for i in chosen[CAPTIONS:]]
+        texts = [text_row(tokenizer, r) for r in random.choices(concepts, k=TEXTS)]
+        plain_losses, exact = losses(llm, plain, tokens[:CAPTIONS])
+        chat_losses, chat_exact = losses(llm, chats, tokens[CAPTIONS:])
+        text_losses, _ = losses(llm, texts, None)
+        loss = torch.cat([plain_losses, chat_losses, text_losses]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        measures = [plain_losses.mean(), exact.float().mean(), chat_losses.mean()]
+        running.append(
+            torch.stack([*measures, chat_exact.float().mean(), text_losses.mean()]).detach()
+        )
+        if step % 50 == 0:
+            m = torch.stack(running).mean(0).tolist()
+            running.clear()
+            print(
+                f"step {step:5}  caption loss {m[0]:.3f} exact {m[1]:.3f}  chat loss {m[2]:.3f} "
+                f"exact {m[3]:.3f}  text loss {m[4]:.3f}  {time.time() - start:.0f} s",
+                flush=True,
+            )
+        if step % 500 == 0 or step == args.steps:
+            save(tower, llm)
+
+
+if __name__ == "__main__":
+    main()

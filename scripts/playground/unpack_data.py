@@ -1,0 +1,52 @@
+"""Unpack playground/data/emoji.tar.xz into playground/data/emoji (ignored by git).
+
+    python scripts/playground/unpack_data.py
+
+Does nothing when that archive is unpacked already. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHIVE = ROOT / "playground/data/emoji.tar.xz"
+TARGET = ROOT / "playground/data/emoji"
+
+
+def unpack(archive: Path = ARCHIVE, target: Path = TARGET) -> bool:
+    """Make `target` hold what `archive` holds; True if that took any work.
+
+    A file `.sha256` in the folder says which archive it came from.
+    """
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+
+    def is_done() -> bool:
+        mark = target / ".sha256"
+        return mark.exists() and mark.read_text() == digest
+
+    if is_done():
+        return False
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as folder:
+        fresh, old = Path(folder, "new"), Path(folder, "old")
+        with tarfile.open(archive) as tar:
+            tar.extractall(fresh, filter="data")  # refuses links and paths that lead outside
+        (fresh / ".sha256").write_text(digest)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(fresh, target)
+        except OSError:
+            if not is_done():  # else another process was faster
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+if __name__ == "__main__":
+    print(f"{TARGET}: {'unpacked' if unpack() else 'already there'}")

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set everything up and run the tests: bash scripts/test.sh [pytest options]
+set -euo pipefail
+EXTRAS=dev
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+"$PYTHON" scripts/playground/unpack_data.py
+echo "== lint"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+echo "== tests"
+exec "$PYTHON" -m pytest "$@"
