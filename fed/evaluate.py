@@ -21,7 +21,7 @@ class EvaluationSet:
     domains: Sequence[str] | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 keeps tensors that it gathers here for training
 def evaluate(
     forward: Callable[..., object],
     data: EvaluationSet,

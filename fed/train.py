@@ -87,9 +87,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     ]
     clients = _clients(specs, client_args, datasets, fed_args)
 
-    collator = DataCollatorForSupervisedDataset(
-        session.tokenizer, getattr(data_args, "image_tokens", 1)
-    )
+    collator = DataCollatorForSupervisedDataset(session.tokenizer, data_args.image_tokens)
     driver = ResidentDriver(session, collator, fed_args.fed_lr_schedule)
     logger = _Logger(training_args)
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the place of `path` once it is whole and on the disk.
 
     The parent folder is made when missing. If the block raises, or the process is killed, `path`
@@ -23,7 +23,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

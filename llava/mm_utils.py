@@ -70,6 +70,14 @@ def expand2square(image: Image.Image, background_color: Any) -> Image.Image:
     return square
 
 
+def check_aspect_ratio(aspect_ratio: str | None) -> None:
+    """`InputError` for the tiled kinds ("anyres…")."""
+    if aspect_ratio and aspect_ratio.startswith("anyres"):
+        raise InputError(
+            f"image_aspect_ratio {aspect_ratio!r} is not supported yet, use 'pad' or 'square'"
+        )
+
+
 def image_pixels(
     image: Image.Image, image_processor: Any, aspect_ratio: str | None
 ) -> torch.Tensor:
@@ -78,10 +86,7 @@ def image_pixels(
     `aspect_ratio` "pad" first squares it with the processor's mean colour; "anyres" is refused;
     anything else leaves it to the processor, which cuts out the centre.
     """
-    if aspect_ratio and aspect_ratio.startswith("anyres"):
-        raise InputError(
-            f"image_aspect_ratio {aspect_ratio!r} is not supported yet; use 'pad' or 'square'"
-        )
+    check_aspect_ratio(aspect_ratio)
     if aspect_ratio == "pad":
         image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
     return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]

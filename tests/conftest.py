@@ -41,7 +41,7 @@ def make_llm(folder: Path, hidden_size: int = 48) -> None:
     folder.mkdir(parents=True)
     shutil.copy(GOLDEN / "toy_tokenizer.model", folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "unk_token": "<unk>"})
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True})
     )
     config = LlamaConfig(
         vocab_size=1200,

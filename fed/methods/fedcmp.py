@@ -120,7 +120,7 @@ def agreement(c: Tensor, p: float, mean: Tensor) -> Tensor:
 
 
 def reliability(agreed: Tensor, p: float, tau: float) -> Tensor:
-    """rho~_ki of one client, (r,): its weight per direction, not yet divided by the clients' sum."""
+    """rho~_ki of one client, (r,): rho_ki before it is divided by the sum over clients."""
     return p * ((agreed - 1) / tau).exp()
 
 

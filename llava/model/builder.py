@@ -93,12 +93,19 @@ def from_pretrained(path: str, config, **kwargs):
     Raises:
         InputError: the files do not load, or lack a tensor of the language model.
     """
+    from transformers.utils import logging
+
+    # A projector that is not there yet is no news; what else is missing is an error below.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         model, found = model_class(config).from_pretrained(
             path, config=config, output_loading_info=True, **kwargs
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights do not load ({error})") from None
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(found["missing_keys"])
     if lost := [name for name in missing if "mm_projector" not in name]:
         raise InputError(f"{path}: {len(lost)} tensors are missing from the weights, as {lost[0]}")

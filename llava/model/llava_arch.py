@@ -150,7 +150,7 @@ class LlavaMixin:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
                 inputs_embeds = inputs_embeds + sum(0 * p.sum() for p in projector.parameters())
                 input_ids = None
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -160,6 +160,10 @@ class LlavaMixin:
             use_cache=use_cache,
             **kwargs,
         )
+        if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
+            # Nothing to learn from (all answers cut): the mean over no token would be NaN.
+            outputs.loss = 0 * outputs.logits.sum()
+        return outputs
 
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, **kwargs):

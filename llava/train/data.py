@@ -19,7 +19,7 @@ from tqdm import tqdm
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Segment, get_template
 from llava.errors import InputError
-from llava.mm_utils import image_pixels, open_image, stack_same
+from llava.mm_utils import check_aspect_ratio, image_pixels, open_image, stack_same
 from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def load_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     except ValueError as error:
         raise InputError(f"data file {path} is not JSON: {error}") from error
     check_records(records, str(path))
+    if not records:
+        raise InputError(f"data file {path} holds no records")
     return records
 
 
@@ -102,6 +104,7 @@ class LazySupervisedDataset(Dataset):
         self.data_args = data_args
         self.feature_cache = feature_cache
         self.template = get_template(data_args.version)
+        check_aspect_ratio(data_args.image_aspect_ratio)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -192,7 +195,7 @@ class LazySupervisedDataset(Dataset):
             broken.add(path)
         kept = [i for i in range(len(self)) if self.picture(i) not in broken]
         skipped = len(self) - len(kept)
-        if not kept:
+        if skipped and not kept:
             raise InputError(f"{self.source}: no record is left, none of its pictures can be read")
         self.records = [self.records[i] for i in kept]
         return CheckReport(len(kept), sum(is_cut[i] for i in kept), skipped)
@@ -200,18 +203,19 @@ class LazySupervisedDataset(Dataset):
     def _is_cut(self, index: int) -> bool:
         """Whether the record's text is longer than the model takes."""
         segments = self._segments(index)
+        has_picture = self.picture(index) is not None
         limit, image_tokens = self.tokenizer.model_max_length, self.data_args.image_tokens
         # A token is at least a byte of text, but for <s> and the space before the first word:
         # most records are seen to fit without being tokenised.
         at_most = 2 + sum(len(text.encode()) for text, _ in segments)
-        if at_most + image_tokens * (self.picture(index) is not None) <= limit:
+        if at_most + image_tokens * has_picture <= limit:
             return False
         ids, labels = tokenize(segments, self.tokenizer)
         try:
             fitted, _ = fit(ids, labels, image_tokens, limit)
         except InputError as error:
             raise InputError(f"{self.name(index)}: {error}") from None
-        return len(fitted) < len(ids) + (image_tokens - 1) * (self.picture(index) is not None)
+        return len(fitted) < len(ids) + (image_tokens - 1) * has_picture
 
 
 def _broken(paths: Sequence[str]) -> Iterator[tuple[str, InputError]]:
@@ -273,11 +277,13 @@ def make_supervised_data_module(
 
     `eval_dataset` is None unless `data_args.eval_data_path` is set.
     """
-    evaluation = data_args.eval_data_path
+    if not data_args.data_path:
+        raise InputError("--data_path is missing: a JSON file of LLaVA records to train on")
+    evaluation = None
+    if data_args.eval_data_path:
+        evaluation = LazySupervisedDataset(data_args.eval_data_path, tokenizer, data_args)
     return {
         "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args),
-        "eval_dataset": LazySupervisedDataset(evaluation, tokenizer, data_args)
-        if evaluation
-        else None,
+        "eval_dataset": evaluation,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer, data_args.image_tokens),
     }

@@ -61,6 +61,8 @@ def load_session(
     model.config.use_cache = False
     tokenizer = _training_tokenizer(model_args, training_args, model)
     data_args.version = model_args.version
+    data_args.image_tokens = 1
+    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
 
     feature_cache = None
     if model_args.vision_tower:
@@ -145,7 +147,6 @@ def _attach_vision(model, tokenizer, model_args, data_args, training_args) -> Fe
     data_args.image_processor = tower.image_processor
     data_args.image_tokens = projector.num_tokens(tower.num_patches)
     data_args.is_multimodal = True
-    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
     return make_feature_cache(tower, data_args)
 
 
@@ -171,17 +172,18 @@ def prepare(
     In a run of several processes only a cache on disk is filled, each process its share.
     """
     dataset.feature_cache = cache
+    rank = torch.distributed.get_rank() if world_size > 1 else 0
+    if cache is not None and (world_size == 1 or cache.directory is not None):
+        # What cannot be read is left out here, and named or skipped by the check.
+        cache.prefetch(dataset.pictures()[rank::world_size], progress=sys.stderr.isatty())
     report = dataset.check()
     notes = ""
     if report.truncated:
         notes += f", {report.truncated} longer than --model_max_length: their text is cut"
     if report.skipped:
         notes += f", {report.skipped} skipped for a bad picture"
-    rank = torch.distributed.get_rank() if world_size > 1 else 0
     if rank == 0:
         print(f"{title}: {report.samples} samples{notes}", flush=True)
-    if cache is not None and (world_size == 1 or cache.directory is not None):
-        cache.prefetch(dataset.pictures()[rank::world_size], progress=sys.stderr.isatty())
 
 
 def _choose_trainable(model, model_args, training_args) -> None:

@@ -193,6 +193,7 @@ def test_files_that_are_no_data_are_refused(tmp_path):
     for content, reason in (
         ('{"a": 1}', "expected a list of records, found dict"),
         ("[1, ", "is not JSON"),
+        ("[]", "holds no records"),
         (b"\xff\xfe\x00", "is not JSON"),
         ("[[]]", "record 0 is not an object"),
         (json.dumps([RED, {"id": "x7", "image": "y.png"}]), r"record 1 \(id 'x7'\).*conversations"),
@@ -267,6 +268,15 @@ def test_the_data_module(tmp_path, tokenizer, data_args):
     assert module["data_collator"].image_tokens == 4
     data_args.eval_data_path = None
     assert make_supervised_data_module(tokenizer, data_args)["eval_dataset"] is None
+    data_args.data_path = None
+    with pytest.raises(InputError, match="--data_path is missing"):
+        make_supervised_data_module(tokenizer, data_args)
+
+
+def test_tiles_are_refused_at_once(tokenizer, data_args):
+    data_args.image_aspect_ratio = "anyres"
+    with pytest.raises(InputError, match="'anyres' is not supported yet"):
+        LazySupervisedDataset([RED], tokenizer, data_args)
 
 
 # -- the check before training ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -54,9 +55,10 @@ class CLIPVisionTower(nn.Module):
 
         # The Pillow backend gives upstream's pixels to the bit; torchvision's does not.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
-        self.vision_tower = CLIPVisionModel.from_pretrained(
-            self.vision_tower_name, device_map=device_map, dtype=torch.float32
-        )
+        with _whole_on_every_rank():
+            self.vision_tower = CLIPVisionModel.from_pretrained(
+                self.vision_tower_name, device_map=device_map, dtype=torch.float32
+            )
         self.requires_grad_(False).eval()
         self.is_loaded = True
 
@@ -106,6 +108,19 @@ class CLIPVisionTower(nn.Module):
     @property
     def dummy_feature(self) -> torch.Tensor:
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+
+@contextlib.contextmanager
+def _whole_on_every_rank():
+    """ZeRO-3 would cut the tower into shards, but it is no part of the model that gathers them."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def build_vision_tower(config, delay_load: bool = False) -> CLIPVisionTower:

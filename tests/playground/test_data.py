@@ -1,0 +1,148 @@
+"""The playground's archive: it unpacks, its split keeps its promises, its pictures open."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+STYLES = ("google", "twitter", "openmoji", "fluent")
+
+
+def script(name: str):
+    """A file of scripts/playground as a module."""
+    path = ROOT / f"scripts/playground/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("playground") / "emoji"
+    assert script("unpack_data").unpack(target=folder)
+    return folder
+
+
+def records(data: Path, pattern: str) -> list[dict]:
+    return [r for path in sorted(data.glob(pattern)) for r in json.loads(path.read_text())]
+
+
+def images(rows: list[dict]) -> set[str]:
+    found = {r["image"] for r in rows}
+    assert len(found) == len(rows), "a picture is listed twice"
+    return found
+
+
+def test_every_picture_is_private_or_held_out_or_unseen(data):
+    private = images(records(data, "clients/topic/*.json"))
+    held = images(records(data, "heldout_*.json"))
+    unseen = images(records(data, "unseen.json"))
+    on_disk = {p.relative_to(data / "images").as_posix() for p in data.glob("images/*/*.webp")}
+    assert (len(private), len(held), len(unseen)) == (4362, 1454, 304)
+    assert not (private & held or private & unseen or held & unseen)
+    assert private | held | unseen == on_disk
+    assert images(records(data, "clients/style/*.json")) == private
+
+
+def test_split_goes_by_concept_and_style(data):
+    def concept(record):
+        return Path(record["image"]).stem
+
+    private = Counter(concept(r) for r in records(data, "clients/topic/*.json"))
+    held = Counter(concept(r) for r in records(data, "heldout_*.json"))
+    unseen = Counter(concept(r) for r in records(data, "unseen.json"))
+    assert set(private) == set(held) and set(private.values()) == {3} and set(held.values()) == {1}
+    assert not set(unseen) & set(private) and set(unseen.values()) == {4}
+    dev, test = (records(data, f"heldout_{part}.json") for part in ("dev", "test"))
+    assert abs(len(dev) - len(test)) <= 8 * 4
+    assert {r["style"] for r in dev} == {r["style"] for r in test} == set(STYLES)
+
+
+def test_records_are_llava_records(data):
+    names = {}
+    for row in records(data, "clients/*/*.json") + records(data, "*.json"):
+        human, gpt = row["conversations"]
+        assert human == {"from": "human", "value": "<image>\nWhat is this?"}
+        assert gpt["from"] == "gpt" and 1 <= len(gpt["value"].split()) <= 6
+        assert gpt["value"] == gpt["value"].lower().strip() and gpt["value"].isascii()
+        assert row["image"].split("/")[0] == row["style"]
+        code = Path(row["image"]).stem
+        assert names.setdefault(gpt["value"], code) == code, "two concepts share a name"
+    assert len(names) == 1530
+
+
+def test_every_picture_opens(data):
+    for path in data.glob("images/*/*.webp"):
+        with Image.open(path) as picture:
+            picture.load()
+            assert (picture.size, picture.mode) == ((64, 64), "RGB"), path
+
+
+@pytest.mark.parametrize(("scenario", "count"), [("topic", 8), ("style", 4)])
+def test_scenario_names_every_client_file(data, scenario, count):
+    clients = yaml.safe_load((ROOT / f"playground/fed/{scenario}.yaml").read_text())["clients"]
+    assert len({c["name"] for c in clients}) == len(clients) == count
+    for client in clients:
+        assert client["image_folder"] == "../data/emoji/images"
+        inside = client["data_path"].removeprefix("../data/emoji/")
+        rows = records(data, inside)
+        assert rows and {r[scenario] for r in rows} == {client["name"]}
+
+
+def test_unpack_is_idempotent_and_replaces_another_version(data, tmp_path):
+    unpack = script("unpack_data").unpack
+    archive, target = tmp_path / "a.tar.xz", tmp_path / "out"
+    build = script("build_data")
+    build.pack({"one.json": b"[]"}, archive)
+    assert unpack(archive, target) and not unpack(archive, target)
+    build.pack({"two.json": b"[]"}, archive)
+    assert unpack(archive, target)
+    assert {p.name for p in target.iterdir()} == {"two.json", ".sha256"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.tar.xz", "out"}
+
+
+def test_unpack_refuses_paths_that_lead_outside(tmp_path):
+    archive = tmp_path / "bad.tar.xz"
+    with tarfile.open(archive, "w:xz") as tar:
+        member = tarfile.TarInfo("../outside.txt")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(tarfile.FilterError):
+        script("unpack_data").unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "out").exists()
+
+
+def test_building_is_deterministic(tmp_path):
+    build = script("build_data")
+    concepts = [
+        {"code": f"{n:x}", "name": f"thing {n}", "topic": topic}
+        for n, topic in enumerate(list(build.TOPICS.values()) * 20)
+    ]
+    assert build.split(concepts) == build.split(concepts)
+    files = {"b.json": b"[1]", "a.json": b"[2]"}
+    build.pack(files, tmp_path / "x")
+    build.pack(dict(reversed(files.items())), tmp_path / "y")
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("cldr", "plain"),
+    [
+        ("woman: red hair", "woman with red hair"),
+        ("man: bald", "bald man"),
+        ("keycap: 10", "keycap 10"),
+        ("japanese “bargain” button", "japanese bargain button"),
+        ("woman’s hat", "woman's hat"),
+        ("piñata", "pinata"),
+    ],
+)
+def test_names_become_plain_words(cldr, plain):
+    assert script("build_data").plain_name(cldr) == plain

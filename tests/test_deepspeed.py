@@ -1,0 +1,116 @@
+"""ZeRO-2 and ZeRO-3 on two gloo ranks give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fed import state
+from fed.train import train as fed_train
+from llava.train.train import train as llava_train
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[1]
+
+# What each rank runs: one job after the other. The shared-memory op only makes gloo faster, and
+# would be compiled for minutes on a fresh machine.
+RANK = """
+import json, sys
+import deepspeed.comm.torch
+deepspeed.comm.torch.build_shm_op = lambda: None
+import fed.train, llava.train.train
+for entry, argv in json.loads(sys.argv[1]):
+    {"fed": fed.train, "llava": llava.train.train}[entry].train(argv=argv)
+"""
+
+
+def on_two_ranks(jobs: list[tuple[str, list[str]]]) -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, json.dumps(jobs)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(o[-3000:] for o in outputs)
+    return outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
+    llava_train(argv=flags(data_path=tiny / "b.json", max_steps=1, output_dir=tmp_path / "start"))
+    common = {"pretrain_mm_mlp_adapter": tmp_path / "start" / "mm_projector.bin"}
+    plain = {**common, "data_path": tiny / "a.json"}
+    # Even slices, or the ranks' last batch would be filled up with samples of the first.
+    even = json.loads((tiny / "b.json").read_text())[:8]
+    (tmp_path / "even.json").write_text(json.dumps(even))
+    (tmp_path / "clients.yaml").write_text(
+        f"clients:\n  - {{name: a, data_path: {tiny}/a.json}}\n  - {{name: b, data_path: even.json}}\n"
+    )
+    federated = {
+        **common,
+        "fed_clients": tmp_path / "clients.yaml",
+        "fed_rounds": 2,
+        "fed_method": "fedcmp",
+        "fed_eval_data_path": [tiny / "heldout.json"],
+    }
+    # Two ranks of one sample a step are one process that accumulates two.
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    llava_train(argv=flags(**plain, **one, output_dir=tmp_path / "plain-1"))
+    fed_train(flags(**federated, **one, output_dir=tmp_path / "fed-1"))
+
+    two = {
+        "per_device_train_batch_size": 1,
+        "deepspeed": ROOT / "scripts" / f"zero{stage}.json",
+        "use_cpu": True,
+    }
+    steps = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    on_two_ranks(
+        [
+            ("llava", flags(**plain, **two, **steps, output_dir=tmp_path / "plain-2")),
+            ("fed", flags(**federated, **two, output_dir=tmp_path / "fed-2")),
+        ]
+    )
+    for name in ("plain", "fed"):
+        a, b = (state.load(tmp_path / f"{name}-{n}" / "mm_projector.bin") for n in (1, 2))
+        start = state.load(common["pretrain_mm_mlp_adapter"])
+        for key in a:
+            assert (a[key] - b[key]).abs().max() < 1e-5, (name, key)
+            assert (a[key] - start[key]).abs().max() > 1e-3, (name, key)
+
+    # The frozen language model (230 thousand parameters) is in no checkpoint.
+    checkpoints = list((tmp_path / "plain-2").glob("checkpoint-*"))
+    assert [c.name for c in checkpoints] == ["checkpoint-6"]
+    size = sum(f.stat().st_size for f in checkpoints[0].rglob("*") if f.is_file())
+    assert size < 400_000
+
+    heldout = [
+        json.loads((tmp_path / f"fed-{n}" / "rounds.jsonl").read_text().splitlines()[-1])["heldout"]
+        for n in (1, 2)
+    ]
+    assert heldout[0]["global"]["heldout"]["loss"] == pytest.approx(
+        heldout[1]["global"]["heldout"]["loss"], abs=1e-4
+    )
