@@ -63,7 +63,7 @@ def draw(
     path: Path,
     columns: int = 4,
 ) -> None:
-    """The grid as a PNG: under each picture its name, then a line per model, right ones in green."""
+    """The grid as a PNG: under each picture its name, then a line per model, green if right."""
     import textwrap
 
     import matplotlib
@@ -92,12 +92,12 @@ def draw(
                   fontsize=10, weight="bold", transform=axis.transAxes)  # fmt: skip
         for model, answers in zip(models, said, strict=True):
             y -= step
-            right = answers[i] == truth
+            colour = "#007a4d" if answers[i] == truth else "#b03a00"
             answer = textwrap.shorten(answers[i] or "(nothing)", 30, placeholder="…")
             axis.text(0.47, y, model, ha="right", va="top", fontsize=8, color="0.45",
                       transform=axis.transAxes)  # fmt: skip
             axis.text(0.5, y, answer, ha="left", va="top", fontsize=8.5,
-                      color="#007a4d" if right else "#b03a00", transform=axis.transAxes)  # fmt: skip
+                      color=colour, transform=axis.transAxes)  # fmt: skip
     with atomic_write(path) as file:
         figure.savefig(file, dpi=130, format="png")
     pyplot.close(figure)

@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not equals:
                 raise InputError(f"--runs {text}: NAME=FOLDER is expected")
             runs.append(Run.load(name, folder))
-        print(report(runs, args.output, args.title, args.note))
+        print(report(runs, args.output, args.title, args.note), end="")
 
 
 if __name__ == "__main__":

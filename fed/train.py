@@ -214,7 +214,9 @@ def _clients(specs, client_args, datasets, fed_args: FedArguments) -> list[Clien
         records = [
             {**record, "image": os.path.abspath(picture)} if picture else record
             for dataset in datasets
-            for record, picture in zip(dataset.records, map(dataset.picture, range(len(dataset))))
+            for record, picture in zip(
+                dataset.records, map(dataset.picture, range(len(dataset))), strict=True
+            )
         ]
         pooled = copy.copy(datasets[0])
         pooled.records = records
@@ -257,7 +259,7 @@ def _settings(specs, datasets, model_args, training_args, fed_args, options) -> 
 
 
 def _save(final: RoundState, session: Session, output_dir: Path) -> None:
-    """Projector-only checkpoints: one for all, or one a client where the method keeps them apart."""
+    """Projector-only checkpoints: one for all, or one a client if the method keeps them apart."""
     session.model.config.use_cache = True
     places = {output_dir: final.shared}
     if final.personal:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """Bad input. The message names the file, flag, sample or tensor, what was found and expected."""
+    """Bad input. The message names the file, flag, sample or tensor, what is there and should be."""
 
 
 @contextlib.contextmanager
 def one_clear_error() -> Iterator[None]:
-    """For entry points: an `InputError` becomes one line on stderr and exit code 2, not a traceback."""
+    """For entry points: an `InputError` becomes one line on stderr and exit code 2."""
     try:
         yield
     except InputError as error:

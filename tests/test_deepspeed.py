@@ -68,7 +68,8 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
     even = json.loads((tiny / "b.json").read_text())[:8]
     (tmp_path / "even.json").write_text(json.dumps(even))
     (tmp_path / "clients.yaml").write_text(
-        f"clients:\n  - {{name: a, data_path: {tiny}/a.json}}\n  - {{name: b, data_path: even.json}}\n"
+        f"clients:\n  - {{name: a, data_path: {tiny}/a.json}}\n"
+        "  - {name: b, data_path: even.json}\n"
     )
     federated = {
         **common,

@@ -29,7 +29,7 @@ from llava.train.train import Session, make_trainer
 
 @dataclass
 class Client:
-    """A client on this machine: its name, arguments, data, and the slice of it that a round sees."""
+    """A client on this machine: name, arguments, data, and which slice of it a round sees."""
 
     name: str
     args: TrainingArguments

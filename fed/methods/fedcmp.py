@@ -54,6 +54,7 @@ from fed.state import State, StateError
 from llava.errors import InputError
 
 MIN_TAU = 0.01  # exp(-2 / tau) must stay a float64
+NOISE = 1e-6  # a row so much shorter than another is the rounding of float32
 
 
 @method("fedcmp")
@@ -112,11 +113,13 @@ def agreement(c: Tensor, p: float, mean: Tensor) -> Tensor:
     """a_ki of one client, (r,): the cosine of its rows with what the others' add up to.
 
     `c` are its coefficients, (r, in), `p` its share, `mean` is sum_j p_j C_j over all clients, this
-    one among them. A row of zeros agrees with nothing: 0.
+    one among them. Where one side moves and the other only by rounding there is no agreement: 0.
     """
-    others = mean - p * c.double()
-    lengths = c.double().norm(dim=1) * others.norm(dim=1)
-    return torch.where(lengths > 0, (c * others).sum(1) / lengths, 0).clamp(-1, 1)
+    own = p * c.double()
+    others = mean - own
+    lengths = torch.stack([own.norm(dim=1), others.norm(dim=1)])
+    cosine = (own * others).sum(1) / lengths.prod(0)
+    return torch.where(lengths.amin(0) > NOISE * lengths.amax(0), cosine.clamp(-1, 1), 0)
 
 
 def reliability(agreed: Tensor, p: float, tau: float) -> Tensor:

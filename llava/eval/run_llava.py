@@ -1,4 +1,7 @@
-"""Ask a LLaVA about pictures: `python -m llava.eval.run_llava --model-path … --image-file … --query …`."""
+"""Ask a LLaVA about pictures.
+
+python -m llava.eval.run_llava --model-path … --image-file … --query …
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def question(query: str, config, pictures: int) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-path", default="facebook/opt-350m")
     parser.add_argument("--model-base", default=None)
     parser.add_argument("--image-file", required=True, help="path or address; several with --sep")

@@ -20,8 +20,8 @@ from llava.model.checkpoint import (
     load_projector,
     model_class,
     read_config,
-    read_projector,
 )
+from llava.state import load
 
 
 def load_pretrained_model(
@@ -77,7 +77,7 @@ def load_pretrained_model(
         if not has_weights:
             if not projector_file.is_file():
                 raise InputError(f"{model_path}: {PROJECTOR_FILE} is missing")
-            load_projector(model, read_projector(projector_file), str(projector_file))
+            load_projector(model, load(projector_file), str(projector_file))
         add_picture_tokens(model, tokenizer)
         image_processor = model.load_vision_tower(dtype=dtype, device=device).image_processor
     context_len = getattr(config, "max_sequence_length", None) or 2048

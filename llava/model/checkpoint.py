@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llava.atomic import atomic_write, write_text
+from llava.atomic import write_text
 from llava.errors import InputError
+from llava.state import State, check
 
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -31,7 +32,8 @@ def read_config(path: str | os.PathLike):
     from transformers.utils import cached_file
 
     try:
-        file = cached_file(str(path), "config.json")
+        folder = Path(path)
+        file = folder / "config.json" if folder.is_dir() else cached_file(str(path), "config.json")
         raw = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable config.json ({error})") from None
@@ -50,7 +52,7 @@ def read_config(path: str | os.PathLike):
 
 
 def write_config(config, folder: str | os.PathLike, *, full: bool) -> None:
-    """Write `config.json` as upstream does: `llava_<base>` as model_type, mm_* keys beside the base's."""
+    """Write `config.json` as upstream does: model_type `llava_<base>`, mm_* keys beside the base's."""
     values = config.to_dict()
     values["model_type"] = f"llava_{config.model_type}"
     base = _causal_lm_class(config).__name__
@@ -76,7 +78,7 @@ def _causal_lm_class(config) -> type:
 
 
 def model_class(config) -> type:
-    """The class a config asks for: its language model's LLaVA, or that model when it has no mm keys."""
+    """The class a config asks for: its language model's LLaVA, or that model if without mm keys."""
     from llava.model.llava_arch import llava_class
 
     base = _causal_lm_class(config)
@@ -85,7 +87,7 @@ def model_class(config) -> type:
 
 @contextlib.contextmanager
 def gathered(parameters, *, write: bool = False):
-    """The whole of each parameter inside the block, under ZeRO-3 too; `write` keeps rank 0's edits."""
+    """Each parameter whole inside the block, under ZeRO-3 too; `write` keeps rank 0's edits."""
     parameters = list(parameters)
     if not any(hasattr(p, "ds_id") for p in parameters):
         yield
@@ -96,7 +98,7 @@ def gathered(parameters, *, write: bool = False):
         yield
 
 
-def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def projector_state(model: nn.Module) -> State:
     """The projector's tensors on the CPU, named `model.mm_projector.*`, in their training dtype.
 
     Under ZeRO-3 every rank must call it.
@@ -109,79 +111,23 @@ def projector_state(model: nn.Module) -> dict[str, torch.Tensor]:
         }
 
 
-def check_projector(state: dict[str, torch.Tensor], projector: nn.Module, source: str) -> None:
-    """Refuse a state whose names or shapes are not those of `projector` (whole, or under ZeRO-3)."""
-    for name, tensor in projector.state_dict(keep_vars=True).items():
-        expected = tuple(getattr(tensor, "ds_shape", tensor.shape))
-        key = PROJECTOR_PREFIX + name
-        if key not in state:
-            raise InputError(f"{source}: tensor {key} is missing, the model's projector has it")
-        if tuple(state[key].shape) != expected:
-            raise InputError(
-                f"{source}: tensor {key} has shape {tuple(state[key].shape)}, "
-                f"the model's projector expects {expected}"
-            )
-        if not state[key].is_floating_point():
-            raise InputError(f"{source}: tensor {key} is {state[key].dtype}, a float is expected")
-        if not torch.isfinite(state[key]).all():
-            raise InputError(f"{source}: tensor {key} holds NaN or infinity")
-    known = {PROJECTOR_PREFIX + name for name in projector.state_dict(keep_vars=True)}
-    for key in state:
-        if key.startswith(PROJECTOR_PREFIX) and key not in known:
-            raise InputError(f"{source}: tensor {key} does not exist in the model's projector")
+def load_projector(model: nn.Module, tensors: State, source: str) -> None:
+    """Copy a state into the model's projector, in the model's dtype; under ZeRO-3 on every rank.
 
+    Tensors that are not the projector's (upstream may save embeddings beside it) are passed over.
 
-def load_projector(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Copy a state into the model's projector, keeping the model's dtype; under ZeRO-3 on every rank."""
+    Raises:
+        StateError: a name, shape or type that is not the projector's, NaN or infinity; `source`
+            opens the message, and nothing has been copied.
+    """
     projector = model.get_model().mm_projector
-    check_projector(state, projector, source)
+    like = {
+        PROJECTOR_PREFIX + name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
+        for name, p in projector.named_parameters()
+    }
+    own = {name: t for name, t in tensors.items() if name.startswith(PROJECTOR_PREFIX)}
+    check(own, like, who=source)
     with gathered(projector.parameters(), write=True), torch.no_grad():
         for name, parameter in projector.named_parameters():
             if parameter.numel():  # ZeRO-3: only rank 0 holds what it writes
-                parameter.copy_(state[PROJECTOR_PREFIX + name])
-
-
-def read_projector(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of an `mm_projector.bin` or `.safetensors`, whatever prefix they were saved under.
-
-    Projector tensors come back as `model.mm_projector.*`, others under their own names.
-
-    Raises:
-        InputError: no such file, not tensors (nothing is unpickled but tensors), or truncated.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such projector file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            raw = load_file(path)
-        else:
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a readable file of tensors ({reason})") from None
-    if not isinstance(raw, dict) or not all(isinstance(v, torch.Tensor) for v in raw.values()):
-        raise InputError(f"{path}: a flat dict of tensors is expected, found {type(raw).__name__}")
-    state: dict[str, torch.Tensor] = {}
-    for key, tensor in raw.items():
-        name = (
-            PROJECTOR_PREFIX + key.split("mm_projector.", 1)[1] if "mm_projector." in key else key
-        )
-        if name in state:
-            raise InputError(f"{path}: two tensors would be called {name}")
-        state[name] = tensor
-    return state
-
-
-def write_projector(state: dict[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Write tensors to `.bin` or `.safetensors`, whole or not at all; equal states give equal bytes."""
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    with atomic_write(path) as file:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import save
-
-            file.write(save(state, metadata={"format": "pt"}))
-        else:
-            torch.save(state, file)
+                parameter.copy_(own[PROJECTOR_PREFIX + name])

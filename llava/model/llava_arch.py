@@ -206,7 +206,7 @@ def _expand_rows(ids, mask, labels, num_tokens: int, side: str):
 
 
 def llava_class(base: type) -> type:
-    """The LLaVA of a causal language model class, e.g. `LlamaForCausalLM` → `LlavaLlamaForCausalLM`.
+    """The LLaVA of a causal language model: `LlamaForCausalLM` → `LlavaLlamaForCausalLM`.
 
     The class is made once and lives in this module under its name, so that it pickles.
     """

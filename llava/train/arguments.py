@@ -48,7 +48,7 @@ class DataArguments:
     feature_cache: str = field(
         default="memory",
         metadata={
-            "help": "Features of the frozen tower, computed once a picture: memory, off, or a folder."
+            "help": "Features of the frozen tower, once a picture: memory, off, or a folder."
         },
     )
     feature_cache_gb: float = field(default=4.0, metadata={"help": "Bound of the cache, in GB."})
@@ -83,7 +83,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def modernise(argv: Sequence[str]) -> list[str]:
-    """Upstream's command line for today's transformers: renamed flags renamed, dead ones dropped."""
+    """Upstream's command line for today's transformers: renamed flags and dropped ones."""
     renamed = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
     dropped = {"--lazy_preprocess"}
     out: list[str] = []

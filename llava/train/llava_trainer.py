@@ -18,15 +18,14 @@ from llava.model.checkpoint import (
     PROJECTOR_FILE,
     load_projector,
     projector_state,
-    read_projector,
     write_config,
-    write_projector,
 )
+from llava.state import load, save
 from llava.train.sampler import LengthGroupedSampler
 
 
 class LLaVATrainer(Trainer):
-    """`Trainer` for LLaVA; reads `tune_mm_mlp_adapter`, `mm_projector_lr`, `group_by_modality_length`."""
+    """`Trainer` that reads `tune_mm_mlp_adapter`, `mm_projector_lr`, `group_by_modality_length`."""
 
     @property
     def projector_only(self) -> bool:
@@ -74,14 +73,14 @@ class LLaVATrainer(Trainer):
         state = projector_state(self.model)  # on every rank: ZeRO-3 gathers
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            write_projector(state, folder / PROJECTOR_FILE)
+            save(state, folder / PROJECTOR_FILE)
             write_config(self.model.config, folder, full=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if not self.projector_only:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = Path(resume_from_checkpoint) / PROJECTOR_FILE
-        load_projector(self.model, read_projector(file), str(file))
+        load_projector(self.model, load(file), str(file))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self.projector_only:

@@ -1,4 +1,7 @@
-"""The training entry, with upstream's flags: `python -m llava.train.train --model_name_or_path …`."""
+"""The training entry, with upstream's flags.
+
+python -m llava.train.train --model_name_or_path … --data_path …
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from llava.errors import InputError, one_clear_error
 from llava.model.builder import add_picture_tokens, from_pretrained, load_tokenizer
-from llava.model.checkpoint import load_projector, read_config, read_projector
+from llava.model.checkpoint import load_projector, read_config
 from llava.model.multimodal_encoder.clip_encoder import build_vision_tower
+from llava.state import load
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import (
     LazySupervisedDataset,
@@ -142,7 +146,7 @@ def _attach_vision(model, tokenizer, model_args, data_args, training_args) -> Fe
         projector.float()
     if model_args.pretrain_mm_mlp_adapter:
         file = model_args.pretrain_mm_mlp_adapter
-        load_projector(model, read_projector(file), file)
+        load_projector(model, load(file), file)
     add_picture_tokens(model, tokenizer)
     data_args.image_processor = tower.image_processor
     data_args.image_tokens = projector.num_tokens(tower.num_patches)

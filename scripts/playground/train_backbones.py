@@ -18,6 +18,7 @@ import math
 import random
 import string
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -38,6 +39,7 @@ from captioner import (
     records,
 )
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -48,6 +50,7 @@ from transformers import (
 )
 
 VOCABULARY = 2560
+CONCEPT_SHARE = 0.1  # of the tower's own task in the joint loss
 CAPTIONS, CHATS, TEXTS = 40, 12, 8  # rows of a step: `plain`, `v1` with a picture, text only
 NAME_QUESTIONS = (
     "What is this?",
@@ -146,6 +149,7 @@ def save(tower: CLIPVisionModel, llm: LlamaForCausalLM) -> None:
             }
             weights.pop("vision_model.embeddings.position_ids", None)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
         config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
         # both spellings of the type, for transformers 4 and 5
         write_json(folder / "config.json", config | {"dtype": "float16", "torch_dtype": "float16"})
@@ -175,7 +179,7 @@ def save(tower: CLIPVisionModel, llm: LlamaForCausalLM) -> None:
 def augment(images: torch.Tensor) -> torch.Tensor:
     """Shift by up to 4 px, change brightness and contrast by up to 15 %; no flip: it renames."""
     count, shift = len(images), 4
-    padded = torch.nn.functional.pad(images, [shift] * 4, value=255)
+    padded = nn.functional.pad(images, [shift] * 4, value=255)
     moves = torch.randint(0, 2 * shift + 1, (count, 2)).tolist()
     moved = [p[:, y : y + 64, x : x + 64] for p, (y, x) in zip(padded, moves, strict=True)]
     gain, offset = 0.85 + 0.3 * torch.rand(2, count, 1, 1, 1)
@@ -201,9 +205,69 @@ def text_row(tokenizer: PreTrainedTokenizerBase, record: dict) -> Row:
     return chat_row(tokenizer, question, KINDS[record["topic"]], image=0)
 
 
+class Concepts(nn.Module):
+    """Which concept a picture shows, read off the mean of its features: makes the tower see."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, count))
+
+    def forward(self, found: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        """Features (N, 16, width) and concept numbers (N,) -> mean cross-entropy."""
+        return nn.functional.cross_entropy(self.read(found.mean(1)), concepts)
+
+
+def batches(count: int, size: int) -> Iterator[list[int]]:
+    """Places 0..count-1 in random order, `size` at a time, for ever."""
+    while True:
+        for chosen in torch.randperm(count).split(size):
+            if len(chosen) == size:
+                yield chosen.tolist()
+
+
+class Optimizer:
+    """AdamW with decay on matrices only, warm-up, cosine to zero, gradients clipped at 1."""
+
+    def __init__(self, modules: list[nn.Module], lr: float, steps: int) -> None:
+        self.parameters = [p for m in modules for p in m.parameters()]
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+        warmup = min(200, steps // 10)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adamw,
+            lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * s / steps)),
+        )
+
+    def step(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.schedule.step()
+
+
+class Progress:
+    """Prints the mean of some measures every 50 steps, and the seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start, self.sums = time.time(), []
+
+    def __call__(self, phase: str, step: int, **measures: torch.Tensor) -> None:
+        self.sums.append(torch.stack([m.detach() for m in measures.values()]))
+        if step % 50 == 0:
+            means = torch.stack(self.sums).mean(0).tolist()
+            self.sums.clear()
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in zip(measures, means, strict=True))
+            print(f"{phase} {step:5}  {shown}  {time.time() - self.start:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--tower_steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -213,61 +277,53 @@ def main() -> None:
 
     styles = [f"clients/style/{s}" for s in ("google", "twitter", "openmoji", "fluent")]
     seen = records(*styles, "heldout_dev", "heldout_test")
-    unseen = records("unseen")
-    by_name = {name_of(r): r for r in seen + unseen}
-    names, concepts = sorted(by_name), [by_name[n] for n in sorted(by_name)]
+    by_name = {name_of(r): r for r in seen + records("unseen")}
+    names = sorted(by_name)
     write_tokenizer(BACKBONES / "llm", names)
     tokenizer = AutoTokenizer.from_pretrained(BACKBONES / "llm")
     images = pictures(seen)
+    number = {name: place for place, name in enumerate(names)}
+    labels = torch.tensor([number[name_of(r)] for r in seen])
     tower, llm = new_models()
     projector = new_projector(tower.config.hidden_size, llm.config.hidden_size)
-    parameters = [p for m in (tower, llm, projector) for p in m.parameters()]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
-    warmup = min(200, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(
-            (s + 1) / warmup,
-            0.5 + 0.5 * math.cos(math.pi * max(0, s - warmup) / (args.steps - warmup)),
-        ),
-    )
+    concepts = Concepts(tower.config.hidden_size, len(names))
     size = [sum(p.numel() for p in m.parameters()) for m in (tower, llm, projector)]
     print(f"torch {torch.__version__}, {vars(args)}, {len(seen)} pictures, {len(names)} names")
     print(f"parameters: tower {size[0]:,}, language model {size[1]:,}, projector {size[2]:,}")
 
-    order, start, running = [], time.time(), []
+    progress = Progress()
+    optimizer = Optimizer([tower, concepts], args.lr, args.tower_steps)
+    stream = batches(len(seen), CAPTIONS + CHATS)
+    for step in range(1, args.tower_steps + 1):
+        chosen = next(stream)
+        loss = concepts(features(tower, augment(images[chosen].float())), labels[chosen])
+        optimizer.step(loss)
+        progress("tower", step, concept_loss=loss)
+
+    optimizer = Optimizer([tower, concepts, projector, llm], args.lr, args.steps)
     for step in range(1, args.steps + 1):
-        if len(order) < CAPTIONS + CHATS:
-            order = torch.randperm(len(seen)).tolist()
-        chosen, order = order[: CAPTIONS + CHATS], order[CAPTIONS + CHATS :]
-        tokens = projector(features(tower, augment(images[chosen].float())))
+        chosen = next(stream)
+        found = features(tower, augment(images[chosen].float()))
+        tokens = projector(found)
         plain = [caption_row(tokenizer, name_of(seen[i])) for i in chosen[:CAPTIONS]]
         chats = [picture_chat(tokenizer, seen[i], names) for i in chosen[CAPTIONS:]]
-        texts = [text_row(tokenizer, r) for r in random.choices(concepts, k=TEXTS)]
+        texts = [text_row(tokenizer, by_name[n]) for n in random.choices(names, k=TEXTS)]
         plain_losses, exact = losses(llm, plain, tokens[:CAPTIONS])
         chat_losses, chat_exact = losses(llm, chats, tokens[CAPTIONS:])
         text_losses, _ = losses(llm, texts, None)
+        concept_loss = concepts(found, labels[chosen])
         loss = torch.cat([plain_losses, chat_losses, text_losses]).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        measures = [plain_losses.mean(), exact.float().mean(), chat_losses.mean()]
-        running.append(
-            torch.stack([*measures, chat_exact.float().mean(), text_losses.mean()]).detach()
+        optimizer.step(loss + CONCEPT_SHARE * concept_loss)
+        progress(
+            "joint",
+            step,
+            caption_loss=plain_losses.mean(),
+            caption_exact=exact.float().mean(),
+            chat_loss=chat_losses.mean(),
+            chat_exact=chat_exact.float().mean(),
+            text_loss=text_losses.mean(),
+            concept_loss=concept_loss,
         )
-        if step % 50 == 0:
-            m = torch.stack(running).mean(0).tolist()
-            running.clear()
-            print(
-                f"step {step:5}  caption loss {m[0]:.3f} exact {m[1]:.3f}  chat loss {m[2]:.3f} "
-                f"exact {m[3]:.3f}  text loss {m[4]:.3f}  {time.time() - start:.0f} s",
-                flush=True,
-            )
         if step % 500 == 0 or step == args.steps:
             save(tower, llm)
 

@@ -164,9 +164,8 @@ def test_layers_of_the_size_of_llava_7b_in_bfloat16():
             error = (found.state[name].float() - expected[name].float()).norm()
             assert error <= 0.02 * (expected[name].float() - base[name].float()).norm()
 
-    found = fedcmp(states, [3, 1], base, rank=16, **PLAIN)
-    assert_near(found, fedavg(states, [3, 1], base))
-    assert_near(fedcmp(states[::-1], [1, 3], base, rank=16, **PLAIN), found.state)
+    mean = fedavg(states, [3, 1], base)
+    assert_near(fedcmp(states[::-1], [1, 3], base, rank=16, **PLAIN), mean)
     assert_near(fedcmp([states[0]] * 2, [3, 1], base, rank=16, tau=0.3), states[0])
 
 
@@ -195,11 +194,10 @@ def test_a_low_tau_follows_those_who_agree():
 
 def test_agreement_is_with_the_others_only():
     c = [torch.tensor([[1.0, 0], [2, 0], [0, 0]]), torch.tensor([[0.0, 3], [1, 1], [1, 1]])]
-    mean = 0.3 * c[0] + 0.7 * c[1]
-    for client, p in [(c[0], 0.3), (c[1], 0.7)]:
-        assert agreement(client, p, mean).tolist() == pytest.approx(
-            [0, math.sqrt(0.5), 0], abs=1e-6
-        )
+    mean = 0.3 * c[0] + 0.7 * c[1]  # float32: what is left of row 2 without client 1 is rounding
+    expected = pytest.approx([0, math.sqrt(0.5), 0], abs=1e-6)
+    assert agreement(c[0], 0.3, mean).tolist() == expected
+    assert agreement(c[1], 0.7, mean).tolist() == expected
 
 
 def test_reliability_is_the_softmax_of_the_definition():

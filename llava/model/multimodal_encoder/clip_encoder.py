@@ -48,7 +48,7 @@ class CLIPVisionTower(nn.Module):
             self.load_model()
 
     def load_model(self, device_map=None) -> None:
-        """Load weights (float32 until `.to(dtype)`) and the picture processor; does nothing twice."""
+        """Load weights (float32 until `.to(dtype)`) and picture processor; does nothing twice."""
         if self.is_loaded:
             return
         from transformers import CLIPImageProcessorPil, CLIPVisionModel
@@ -67,7 +67,7 @@ class CLIPVisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels (batch, 3, H, W) → features (batch, num_patches, hidden_size), dtype of `images`."""
+        """Pixels (batch, 3, H, W) → features (batch, num_patches, hidden_size), in their dtype."""
         outputs = self.vision_tower(
             images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
         )

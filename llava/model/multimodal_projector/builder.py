@@ -26,7 +26,7 @@ _CONNECTORS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def connector(pattern: str) -> Callable:
-    """Register a factory `factory(config, *groups of the pattern) -> connector` for a full-match pattern."""
+    """Register `factory(config, *groups) -> connector` for names that match `pattern` whole."""
 
     def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if pattern in _CONNECTORS:

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from fed.report import Run, main, rows_of, table
+from llava.errors import InputError
+
+
+def measures(loss, exact, **domains):
+    of_domains = {d: {"samples": 2, "loss": v, "exact": v / 10} for d, v in domains.items()}
+    return {"samples": 4, "loss": loss, "exact": exact, "domains": of_domains}
+
+
+def write_run(folder, heldouts, clients=("a", "b")):
+    folder.mkdir(parents=True)
+    records = [
+        {
+            "round": i + 1,
+            "clients": {name: {"samples": 3, "loss": 1.0} for name in clients},
+            "cosines": [[1.0 if a == b else -0.25 for a in clients] for b in clients],
+            "heldout": heldout,
+        }
+        for i, heldout in enumerate(heldouts)
+    ]
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    shared = [{"global": {"test": measures(v, 0.1, cats=v, dogs=1.0)}} for v in (2.0, 1.5)]
+    write_run(tmp_path / "fed", shared)
+    alone = {name: {"test": measures(3.0, 0.0, cats=3.0)} for name in "ab"}
+    write_run(tmp_path / "alone", [alone])
+    write_run(tmp_path / "pool", [{"global": {"test": measures(0.5, 0.75)}}], clients=("pool",))
+    return tmp_path
+
+
+def test_rows_and_table(runs):
+    loaded = [Run.load(n, runs / f) for n, f in (("Alone", "alone"), ("Fed", "fed"))]
+    rows = rows_of(loaded)
+    assert [row["model"] for row in rows] == ["a, Alone", "b, Alone", "Fed"]
+    assert rows[2]["test"]["loss"] == 1.5  # the last round's
+    text = table(rows, ["test"])
+    assert "| Fed      |      1.500 |      10.0 % |" in text
+    assert "| Fed      | 15.0 % | 10.0 % |" in text  # per domain, cats and dogs
+    assert "| a, Alone | 30.0 % |      – |" in text
+
+
+def test_the_command_writes_everything(runs, capsys):
+    out = runs / "report"
+    names = [f"{name}={runs / name}" for name in ("alone", "fed", "pool")]
+    main(["--runs", *names, "--output", str(out), "--title", "A title", "--note", "A note."])
+    printed = capsys.readouterr().out
+    assert printed.startswith("# A title\n\nA note.\n") and "pool" in printed
+    assert (out / "report.md").read_text() == printed
+    assert len(json.loads((out / "report.json").read_text())["rows"]) == 4
+    for name in ("loss.png", "cosines.png"):
+        with Image.open(out / name) as picture:
+            colours = picture.convert("RGB").getcolors(1 << 24)
+            assert min(picture.size) > 200 and len(colours) > 20
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1"])
+def test_folders_that_hold_no_run(tmp_path, content):
+    if content is not None:
+        (tmp_path / "rounds.jsonl").write_text(content)
+    with pytest.raises(InputError, match="rounds.jsonl"):
+        Run.load("x", tmp_path)
