@@ -211,13 +211,11 @@ def _evaluation_set(
 def _clients(specs, client_args, datasets, fed_args: FedArguments) -> list[Client]:
     """The loop's clients, or one that has all their data (`--fed_pool`)."""
     if fed_args.fed_pool:
-        records = [
-            {**record, "image": os.path.abspath(picture)} if picture else record
-            for dataset in datasets
-            for record, picture in zip(
-                dataset.records, map(dataset.picture, range(len(dataset))), strict=True
-            )
-        ]
+        records = []
+        for dataset in datasets:
+            for i, record in enumerate(dataset.records):
+                picture = dataset.picture(i)
+                records.append({**record, "image": os.path.abspath(picture)} if picture else record)
         pooled = copy.copy(datasets[0])
         pooled.records = records
         specs, client_args, datasets = [ClientSpec("pool", "")], client_args[:1], [pooled]

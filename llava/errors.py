@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """Bad input. The message names the file, flag, sample or tensor, what is there and should be."""
+    """Bad input. The message names file, flag, sample or tensor, what is there and should be."""
 
 
 @contextlib.contextmanager

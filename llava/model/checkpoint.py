@@ -52,7 +52,7 @@ def read_config(path: str | os.PathLike):
 
 
 def write_config(config, folder: str | os.PathLike, *, full: bool) -> None:
-    """Write `config.json` as upstream does: model_type `llava_<base>`, mm_* keys beside the base's."""
+    """Write `config.json` as upstream does: model_type `llava_<base>`, mm_* keys beside."""
     values = config.to_dict()
     values["model_type"] = f"llava_{config.model_type}"
     base = _causal_lm_class(config).__name__

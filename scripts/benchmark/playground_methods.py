@@ -4,8 +4,9 @@
         --data heldout_test --methods "FedAvg=fedavg" "Fed-CMP=fedcmp rescale=4"
 
 One `fed.train` run per scenario, seed and method; flags after `--` go to all of them. A seed
-decides the projector's start, the slices and the order of samples. Runs that are there already are reused.
-Choose settings on `heldout_dev` and report `heldout_test`.
+decides the projector's start, the slices and the order of samples. Runs that are there already are
+reused. Choose settings on `heldout_dev`, report `heldout_test`. METHOD `pool` is the centralised
+reference.
 """
 
 from __future__ import annotations

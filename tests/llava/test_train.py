@@ -106,14 +106,12 @@ def test_full_fine_tuning_saves_a_folder_that_loads_and_answers(flags, tiny, tmp
     assert capsys.readouterr().out
 
 
-def ask(path, base, tiny, **changes):
+def ask(path, base, tiny):
     args = arguments(
         ["--model-path", str(path), "--image-file", str(tiny / "images/a-0.png"),
          "--query", "What?", "--max_new_tokens", "4", "--temperature", "0", "--conv-mode", "v1"]
     )  # fmt: skip
     args.model_base = None if base is None else str(base)
-    for key, value in changes.items():
-        setattr(args, key, value)
     return args
 
 
