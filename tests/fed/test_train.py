@@ -63,6 +63,21 @@ def test_same_command_same_bits_and_another_seed_others(flags, tiny, tmp_path):
     assert a == b != c
 
 
+def test_the_backbone_is_loaded_once(flags, tiny, tmp_path, monkeypatch):
+    from transformers import CLIPVisionModel, LlamaForCausalLM
+
+    loaded = []
+    for kind in (CLIPVisionModel, LlamaForCausalLM):
+
+        def counted(cls, *args, load=kind.from_pretrained.__func__, **kwargs):
+            loaded.append(cls.__name__)
+            return load(cls, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(counted))
+    run(flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=3)
+    assert sorted(loaded) == ["CLIPVisionModel", "LlavaLlamaForCausalLM"]
+
+
 def test_one_client_in_one_round_is_llavas_own_training(flags, tiny, tmp_path):
     """The same order of samples, so sampled batches of one epoch: equal to the bit."""
     from fed.clients import seed_of, slices
