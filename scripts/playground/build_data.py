@@ -30,6 +30,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava.atomic import atomic_write
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHIVE = ROOT / "playground/data/emoji.tar.xz"
 SEED = 2024
@@ -232,10 +234,8 @@ def pack(files: dict[str, bytes], target: Path) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(files[name])
             tar.addfile(member, io.BytesIO(files[name]))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(target)
+    with atomic_write(target) as file:
+        file.write(buffer.getvalue())
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 BATCH = 32
 
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(2)
+    disable_progress_bar()
     tower, llm = load(CLIPVisionModel, "vision_tower"), load(LlamaForCausalLM, "llm")
     tokenizer = AutoTokenizer.from_pretrained(BACKBONES / "llm")
 

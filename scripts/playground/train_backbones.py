@@ -1,13 +1,15 @@
 """Train the playground's frozen parts: a small CLIP vision tower and a small Llama.
 
     python scripts/playground/unpack_data.py
-    python scripts/playground/train_backbones.py --steps 4500 | tee playground/backbones/train.log
+    python scripts/playground/train_backbones.py | tee playground/backbones/train.log
 
-Tower, projector (mlp2x_gelu) and language model learn together to name all pictures but the
-`unseen` ones and to answer simple questions about them; the projector is then thrown away. The
-text-only rows also use the names of the unseen concepts: the language model knows the words.
+First the tower alone learns which concept a picture shows. Then tower, projector (mlp2x_gelu) and
+language model learn together to name all pictures but the `unseen` ones and to answer simple
+questions about them; the projector is thrown away. The text-only rows also use the names of the
+unseen concepts: the language model knows the words. (Without the tower's own start, the captioner
+had hardly begun to see after 1,000 joint steps: 2 % named exactly.)
 Writes playground/backbones/{vision_tower,llm} in float16, with the key names that every version of
-transformers reads. Two CPU cores, fp32.
+transformers reads. Two CPU cores, fp32, 25 to 40 minutes.
 """
 
 from __future__ import annotations
@@ -133,6 +135,7 @@ def new_models() -> tuple[CLIPVisionModel, LlamaForCausalLM]:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        conversation_template="v1",  # what run_llava asks in, if not told otherwise
     )
     return CLIPVisionModel(tower), LlamaForCausalLM(llm)
 
@@ -266,8 +269,8 @@ class Progress:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tower_steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--tower_steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
