@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     --per_device_train_batch_size 16 \
     --per_device_eval_batch_size 64 \
     --save_strategy no \
-    --learning_rate 2e-3 \
+    --learning_rate 4e-3 \
     --weight_decay 0. \
     --warmup_ratio 0.03 \
     --lr_scheduler_type cosine \
