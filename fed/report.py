@@ -163,7 +163,7 @@ def draw_cosines(run: Run, path: Path) -> None:
         axes.set_title(f"{run.name}, round {record['round']}", fontsize=10)
         for i, row in enumerate(cosines):
             for j, value in enumerate(row):
-                text = "–" if numpy.isnan(value) else f"{value:.2f}"
+                text = "–" if numpy.isnan(value) else f"{round(value, 2) + 0:.2f}"
                 colour = "white" if abs(value) > 0.6 else "black"
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=all_axes, shrink=0.8, label="cosine of the clients' updates")

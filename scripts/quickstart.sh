@@ -33,11 +33,11 @@ echo "== report"
 "$PYTHON" -m fed.report \
     --runs "alone=$out/alone" "FedAvg=$out/fedavg" "Fed-CMP=$out/fedcmp" "centralised=$out/central" \
     --output $out --title "Federated pre-training of a projector on the playground" \
-    --note "One seed. heldout_test: pictures that no client has, of concepts that some client has in
-another style; the frozen tower and language model have seen them, their projector was thrown away.
-unseen: pictures of concepts that nothing here has ever seen."
+    --note "One seed. heldout_test: pictures that no client has, of concepts that one client has in
+other styles. The frozen tower and language model have seen them; the projector between these was
+thrown away. unseen: pictures of concepts that neither a client nor the frozen parts have seen."
 "$PYTHON" -m fed.gallery \
-    --models "alone=$out/alone/clients/objects" "FedAvg=$out/fedavg" "Fed-CMP=$out/fedcmp" "central=$out/central" \
+    --models "objects alone=$out/alone/clients/objects" "FedAvg=$out/fedavg" "Fed-CMP=$out/fedcmp" "central=$out/central" \
     --model-base playground/backbones/llm --data $data/heldout_test.json --image-folder $data/images \
     --output $out/gallery.png
 
@@ -47,11 +47,11 @@ ask() { # print the command that asks the model, then run it
     printf '\n'
     "$@"
 }
-picture=$("$PYTHON" -c "import json; print(json.load(open('$data/heldout_test.json'))[0]['image'])")
 echo
-echo "== ask the federated model"
+echo "== ask the federated model about a held-out picture: a strawberry"
 ask .venv/bin/python -m llava.eval.run_llava --model-path $out/fedcmp \
-    --model-base playground/backbones/llm --image-file "$data/images/$picture" --query "What is this?"
+    --model-base playground/backbones/llm --image-file $data/images/openmoji/1f353.webp \
+    --query "What is this?" --temperature 0
 
 echo
 echo "done in $((SECONDS - started)) s after the install:"

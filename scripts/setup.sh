@@ -30,8 +30,8 @@ if [ ! -f "$mark" ] || [ "$(cat "$mark")" != "$wanted" ]; then
     torch_pin="$(grep '^torch==' constraints.txt)"
     .venv/bin/python -m pip install --progress-bar off -q -c constraints.txt "$torch_pin" -e ".${EXTRAS:+[$EXTRAS]}"
     echo "$wanted" >"$mark"
-else
+elif [ -z "${FEDLLAVA_READY:-}" ]; then
     echo "== using .venv as it is"
 fi
 PYTHON="$ROOT/.venv/bin/python"
-export PYTHON PATH="$ROOT/.venv/bin:$PATH"
+export PYTHON PATH="$ROOT/.venv/bin:$PATH" FEDLLAVA_READY=1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -96,6 +97,8 @@ def from_pretrained(path: str, config, **kwargs):
     from transformers.utils import logging
 
     # A projector that is not there yet is no news; what else is missing is an error below.
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

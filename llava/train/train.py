@@ -48,8 +48,6 @@ def load_session(
     """
     # Seeded here and not by the Trainer, since a fresh projector is drawn now.
     transformers.set_seed(training_args.seed)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
 
     config = read_config(model_args.model_name_or_path)

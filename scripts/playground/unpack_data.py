@@ -49,4 +49,5 @@ def unpack(archive: Path = ARCHIVE, target: Path = TARGET) -> bool:
 
 
 if __name__ == "__main__":
-    print(f"{TARGET}: {'unpacked' if unpack() else 'already there'}")
+    if unpack():
+        print(f"unpacked {TARGET.relative_to(ROOT)}")
