@@ -204,7 +204,7 @@ class Loop:
 
         record = {
             "round": round,
-            "method": self.settings.get("fed_method"),
+            "method": self.settings["--fed_method"],
             "clients": {
                 client.name: {"samples": u.num_samples, **u.metrics}
                 for client, u in zip(chosen, updates, strict=True)

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,33 +40,20 @@ from llava.train.arguments import DataArguments, ModelArguments, TrainingArgumen
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.train import Session, load_session, prepare
 
-# A method may change how a client steps (a proximal term, say); these arguments decide the result,
-# so a run that is continued must have the same.
-_SETTINGS = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "seed",
-    "bf16",
-    "fp16",
-    "model_max_length",
-    "mm_projector_lr",
-    "group_by_modality_length",
+# Flags that do not decide the result: a run may be continued with others.
+_FREE = re.compile(
+    "output_dir|cache_dir|run_name|report_to|disable_tqdm|local_rank|use_cpu|feature_cache.*|"
+    "trackio.*|per_device_eval_batch_size|attn_implementation|(logging|log|save|eval|dataloader|"
+    "hub|push|ddp|torchdynamo|torch_compile|skip_memory|include)_.*|_.*|.*process_group.*|"
+    "fed_(clients|options|driver|eval_.*)"
 )
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    model_args, data_args, training_args, fed_args = parse(
-        argv, ModelArguments, DataArguments, TrainingArguments, FedArguments
-    )
+    arguments = parse(argv, ModelArguments, DataArguments, TrainingArguments, FedArguments)
+    model_args, data_args, training_args, fed_args = arguments
     options = _check(model_args, fed_args)
     specs = load_clients(fed_args.fed_clients, client_flags())
     client_args = [_arguments_of(spec, argv, data_args, training_args) for spec in specs]
@@ -105,6 +93,8 @@ def train(argv: Sequence[str] | None = None) -> None:
             for data in evaluation_sets
         }
 
+    initial = {name: t.float() for name, t in projector_state(session.model).items()}
+    state.check(initial, initial, who="the state to start from")
     loop = Loop(
         clients=clients,
         fit=lambda client, sent, round, work_dir: driver.fit(
@@ -112,7 +102,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         ),
         method=functools.partial(methods.get(fed_args.fed_method), **options),
         output_dir=Path(training_args.output_dir),
-        settings=_settings(specs, datasets, model_args, training_args, fed_args, options),
+        settings=_settings(specs, datasets, arguments, options, initial),
         rounds=fed_args.fed_rounds,
         seed=training_args.seed,
         clients_per_round=fed_args.fed_clients_per_round,
@@ -122,8 +112,6 @@ def train(argv: Sequence[str] | None = None) -> None:
         main=training_args.process_index == 0,
         barrier=_barrier,
     )
-    initial = {name: t.float() for name, t in projector_state(session.model).items()}
-    state.check(initial, initial, who="the state to start from")
     final = loop.run(initial)
     if training_args.process_index == 0:
         _save(final, session, Path(training_args.output_dir))
@@ -236,15 +224,17 @@ def _clients(specs, client_args, datasets, fed_args: FedArguments) -> list[Clien
     return clients
 
 
-def _settings(specs, datasets, model_args, training_args, fed_args, options) -> dict:
+def _settings(specs, datasets, arguments, options: dict, initial: state.State) -> dict:
     """What decides the result, for the check that a continued run is the same run."""
-    skip = {"fed_clients", "fed_options", "fed_eval_data_path", "fed_eval_image_folder"}
-    skip |= {"fed_eval_domain", "fed_eval_every", "fed_driver"}
-    settings = {k: v for k, v in vars(fed_args).items() if k not in skip}
-    settings |= {k: v for k, v in vars(model_args).items()}
-    settings |= {k: str(getattr(training_args, k)) for k in _SETTINGS}
-    settings["fed_options"] = {k: str(v) for k, v in options.items()}
-    settings["clients"] = {
+    settings = {
+        f"--{field.name}": str(getattr(args, field.name))
+        for args in arguments
+        for field in dataclasses.fields(args)
+        if not _FREE.fullmatch(field.name)
+    }
+    settings["--fed_options"] = {k: str(v) for k, v in options.items()}
+    settings["the state to start from"] = state.fingerprint(initial)
+    settings["the clients"] = {
         spec.name: {
             "samples": len(dataset),
             "data": hashlib.sha256(Path(spec.data_path).read_bytes()).hexdigest()[:16],
@@ -252,7 +242,7 @@ def _settings(specs, datasets, model_args, training_args, fed_args, options) -> 
         }
         for spec, dataset in zip(specs, datasets, strict=True)
     }
-    settings["world_size"] = training_args.world_size
+    settings["processes"] = arguments[2].world_size
     return settings
 
 

@@ -317,7 +317,7 @@ def test_captions_longer_than_the_model_takes(flags, tiny, tmp_path, capfd):
 def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path):
     run(flags, tmp_path / "x", tiny / "clients.yaml")
     before = (tmp_path / "x" / "mm_projector.bin").read_bytes()
-    with pytest.raises(InputError, match="learning_rate = '0.01', now it is '0.001'"):
+    with pytest.raises(InputError, match="--learning_rate = '0.01', now it is '0.001'"):
         run(flags, tmp_path / "x", tiny / "clients.yaml", learning_rate=1e-3)
     run(flags, tmp_path / "x", tiny / "clients.yaml")  # finished: nothing to do, nothing changed
     assert (tmp_path / "x" / "mm_projector.bin").read_bytes() == before
