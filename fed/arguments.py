@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
-from llava.train.arguments import DataArguments, TrainingArguments
-
-# Flags that belong to the run as a whole, so that a client cannot have its own.
-_OF_THE_RUN = {
-    "data_path",
-    "image_folder",
-    "eval_data_path",
-    "output_dir",
-    "is_multimodal",
-    "feature_cache",
-    "feature_cache_gb",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "tf32",
-    "deepspeed",
-    "fsdp",
-    "local_rank",
-    "use_cpu",
-    "report_to",
-    "model_max_length",
-    "bits",
-    "attn_implementation",
-}
+# What a client may have of its own: its pictures' processing, and how it steps.
+CLIENT_FLAGS = (
+    "image_aspect_ratio",
+    "skip_bad_images",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_ratio",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "group_by_modality_length",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+)
 
 
 @dataclass
@@ -72,9 +75,3 @@ class FedArguments:
     fed_driver: str = field(
         default="resident", metadata={"help": "How clients are run: resident (one process)."}
     )
-
-
-def client_flags() -> list[str]:
-    """The flags that clients.yaml may override for one client."""
-    fields = [*dataclasses.fields(DataArguments), *dataclasses.fields(TrainingArguments)]
-    return sorted({f.name for f in fields if f.init} - _OF_THE_RUN)

@@ -5,7 +5,7 @@ clients:
   - name: st-mary                     # letters, digits, . _ -
     data_path: st-mary/captions.json  # LLaVA JSON; relative to this file
     image_folder: st-mary/images
-    learning_rate: 5e-4               # any flag of the client's data or training, for it alone
+    learning_rate: 5e-4               # a flag of its own; fed/arguments.py lists them
 ```
 """
 
@@ -50,7 +50,7 @@ def load_clients(path: str | Path, flags: Sequence[str]) -> list[ClientSpec]:
     entries = document.get("clients") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"--fed_clients {path}: a list under the key `clients` is expected")
-    if unknown := sorted(set(document) - {"clients"}):
+    if unknown := sorted(map(str, set(document) - {"clients"})):
         raise InputError(f"--fed_clients {path}: unknown key {unknown[0]!r} beside `clients`")
     clients = [_client(path, i, entry, flags) for i, entry in enumerate(entries)]
     seen: set[str] = set()
@@ -72,6 +72,8 @@ def _client(path: Path, index: int, entry: object, flags: Sequence[str]) -> Clie
             f"{where} has name {name!r}; letters, digits, '.', '_' and '-' are expected"
         )
     where = f"--fed_clients {path}: client {name}"
+    if name in ("global", "pool"):
+        raise InputError(f"{where}: that name stands for all clients together; choose another")
     for key in entry:
         if key not in ("name", "data_path", "image_folder") and key not in flags:
             near = difflib.get_close_matches(
@@ -81,12 +83,12 @@ def _client(path: Path, index: int, entry: object, flags: Sequence[str]) -> Clie
             raise InputError(f"{where} has unknown key {key!r}{hint}")
     if not isinstance(entry.get("data_path"), str):
         raise InputError(f"{where} has no data_path")
-    data_path = path.parent / entry["data_path"]
+    data_path = path.parent / Path(entry["data_path"]).expanduser()
     if not data_path.is_file():
         raise InputError(f"{where}: data_path {data_path} does not exist")
     image_folder = entry.get("image_folder")
     if image_folder is not None:
-        image_folder = path.parent / str(image_folder)
+        image_folder = path.parent / Path(str(image_folder)).expanduser()
         if not image_folder.is_dir():
             raise InputError(f"{where}: image_folder {image_folder} does not exist")
     overrides = {

@@ -58,7 +58,8 @@ def evaluate(
         )
         hit = (logits.argmax(-1) == labels) | ~wanted
         rows = torch.stack(
-            [loss.sum(1), wanted.sum(1), hit.all(1), torch.ones_like(loss[:, 0])], dim=1
+            [loss.sum(1), wanted.sum(1), hit.all(1) & wanted.any(1), torch.ones_like(loss[:, 0])],
+            dim=1,
         )
         for index, row in zip(indices, rows.double().cpu(), strict=True):
             sums[""] += row

@@ -67,17 +67,21 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
         [row["model"], *(cell for name in sets for cell in _cells(row.get(name)))] for row in rows
     ]
     parts = [_markdown(head, body)]
-    domains = sorted({d for row in rows for d in row.get(sets[0], {}).get("domains", {})})
+    domains = sorted({d for row in rows for d in _domains(row, sets[0])})
     for what, title in (("exact", "Exact names"), ("loss", "Caption loss")):
         if domains:
             body = [
-                [row["model"], *(_cell(row[sets[0]]["domains"].get(d), what) for d in domains)]
+                [row["model"], *(_cell(_domains(row, sets[0]).get(d), what) for d in domains)]
                 for row in rows
             ]
             parts.append(
                 f"{title} per domain, {sets[0]}:\n\n{_markdown(['model', *domains], body)}"
             )
     return "\n".join(parts)
+
+
+def _domains(row: dict, data: str) -> dict[str, dict]:
+    return row.get(data, {}).get("domains", {})
 
 
 def _cells(measures: dict | None) -> list[str]:
@@ -115,9 +119,9 @@ def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for run, colour in zip(runs, PALETTE * len(runs), strict=False):
-        measured = [r for r in run.records if r["heldout"]]
+        measured = [r for r in run.records if any(data in s for s in r["heldout"].values())]
         if "global" not in (measured[-1]["heldout"] if measured else {}):
-            losses = [sets[data]["loss"] for sets in run.final.values()]
+            losses = [sets[data]["loss"] for sets in run.final.values() if data in sets]
             if losses:
                 axes.axhspan(min(losses), max(losses), color=colour, alpha=0.12, lw=0)
                 axes.text(0.99, (min(losses) + max(losses)) / 2, f"{run.name} (all clients)",

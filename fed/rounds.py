@@ -134,6 +134,10 @@ class Loop:
     def _file(self) -> Path:
         return self.output_dir / "fed" / "state.safetensors"
 
+    def _folder(self, round: int) -> Path:
+        """Where a round's finished updates lie until it is over."""
+        return self.output_dir / "fed" / f"round-{round:04d}"
+
     def run(self, initial: State) -> RoundState:
         """Run all rounds that are left, from `initial` if none was; returns the last state."""
         now = self._resume(initial)
@@ -149,7 +153,11 @@ class Loop:
             for folder in (self.output_dir, self._file.parent):
                 remove_leftovers(folder)
         if not self._file.exists():
-            return RoundState(round=0, shared=initial, settings=settings)
+            # Written before anything trains: a round that is cut short belongs to these settings.
+            fresh = RoundState(round=0, shared=initial, settings=settings)
+            if self.main:
+                fresh.save(self._file)
+            return fresh
         found = RoundState.load(self._file)
         for key in sorted(settings.keys() | found.settings.keys()):
             if settings.get(key) != found.settings.get(key):
@@ -161,6 +169,8 @@ class Loop:
         self._say(f"continuing after round {found.round} of {self.rounds}")
         if self.main:
             self._write_records(found)
+            for done in range(1, found.round + 1):
+                shutil.rmtree(self._folder(done), ignore_errors=True)
         return found
 
     def chosen(self, round: int) -> list[Participant]:
@@ -174,13 +184,14 @@ class Loop:
     def _round(self, now: RoundState) -> RoundState:
         # A round's time runs from the end of the one before, so the writing of its state counts.
         began, round = self._mark, now.round + 1
-        folder = self.output_dir / "fed" / f"round-{round:04d}"
+        folder = self._folder(round)
         chosen = self.chosen(round)
         finished = {c.name: folder / f"{c.name}.safetensors" for c in chosen}
         finished = {name: file for name, file in finished.items() if file.exists()}
         self.barrier()
 
         updates: list[Update] = []
+        training = 0.0  # of the turns that this process ran
         for client in chosen:
             if client.name in finished:
                 updates.append(_load_update(finished[client.name]))
@@ -191,8 +202,8 @@ class Loop:
             if self.main:
                 _save_update(update, folder / f"{client.name}.safetensors")
             updates.append(update)
+            training += update.metrics.get("seconds", 0.0)
             self._say_turn(round, client.name, update)
-        training = sum(u.metrics.get("seconds", 0.0) for u in updates)
 
         aggregating = time.perf_counter()
         after, facts = self._aggregate(now, chosen, updates, round)

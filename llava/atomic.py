@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -40,4 +41,5 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Remove what killed writers left in a folder that nobody writes to now."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)

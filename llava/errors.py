@@ -13,9 +13,14 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def one_clear_error() -> Iterator[None]:
-    """For entry points: an `InputError` becomes one line on stderr and exit code 2."""
+    """For entry points: an `InputError`, or a refusal of the disk, is one line and exit code 2."""
     try:
         yield
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (InputError, OSError) as error:
+        if not isinstance(error, InputError) and error.errno is None:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

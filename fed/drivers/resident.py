@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +49,6 @@ class Client:
             return self.args.max_steps
         batch = self.args.train_batch_size * self.args.world_size
         batches = math.ceil(self.samples(round) / batch)
-        if self.args.dataloader_drop_last:
-            batches = self.samples(round) // batch
         per_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
         return math.ceil(per_epoch * self.args.num_train_epochs)
 
@@ -69,14 +68,20 @@ class ResidentDriver:
         gc.freeze()
 
     def fit(
-        self, client: Client, state: State, round: int, *, work_dir: Path, log=lambda logs: None
+        self,
+        client: Client,
+        state: State,
+        round: int,
+        *,
+        work_dir: Path,
+        log: Callable[[int, dict[str, float]], None] = lambda step, logs: None,
     ) -> Update:
         """Train `client` from `state` on its slice of `round`.
 
         Args:
             work_dir: where the trainer's own checkpoints go (with --save_strategy); a turn that was
                 cut short continues from them.
-            log: called with the trainer's logs (loss, learning rate, …).
+            log: called with the client's step, counted over all its rounds, and the trainer's logs.
 
         Returns:
             The update; `metrics` has `loss` (mean over the steps), `steps`, and `seconds` between
@@ -86,10 +91,8 @@ class ResidentDriver:
         samples = client.samples(round)
         if samples == 0:
             return Update(state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
-        offset = total = 0
-        if self.schedule == "run":
-            steps = [client.steps(r) for r in range(1, len(client.slices) + 1)]
-            offset, total = sum(steps[: round - 1]), sum(steps)
+        steps = [client.steps(r) for r in range(1, len(client.slices) + 1)]
+        before = sum(steps[: round - 1])
         args = dataclasses.replace(
             client.args,
             output_dir=str(work_dir),
@@ -97,7 +100,7 @@ class ResidentDriver:
             report_to=[],
         )
         args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
-        watch = _Watch(f"round {round} client {client.name}", log)
+        watch = _Watch(f"round {round} client {client.name}", before, log)
         trainer = make_trainer(
             self.session,
             args,
@@ -107,12 +110,18 @@ class ResidentDriver:
             callbacks=[watch],
             progress=False,
         )
-        trainer.steps_before, trainer.steps_of_run = offset, total
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+        if self.schedule == "run":
+            trainer.steps_before, trainer.steps_of_run = before, sum(steps)
+        checkpoint = last_checkpoint(args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        loss = result.training_loss
+        if checkpoint:  # that was the mean since then; the log goes back to the turn's beginning
+            losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+            loss = sum(losses) / len(losses) if losses else loss
         update = {name: t.float() for name, t in projector_state(self.session.model).items()}
         trainer.release()
         metrics = {
-            "loss": result.training_loss,
+            "loss": loss,
             "steps": result.global_step,
             "seconds": watch.seconds,
         }
@@ -145,8 +154,8 @@ class ClientTrainer(LLaVATrainer):
 class _Watch(TrainerCallback):
     """Times the steps, hands logs on, and says every ten seconds how far a long turn is."""
 
-    def __init__(self, title: str, log):
-        self.title, self.log, self.seconds = title, log, 0.0
+    def __init__(self, title: str, before: int, log):
+        self.title, self.before, self.log, self.seconds = title, before, log, 0.0
         self._begun = self._spoken = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -158,7 +167,8 @@ class _Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}):
             return
-        self.log({key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs})
+        shown = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+        self.log(self.before + state.global_step, shown)
         if state.is_world_process_zero and time.perf_counter() - self._spoken > 10:
             self._spoken = time.perf_counter()
             print(

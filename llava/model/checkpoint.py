@@ -31,8 +31,10 @@ def read_config(path: str | os.PathLike):
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
+    folder = Path(path)
+    if str(path).startswith(("/", ".", "~")) and not folder.is_dir():
+        raise InputError(f"{path}: no such folder")
     try:
-        folder = Path(path)
         file = folder / "config.json" if folder.is_dir() else cached_file(str(path), "config.json")
         raw = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -89,12 +90,17 @@ def modernise(argv: Sequence[str]) -> list[str]:
     out: list[str] = []
     argv = list(argv)
     while argv:
-        flag, equals, value = argv.pop(0).partition("=")
-        if flag in dropped:
-            if not equals and argv and not argv[0].startswith("--"):
-                argv.pop(0)
+        word = argv.pop(0)
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            out.append(word)
             continue
-        out.append(renamed.get(flag, flag) + equals + value)
+        if equals:
+            argv.insert(0, value)
+        if flag not in dropped:
+            out.append(renamed.get(flag, flag))
+        elif argv and not argv[0].startswith("--"):
+            argv.pop(0)
     return out
 
 
@@ -118,9 +124,12 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
     if "--deepspeed" in argv:
         _start_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parser = _Parser(kinds or (ModelArguments, DataArguments, TrainingArguments))
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(str(error)) from None
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(unknown[0], known, n=3)
@@ -128,7 +137,7 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
         raise InputError(f"unknown flag {unknown[0]}{hint}")
     for arguments in parsed:
         if isinstance(arguments, TrainingArguments):
-            _refuse_unsupported(arguments)
+            _check(arguments)
     return tuple(parsed)
 
 
@@ -154,15 +163,29 @@ def _start_process_group(backend: str) -> None:
 
 
 def _without(argv: list[str], flag: str) -> list[str]:
-    if flag not in argv:
-        return argv
-    at = argv.index(flag)
-    values = 1 if at + 1 < len(argv) and not argv[at + 1].startswith("--") else 0
-    return argv[:at] + argv[at + 1 + values :]
+    """`argv` without any `flag` and the value that may follow it."""
+    while flag in argv:
+        at = argv.index(flag)
+        values = 1 if at + 1 < len(argv) and not argv[at + 1].startswith("--") else 0
+        argv = argv[:at] + argv[at + 1 + values :]
+    return argv
 
 
-def _refuse_unsupported(args: TrainingArguments) -> None:
+def _check(args: TrainingArguments) -> None:
+    """Refuse what is not supported yet, and numbers with which nothing could train."""
     if args.lora_enable:
         raise InputError("--lora_enable True is not supported yet")
     if args.bits != 16:
         raise InputError(f"--bits {args.bits} is not supported yet; 16 is")
+    for flag in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "logging_steps",
+        "model_max_length",
+    ):
+        if not getattr(args, flag) > 0:
+            raise InputError(f"--{flag} is {getattr(args, flag)}, more than 0 is expected")
+    if not 0 <= args.learning_rate < math.inf:
+        raise InputError(f"--learning_rate is {args.learning_rate}, a number >= 0 is expected")

@@ -201,10 +201,10 @@ def _readable(decoding: Future) -> bool:
 
 def _name(path: str | os.PathLike) -> str | None:
     """What tells this picture from others and from later versions of itself; None if missing."""
-    path = os.path.realpath(path)
     try:
+        path = os.path.realpath(path)
         stat = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return None
     return hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:40]
 

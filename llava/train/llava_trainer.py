@@ -35,10 +35,14 @@ class LLaVATrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not getattr(self.args, "group_by_modality_length", False):
             return super()._get_train_sampler(dataset)
+        # A generator of its own, seeded anew each epoch: a resumed run draws the same order.
+        generator = torch.Generator()
+        self.add_callback(_SeedEachEpoch(generator))
         return LengthGroupedSampler(
             self.args.train_batch_size,
             world_size=self.args.world_size * self.args.gradient_accumulation_steps,
             lengths=dataset.modality_lengths,
+            generator=generator,
             group_by_modality=True,
         )
 
@@ -129,6 +133,17 @@ def last_checkpoint(output_dir: str) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
     return str(max(complete, key=step)) if complete else None
+
+
+class _SeedEachEpoch(TrainerCallback):
+    """Seeds a generator with the run's seed and the epoch's number when an epoch begins."""
+
+    def __init__(self, generator: torch.Generator):
+        self.generator = generator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        epoch = int(state.epoch + 1e-6)  # a resumed run stands within its epoch
+        self.generator.manual_seed(args.seed + epoch)
 
 
 class PlainProgress(TrainerCallback):

@@ -6,12 +6,15 @@ python -m llava.train.train --model_name_or_path … --data_path …
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import transformers
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from llava.errors import InputError, one_clear_error
@@ -21,6 +24,7 @@ from llava.model.multimodal_encoder.clip_encoder import build_vision_tower
 from llava.state import load
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import (
+    CheckReport,
     LazySupervisedDataset,
     make_supervised_data_module,
     picture_pixels,
@@ -156,6 +160,8 @@ def make_feature_cache(tower, data_args: DataArguments) -> FeatureCache | None:
     """The cache that `--feature_cache` asks for; keyed by the tower and by the processing."""
     if data_args.feature_cache == "off":
         return None
+    if os.path.exists(data_args.feature_cache) and not os.path.isdir(data_args.feature_cache):
+        raise InputError(f"--feature_cache {data_args.feature_cache}: this is not a folder")
     processing = f"{data_args.image_aspect_ratio} {tower.image_processor.to_json_string()}"
     return FeatureCache(
         encode=lambda pixels: tower(pixels.to(tower.dtype)).cpu(),
@@ -166,9 +172,30 @@ def make_feature_cache(tower, data_args: DataArguments) -> FeatureCache | None:
     )
 
 
+def prepare_output(args: TrainingArguments) -> list[type]:
+    """Find out before anything is loaded whether the run can write and report.
+
+    Returns:
+        The callback classes that --report_to names.
+    """
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from None
+    try:
+        kinds = get_reporting_integration_callbacks(args.report_to)
+        for kind in kinds:
+            kind()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--report_to {args.report_to}: {error}") from None
+    return kinds
+
+
 def prepare(
     dataset: LazySupervisedDataset, title: str, cache: FeatureCache | None, world_size: int = 1
-) -> None:
+) -> CheckReport:
     """Check a data set whole, say what was cut or skipped, and fill the feature cache for it.
 
     In a run of several processes only a cache on disk is filled, each process its share.
@@ -186,6 +213,7 @@ def prepare(
         notes += f", {report.skipped} skipped for a bad picture"
     if rank == 0:
         print(f"{title}: {report.samples} samples{notes}", flush=True)
+    return report
 
 
 def _choose_trainable(model, model_args, training_args) -> None:
@@ -196,6 +224,8 @@ def _choose_trainable(model, model_args, training_args) -> None:
     )
     if projector is not None:
         projector.requires_grad_(not training_args.freeze_mm_mlp_adapter)
+    elif model_args.tune_mm_mlp_adapter:
+        raise InputError("--tune_mm_mlp_adapter True trains the projector: name a --vision_tower")
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
             f"nothing would train: mm_projector_type {model_args.mm_projector_type}, "
@@ -227,6 +257,9 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     model_args, data_args, training_args = parse(argv)
     training_args.attn_implementation = training_args.attn_implementation or attn_implementation
     training_args.prediction_loss_only = True
+    if training_args.eval_strategy != "no" and not data_args.eval_data_path:
+        raise InputError(f"--eval_strategy {training_args.eval_strategy} needs --eval_data_path")
+    prepare_output(training_args)
     session = load_session(model_args, data_args, training_args)
     data = make_supervised_data_module(session.tokenizer, data_args)
     # In memory the features of a picture that is seen once are of no use to anybody.
@@ -236,7 +269,10 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
             cache = session.feature_cache if reused or name == "eval_dataset" else None
             prepare(data[name], title, cache, training_args.world_size)
     trainer = make_trainer(session, training_args, **data)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    trainer.train(
+        resume_from_checkpoint=training_args.resume_from_checkpoint
+        or last_checkpoint(training_args.output_dir)
+    )
     trainer.save_state()
     session.model.config.use_cache = True
     trainer.save_model()

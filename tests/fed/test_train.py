@@ -120,7 +120,7 @@ def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkey
     rates: dict[str, list[float]] = {}
 
     def capture(self, name):
-        return lambda logs: rates.setdefault(name, []).append(logs["learning_rate"])
+        return lambda step, logs: rates.setdefault(name, []).append(logs["learning_rate"])
 
     monkeypatch.setattr(module._Logger, "of_client", capture)
     run(flags, tmp_path / "run", tiny / "clients.yaml", fed_rounds=3)
@@ -346,3 +346,136 @@ def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
     names = ("x", "y")
     x, y = ((tmp_path / name / "mm_projector.bin").read_bytes() for name in names)
     assert x == y
+
+
+class Stop(Exception):
+    """Stands for a kill, where what matters is what is on the disk then."""
+
+
+def stop_after(monkeypatch, turns: int) -> None:
+    from fed.drivers.resident import ResidentDriver
+
+    fit, done = ResidentDriver.fit, []
+
+    def counted(self, *args, **kwargs):
+        if len(done) == turns:
+            raise Stop
+        done.append(args[0].name)
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResidentDriver, "fit", counted)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"max_grad_norm": 0.1},
+        {"data_seed": 3},
+        {"image_aspect_ratio": "pad"},
+        {"fed_options": ["rescale=2"]},
+        {"fed_clients": "reordered.yaml"},
+        {"pretrain_mm_mlp_adapter": "other.bin"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_run_cut_short_is_continued_by_no_other_run(
+    flags, tiny, tmp_path, monkeypatch, turns, change
+):
+    common = {"fed_method": "fedcmp", "fed_rounds": 2}
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, turns)
+        run(flags, tmp_path / "x", tiny / "clients.yaml", **common)
+    entries = (tiny / "clients.yaml").read_text().replace("a.json", "DIR/a.json")
+    entries = entries.replace("b.json", "DIR/b.json").replace("images", "DIR/images")
+    _, a, b = entries.split("\n")[:3]
+    clients_yaml(tmp_path / "reordered.yaml", tiny, b.strip(" -"), a.strip(" -"))
+    other = {name: t + 1 for name, t in initial_projector(flags, tmp_path).items()}
+    state.save(other, tmp_path / "other.bin")
+    change = {
+        key: tmp_path / value if str(value).endswith((".yaml", ".bin")) else value
+        for key, value in change.items()
+    }
+    clients = change.pop("fed_clients", tiny / "clients.yaml")
+    with pytest.raises(InputError, match="holds a run with"):
+        run(flags, tmp_path / "x", clients, **common, **change)
+    run(flags, tmp_path / "x", tiny / "clients.yaml", **common)
+    run(flags, tmp_path / "y", tiny / "clients.yaml", **common)
+    x, y = ((tmp_path / name / "mm_projector.bin").read_bytes() for name in "xy")
+    assert x == y
+
+
+def test_the_pool_goes_by_the_command_line_not_by_the_first_client(flags, tiny, tmp_path):
+    clients = clients_yaml(
+        tmp_path / "c.yaml",
+        tiny,
+        "{name: a, data_path: DIR/a.json, image_folder: DIR/images, learning_rate: 1e-9}",
+        "{name: b, data_path: DIR/b.json, image_folder: DIR/images}",
+    )
+    run(flags, tmp_path / "x", clients, fed_pool=True)
+    start = initial_projector(flags, tmp_path)["model.mm_projector.0.weight"]
+    moved = state.load(tmp_path / "x" / "mm_projector.bin")["model.mm_projector.0.weight"] - start
+    assert moved.norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fed_method": "fedcmp", "fed_options": ["energy=7"]}, "energy.*7"),
+        ({"fed_method": "fedcmp", "fed_options": ["rank"]}, "name=value"),
+        ({"fed_options": ["server_lr=-1"]}, "server_lr"),
+        ({"data_path": "x.json"}, "--data_path"),
+        ({"report_to": "carrier-pigeon"}, "--report_to"),
+        ({"output_dir": "a-file"}, "--output_dir"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({"eval_strategy": "epoch"}, "eval_strategy"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
+        ({"learning_rate": "nan"}, "--learning_rate"),
+        ({"mm_vision_select_layer": -9}, "--mm_vision_select_layer -9"),
+        ({"deepspeed": "nope.json"}, "nope.json"),
+        ({"fed_clients_per_round": 3}, "has 2 clients"),
+        ({"fed_eval_every": -1}, "--fed_eval_every"),
+        ({"vision_tower": None}, "--vision_tower is missing"),
+        ({"feature_cache": "a-file"}, "--feature_cache"),
+        ({"fed_eval_data_path": ["x/a.json", "y/a.json"]}, "two files are called a"),
+        ({"fed_eval_data_path": ["none.json"]}, "none.json"),
+    ],
+)
+def test_bad_flags_are_found_before_anything_trains(
+    flags, tiny, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").write_text("")
+    stop_after(monkeypatch, 0)
+    changes = {"fed_clients": tiny / "clients.yaml", "output_dir": "x", **changes}
+    with pytest.raises(InputError, match=message):
+        train(flags(**changes))
+    assert not (tmp_path / "x" / "fed").exists()
+
+
+def test_cut_captions_cannot_be_measured(flags, tiny, tmp_path):
+    with pytest.raises(InputError, match="captions are longer than --model_max_length 6"):
+        run(
+            flags,
+            tmp_path / "x",
+            tiny / "clients.yaml",
+            model_max_length=6,
+            fed_eval_data_path=[tiny / "heldout.json"],
+        )
+
+
+def test_an_entry_point_says_it_in_one_line(flags, tiny, tmp_path, monkeypatch, capsys):
+    import sys
+
+    from fed.train import main
+
+    clients = tmp_path / "c.yaml"
+    clients.write_text("clients:\n\t- {")
+    monkeypatch.setattr(sys, "argv", ["fed.train", *flags(fed_clients=clients)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]

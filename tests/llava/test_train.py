@@ -69,6 +69,17 @@ def test_resume_is_exact_and_passes_over_what_a_killed_save_left(flags, tiny, tm
         assert a == b
 
 
+def test_resume_within_the_second_epoch_of_grouped_samples_is_exact(flags, tiny, tmp_path):
+    saving = {"data_path": tiny / "a.json", "save_strategy": "steps", "save_steps": 1,
+              "num_train_epochs": 3, "group_by_modality_length": True}  # fmt: skip
+    train(argv=flags(**saving, output_dir=tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", cut / "checkpoint-8")
+    train(argv=flags(**saving, output_dir=cut))
+    a, b = ((tmp_path / n / "mm_projector.bin").read_bytes() for n in ("whole", "cut"))
+    assert a == b
+
+
 def test_validation_loss(flags, tiny, tmp_path):
     train(argv=flags(data_path=tiny / "a.json", eval_data_path=tiny / "heldout.json",
                      evaluation_strategy="steps", eval_steps=3))  # fmt: skip
@@ -200,7 +211,7 @@ def test_upstreams_command_line_parses_verbatim():
 
 def test_modernise_knows_both_ways_of_writing_a_flag():
     argv = ["--lazy_preprocess=True", "--warmup_ratio=0.1", "--lazy_preprocess", "--a", "1"]
-    assert modernise(argv) == ["--warmup_steps=0.1", "--a", "1"]
+    assert modernise(argv) == ["--warmup_steps", "0.1", "--a", "1"]
 
 
 def test_upstreams_defaults():

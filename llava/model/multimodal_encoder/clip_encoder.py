@@ -44,6 +44,11 @@ class CLIPVisionTower(nn.Module):
                 f"--vision_tower {name}: a CLIP vision model is expected, "
                 f"found model_type {config.model_type!r}"
             )
+        layers = self.config.num_hidden_layers
+        if not -layers - 1 <= self.select_layer <= layers:
+            raise InputError(
+                f"--mm_vision_select_layer {self.select_layer}: {name} has {layers} layers"
+            )
         if not delay_load:
             self.load_model()
 
@@ -104,10 +109,6 @@ class CLIPVisionTower(nn.Module):
     def num_patches(self) -> int:
         """Feature vectors per picture, the class token included when it is selected."""
         return self.num_patches_per_side**2 + (self.select_feature == "cls_patch")
-
-    @property
-    def dummy_feature(self) -> torch.Tensor:
-        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
 
 @contextlib.contextmanager
