@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,18 +21,10 @@ import torch
 
 from fed import state as states
 from fed.clients import seed_of
+from fed.round_state import RoundState, Update, load_update, save_update
 from fed.state import State
-from llava.atomic import atomic_write, remove_leftovers, write_text
+from llava.atomic import remove_leftovers, write_text
 from llava.errors import InputError
-
-
-@dataclass
-class Update:
-    """What a client sends back: its state (float32), how many samples it saw, what it measured."""
-
-    state: State
-    num_samples: int
-    metrics: dict = field(default_factory=dict)
 
 
 class Participant(Protocol):
@@ -41,63 +33,6 @@ class Participant(Protocol):
     name: str
 
     def samples(self, round: int) -> int: ...
-
-
-@dataclass
-class RoundState:
-    """All that the next round needs, in one file.
-
-    `shared` is the state that clients start from; `personal` has those of clients whose method
-    gives each its own. Who takes part in a round and which samples it sees follow from the seed
-    and the round's number, so they need no place here.
-    """
-
-    round: int
-    shared: State
-    personal: dict[str, State] = field(default_factory=dict)
-    memory: State = field(default_factory=dict)
-    records: list[dict] = field(default_factory=list)
-    settings: dict = field(default_factory=dict)
-
-    def save(self, path: Path) -> None:
-        tensors = {f"shared/{name}": t for name, t in self.shared.items()}
-        tensors |= {f"memory/{name}": t for name, t in self.memory.items()}
-        for client, state in self.personal.items():
-            tensors |= {f"personal/{client}/{name}": t for name, t in state.items()}
-        facts = {"round": self.round, "records": self.records, "settings": self.settings}
-        _save_with_facts(tensors, facts, path)
-
-    @classmethod
-    def load(cls, path: Path) -> RoundState:
-        tensors, facts = _load_with_facts(path)
-        loaded = cls(shared={}, **facts)
-        for key, tensor in tensors.items():
-            part, name = key.split("/", 1)
-            if part == "personal":
-                client, name = name.split("/", 1)
-                loaded.personal.setdefault(client, {})[name] = tensor
-            else:
-                getattr(loaded, part)[name] = tensor
-        return loaded
-
-
-def _save_with_facts(tensors: State, facts: dict, path: Path) -> None:
-    from safetensors.torch import save
-
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    with atomic_write(path) as file:
-        file.write(save(tensors, metadata={"facts": json.dumps(facts)}))
-
-
-def _load_with_facts(path: Path) -> tuple[State, dict]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a file of this run ({error})") from None
 
 
 @dataclass
@@ -194,13 +129,13 @@ class Loop:
         training = 0.0  # of the turns that this process ran
         for client in chosen:
             if client.name in finished:
-                updates.append(_load_update(finished[client.name]))
+                updates.append(load_update(finished[client.name]))
                 continue
             sent = now.personal.get(client.name, now.shared)
             update = self.fit(client, sent, round, folder / client.name)
             states.check(update.state, like=sent, who=f"client {client.name}")
             if self.main:
-                _save_update(update, folder / f"{client.name}.safetensors")
+                save_update(update, folder / f"{client.name}.safetensors")
             updates.append(update)
             training += update.metrics.get("seconds", 0.0)
             self._say_turn(round, client.name, update)
@@ -317,17 +252,6 @@ def update_cosines(starts: Sequence[State], ends: Sequence[State]) -> list[list[
         ]
         for i, a in enumerate(vectors)
     ]
-
-
-def _save_update(update: Update, path: Path) -> None:
-    _save_with_facts(
-        update.state, {"num_samples": update.num_samples, "metrics": update.metrics}, path
-    )
-
-
-def _load_update(path: Path) -> Update:
-    tensors, facts = _load_with_facts(path)
-    return Update(tensors, **facts)
 
 
 def _scalars(record: dict) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerCallback
 
 from fed.clients import seed_of
-from fed.rounds import Update
+from fed.round_state import Update
 from fed.state import State
 from llava.model.checkpoint import load_projector, projector_state
 from llava.train.arguments import TrainingArguments

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fed import state
-from fed.rounds import RoundState
+from fed.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
 
@@ -115,14 +115,14 @@ def initial_projector(flags, tmp_path) -> state.State:
 
 
 def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkeypatch):
-    from fed import train as module
+    from fed.logger import RunLogger
 
     rates: dict[str, list[float]] = {}
 
     def capture(self, name):
         return lambda step, logs: rates.setdefault(name, []).append(logs["learning_rate"])
 
-    monkeypatch.setattr(module._Logger, "of_client", capture)
+    monkeypatch.setattr(RunLogger, "of_client", capture)
     run(flags, tmp_path / "run", tiny / "clients.yaml", fed_rounds=3)
     spanning, rates = rates["a"], {}
     assert len(spanning) == 6 and spanning[0] == 1e-2

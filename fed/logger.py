@@ -1,0 +1,43 @@
+"""A federated run's curves: TensorBoard, wandb, or whatever --report_to names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers.trainer_callback import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from llava.train.arguments import TrainingArguments
+
+
+class RunLogger:
+    """Logs of clients and rounds, through transformers' own callbacks of the classes `kinds`."""
+
+    def __init__(self, args: TrainingArguments, kinds: list[type]):
+        self.args = args
+        self.state = TrainerState(is_world_process_zero=args.process_index == 0)
+        callbacks = [DefaultFlowCallback(), *(kind() for kind in kinds)]
+        self.handler = CallbackHandler(callbacks, None, None, None, None)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.state.global_step = step
+        self.handler.on_log(self.args, self.state, TrainerControl(), logs=values)
+
+    def start(self) -> None:
+        self.handler.on_train_begin(self.args, self.state, TrainerControl())
+
+    def of_client(self, name: str) -> Callable[[int, dict[str, float]], None]:
+        """A client's logs, over its own steps."""
+        return lambda step, values: self._log(
+            step, {f"clients/{name}/{key}": value for key, value in values.items()}
+        )
+
+    def of_round(self, values: dict[str, float], round: int) -> None:
+        self._log(round, values)
+
+    def close(self) -> None:
+        self.handler.on_train_end(self.args, self.state, TrainerControl())
