@@ -121,7 +121,10 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
         argv = _without(argv, "--tf32")
         if "--use_cpu" not in argv:
             argv += ["--use_cpu", "True"]
-    if "--deepspeed" in argv:
+    if "--deepspeed" in argv[:-1]:
+        file = argv[argv.index("--deepspeed") + 1]
+        if not os.path.isfile(file):
+            raise InputError(f"--deepspeed {file}: no such file")
         _start_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parser = _Parser(kinds or (ModelArguments, DataArguments, TrainingArguments))
     try:
