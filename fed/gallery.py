@@ -93,7 +93,7 @@ def draw(
         for model, answers in zip(models, said, strict=True):
             y -= step
             colour = "#007a4d" if answers[i] == truth else "#b03a00"
-            answer = textwrap.shorten(answers[i] or "(nothing)", 26, placeholder="…")
+            answer = textwrap.shorten(answers[i] or "(nothing)", 24, placeholder="…")
             axis.text(0.47, y, model, ha="right", va="top", fontsize=8, color="0.45",
                       transform=axis.transAxes)  # fmt: skip
             axis.text(0.5, y, answer, ha="left", va="top", fontsize=8.5,
