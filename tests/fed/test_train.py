@@ -86,7 +86,8 @@ def test_one_client_in_one_round_is_llavas_own_training(flags, tiny, tmp_path):
     one = clients_yaml(
         tmp_path / "one.yaml", tiny, "{name: a, data_path: DIR/a.json, image_folder: DIR/images}"
     )
-    run(flags, tmp_path / "fed", one)
+    cache = {"feature_cache": tmp_path / "features"}  # or the tower's batches would differ
+    run(flags, tmp_path / "fed", one, **cache)
     records = json.loads((tiny / "a.json").read_text())
     (order,) = slices(len(records), 1, seed_of(7, "slices", "a"))
     (tmp_path / "a.json").write_text(json.dumps([records[i] for i in order]))
@@ -97,6 +98,7 @@ def test_one_client_in_one_round_is_llavas_own_training(flags, tiny, tmp_path):
             output_dir=tmp_path / "plain",
             seed=seed_of(7, "a", 1),
             pretrain_mm_mlp_adapter=tmp_path / "start.bin",
+            **cache,
         )
     )
     a = state.load(tmp_path / "fed" / "mm_projector.bin")
