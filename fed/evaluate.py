@@ -41,7 +41,6 @@ def evaluate(
         to the last token), and the same per domain under `domains`.
     """
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
-    # Samples of like length share a batch, which saves padding; the measures do not depend on it.
     for start in range(0, len(data.dataset), batch_size):
         indices = range(start, min(start + batch_size, len(data.dataset)))
         batch = collate([data.dataset[i] for i in indices])

@@ -62,19 +62,16 @@ def arguments_of(
     spec: ClientSpec, argv: list[str], data_args: DataArguments, training_args: TrainingArguments
 ) -> tuple[DataArguments, TrainingArguments]:
     """The client's own arguments: the command line's, then what clients.yaml overrides."""
-    if not spec.overrides:
-        with _named(spec):
-            _check_steps(training_args)
-        return copy.copy(data_args), training_args
-    own = [text for key, value in spec.overrides.items() for text in (f"--{key}", value)]
     with _named(spec):
-        _, own_data_args, own_training_args, _ = parse(
-            [*argv, *own], ModelArguments, DataArguments, TrainingArguments, FedArguments
-        )
-        _check_steps(own_training_args)
-    # What is set on the arguments while the session is loaded.
-    own_training_args.tune_mm_mlp_adapter = True
-    return own_data_args, own_training_args
+        if spec.overrides:
+            own = [text for key, value in spec.overrides.items() for text in (f"--{key}", value)]
+            _, data_args, training_args, _ = parse(
+                [*argv, *own], ModelArguments, DataArguments, TrainingArguments, FedArguments
+            )
+            # What loading the session sets on the command line's own arguments.
+            training_args.tune_mm_mlp_adapter = True
+        _check_steps(training_args)
+    return data_args, training_args
 
 
 def _check_steps(args: TrainingArguments) -> None:
@@ -137,9 +134,9 @@ def _named(spec: ClientSpec):
 def _of_session(own: DataArguments, data_args: DataArguments) -> DataArguments:
     """`own` with what loading the session filled into `data_args`."""
     merged = copy.copy(own)
-    filled = {f.name for f in dataclasses.fields(DataArguments)} - {"is_multimodal"}
+    flags = {f.name for f in dataclasses.fields(DataArguments)} - {"is_multimodal"}
     for name, value in vars(data_args).items():
-        if name not in filled:
+        if name not in flags:
             setattr(merged, name, value)
     return merged
 
@@ -152,7 +149,7 @@ def evaluation_set(
     training_args: TrainingArguments,
 ) -> EvaluationSet:
     """A file of --fed_eval_data_path, checked whole, with its samples' domains."""
-    args = _of_session(data_args, data_args)
+    args = copy.copy(data_args)
     args.image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
     dataset = LazySupervisedDataset(path, session.tokenizer, args)
     report = prepare(dataset, f"held out, {path}", session.feature_cache, training_args.world_size)
@@ -175,8 +172,7 @@ def pool(
         for i, record in enumerate(dataset.records):
             picture = dataset.picture(i)
             records.append({**record, "image": os.path.abspath(picture)} if picture else record)
-    args = copy.copy(data_args)
-    return LazySupervisedDataset(records, session.tokenizer, args, session.feature_cache)
+    return LazySupervisedDataset(records, session.tokenizer, data_args, session.feature_cache)
 
 
 def make_clients(

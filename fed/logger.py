@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers.trainer_callback import (
     CallbackHandler,
     DefaultFlowCallback,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
 )
@@ -15,12 +16,12 @@ from llava.train.arguments import TrainingArguments
 
 
 class RunLogger:
-    """Logs of clients and rounds, through transformers' own callbacks of the classes `kinds`."""
+    """Logs of clients and rounds, through transformers' own callbacks (`reporters`)."""
 
-    def __init__(self, args: TrainingArguments, kinds: list[type]):
+    def __init__(self, args: TrainingArguments, reporters: list[TrainerCallback]):
         self.args = args
         self.state = TrainerState(is_world_process_zero=args.process_index == 0)
-        callbacks = [DefaultFlowCallback(), *(kind() for kind in kinds)]
+        callbacks = [DefaultFlowCallback(), *reporters]
         self.handler = CallbackHandler(callbacks, None, None, None, None)
 
     def _log(self, step: int, values: dict[str, float]) -> None:

@@ -30,7 +30,8 @@ def eval_model(args) -> str:
     )
     from llava.model.builder import load_pretrained_model
 
-    images = [load_image(file) for file in args.image_file.split(args.sep or None)]
+    files = args.image_file.split(args.sep) if args.sep else [args.image_file]
+    images = [load_image(file) for file in files]
     name = get_model_name_from_path(args.model_path)
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, name, device=getattr(args, "device", "cuda")

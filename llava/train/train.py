@@ -162,21 +162,25 @@ def make_feature_cache(tower, data_args: DataArguments) -> FeatureCache | None:
         return None
     if os.path.exists(data_args.feature_cache) and not os.path.isdir(data_args.feature_cache):
         raise InputError(f"--feature_cache {data_args.feature_cache}: this is not a folder")
-    processing = f"{data_args.image_aspect_ratio} {tower.image_processor.to_json_string()}"
+    in_memory = data_args.feature_cache == "memory"
+    key = ""  # a cache that no other process reads needs no name, which costs a look at all weights
+    if not in_memory:
+        processing = f"{data_args.image_aspect_ratio} {tower.image_processor.to_json_string()}"
+        key = hashlib.sha256((tower.fingerprint() + processing).encode()).hexdigest()
     return FeatureCache(
         encode=lambda pixels: tower(pixels.to(tower.dtype)).cpu(),
         preprocess=lambda path: picture_pixels(path, data_args),
-        key=hashlib.sha256((tower.fingerprint() + processing).encode()).hexdigest(),
+        key=key,
         limit_bytes=int(data_args.feature_cache_gb * 1e9),
-        directory=None if data_args.feature_cache == "memory" else data_args.feature_cache,
+        directory=None if in_memory else data_args.feature_cache,
     )
 
 
-def prepare_output(args: TrainingArguments) -> list[type]:
+def prepare_output(args: TrainingArguments) -> list[transformers.TrainerCallback]:
     """Find out before anything is loaded whether the run can write and report.
 
     Returns:
-        The callback classes that --report_to names.
+        The callbacks that --report_to names.
     """
     try:
         os.makedirs(args.output_dir, exist_ok=True)
@@ -185,12 +189,9 @@ def prepare_output(args: TrainingArguments) -> list[type]:
     except OSError as error:
         raise InputError(f"--output_dir {args.output_dir}: {error.strerror}") from None
     try:
-        kinds = get_reporting_integration_callbacks(args.report_to)
-        for kind in kinds:
-            kind()
+        return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"--report_to {args.report_to}: {error}") from None
-    return kinds
 
 
 def prepare(
