@@ -67,7 +67,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     else:
         clients = make_clients(specs, client_args, datasets, fed_args)
 
-    collator = DataCollatorForSupervisedDataset(session.tokenizer, data_args.image_tokens)
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
     driver = ResidentDriver(session, collator, fed_args.fed_lr_schedule)
 
     def measure(global_state: state.State) -> dict:

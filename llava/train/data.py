@@ -156,6 +156,7 @@ class LazySupervisedDataset(Dataset):
         item = {"input_ids": ids, "labels": labels}
         path = self.picture(index)
         if path is not None:
+            item["image_tokens"] = self.data_args.image_tokens
             features = self.feature_cache.get(path) if self.feature_cache else None
             item["image"] = picture_pixels(path, self.data_args) if features is None else features
         return item
@@ -245,17 +246,19 @@ class DataCollatorForSupervisedDataset:
     """Makes a batch of items: pictures' tokens expanded, cut to model_max_length, padded right.
 
     Gives `input_ids`, `labels` (B, T) long, `attention_mask` (B, T) bool, and `images` when a row
-    has one: (rows with a picture, …), or a list when their shapes differ. Each picture takes
-    `image_tokens` places, all -200. The mask comes from lengths, so that a real `<unk>` in a text
+    has one: (rows with a picture, …), or a list when their shapes differ. A picture takes as many
+    places as its item's `image_tokens`, all -200. The mask comes from lengths, so that a real `<unk>` in a text
     is not taken for padding where the two share an id.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    image_tokens: int
 
     def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         limit = self.tokenizer.model_max_length
-        rows = [fit(item["input_ids"], item["labels"], self.image_tokens, limit) for item in items]
+        rows = [
+            fit(item["input_ids"], item["labels"], item.get("image_tokens", 1), limit)
+            for item in items
+        ]
         ids, labels = zip(*rows, strict=True)
         lengths = torch.tensor([len(row) for row in ids])
         pad = self.tokenizer.pad_token_id
@@ -285,5 +288,5 @@ def make_supervised_data_module(
     return {
         "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args),
         "eval_dataset": evaluation,
-        "data_collator": DataCollatorForSupervisedDataset(tokenizer, data_args.image_tokens),
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }

@@ -29,7 +29,7 @@ def trained(tiny, tmp_path_factory):
     session = load_session(model_args, data_args, training_args)
     session.model.eval()
     dataset = LazySupervisedDataset(str(tiny / "heldout.json"), session.tokenizer, data_args)
-    collator = DataCollatorForSupervisedDataset(session.tokenizer, data_args.image_tokens)
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
     return session, dataset, collator
 
 

@@ -212,7 +212,7 @@ def test_items_and_their_batch(tokenizer, data_args):
     items = [dataset[i] for i in range(3)]
     assert items[0]["image"].shape == (3, 32, 32) and "image" not in items[1]
     assert (items[0]["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 1
-    batch = DataCollatorForSupervisedDataset(tokenizer, 4)(items)
+    batch = DataCollatorForSupervisedDataset(tokenizer)(items)
     assert batch["images"].shape == (2, 3, 32, 32)
     assert batch["images"][1].equal(items[2]["image"])
     assert (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(dim=1).tolist() == [4, 0, 4]
@@ -224,20 +224,23 @@ def test_items_and_their_batch(tokenizer, data_args):
         assert (batch["input_ids"][row, length:] == tokenizer.pad_token_id).all()
         learnt = answers(batch["input_ids"][row], batch["labels"][row])
         assert learnt == answers(item["input_ids"], item["labels"])
-    assert "images" not in DataCollatorForSupervisedDataset(tokenizer, 4)([items[1]])
+    assert "images" not in DataCollatorForSupervisedDataset(tokenizer)([items[1]])
 
 
 def test_a_real_unk_is_not_padding(tokenizer):
     unk = torch.tensor([1, tokenizer.unk_token_id, 9])
-    batch = DataCollatorForSupervisedDataset(tokenizer, 4)([{"input_ids": unk, "labels": unk}])
+    batch = DataCollatorForSupervisedDataset(tokenizer)([{"input_ids": unk, "labels": unk}])
     assert tokenizer.pad_token_id == tokenizer.unk_token_id  # upstream would mask the middle token
     assert batch["attention_mask"].tolist() == [[True, True, True]]
 
 
 def test_pictures_of_several_shapes_come_as_a_list(tokenizer):
     ids = torch.tensor([1, -200])
-    items = [{"input_ids": ids, "labels": ids, "image": torch.zeros(n, 8)} for n in (4, 4, 5)]
-    collate = DataCollatorForSupervisedDataset(tokenizer, 4)
+    items = [
+        {"input_ids": ids, "labels": ids, "image": torch.zeros(n, 8), "image_tokens": n}
+        for n in (4, 4, 5)
+    ]
+    collate = DataCollatorForSupervisedDataset(tokenizer)
     assert collate(items[:2])["images"].shape == (2, 4, 8)
     assert [len(image) for image in collate(items)["images"]] == [4, 4, 5]
 
@@ -265,7 +268,6 @@ def test_the_data_module(tmp_path, tokenizer, data_args):
     data_args.eval_data_path.write_text(json.dumps([TEXT]))
     module = make_supervised_data_module(tokenizer, data_args)
     assert [len(module["train_dataset"]), len(module["eval_dataset"])] == [2, 1]
-    assert module["data_collator"].image_tokens == 4
     data_args.eval_data_path = None
     assert make_supervised_data_module(tokenizer, data_args)["eval_dataset"] is None
     data_args.data_path = None
@@ -286,7 +288,7 @@ def test_sound_data_pass_and_long_text_is_counted(tokenizer, data_args):
     long = record("red.png", "<image>\nSay much.", "word " * MAX_LENGTH, id="long")
     dataset = LazySupervisedDataset([RED, long, TEXT, BLUE, long], tokenizer, data_args)
     assert dataset.check() == CheckReport(samples=5, truncated=2, skipped=0)
-    item = DataCollatorForSupervisedDataset(tokenizer, 4)([dataset[1]])
+    item = DataCollatorForSupervisedDataset(tokenizer)([dataset[1]])
     assert item["input_ids"].shape == (1, MAX_LENGTH)
 
 
@@ -375,7 +377,7 @@ def test_cached_features_stand_in_for_the_picture(tmp_path, tokenizer, data_args
     dataset = LazySupervisedDataset([RED, BLUE], tokenizer, data_args, feature_cache=cache)
     cache.prefetch(dataset.pictures()[:1])
     assert dataset[0]["image"].shape == (4, 3) and dataset[1]["image"].shape == (3, 32, 32)
-    images = DataCollatorForSupervisedDataset(tokenizer, 4)([dataset[0], dataset[1]])["images"]
+    images = DataCollatorForSupervisedDataset(tokenizer)([dataset[0], dataset[1]])["images"]
     assert [image.ndim for image in images] == [2, 3]
     # What lies in the cache has been decoded; the check reads only the others.
     opened = []
