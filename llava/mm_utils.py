@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
+
+# Upstream has these here too.
+from llava.tiling import divide_to_patches as divide_to_patches
+from llava.tiling import get_anyres_image_grid_shape as get_anyres_image_grid_shape
+from llava.tiling import process_anyres_image
+from llava.tiling import resize_and_pad_image as resize_and_pad_image
+from llava.tiling import select_best_resolution as select_best_resolution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +36,16 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error
+        raise InputError(f"picture {path} cannot be read: {_reason(error)}") from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels of the upright picture at `path`, which is not decoded."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except Exception as error:
         raise InputError(f"picture {path} cannot be read: {_reason(error)}") from error
 
 
@@ -71,22 +88,25 @@ def expand2square(image: Image.Image, background_color: Any) -> Image.Image:
 
 
 def check_aspect_ratio(aspect_ratio: str | None) -> None:
-    """`InputError` for the tiled kinds ("anyres…")."""
-    if aspect_ratio and aspect_ratio.startswith("anyres"):
+    """`InputError` for the tiled kinds that are not upstream's ("anyres_max_9" and the like)."""
+    if aspect_ratio and aspect_ratio.startswith("anyres") and aspect_ratio != "anyres":
         raise InputError(
-            f"image_aspect_ratio {aspect_ratio!r} is not supported yet, use 'pad' or 'square'"
+            f"image_aspect_ratio is {aspect_ratio!r}; known are 'pad', 'square' and 'anyres'"
         )
 
 
-def image_pixels(
-    image: Image.Image, image_processor: Any, aspect_ratio: str | None
-) -> torch.Tensor:
-    """One picture as the tower wants it, (3, H, W).
+def image_pixels(image: Image.Image, image_processor: Any, model_cfg: Any) -> torch.Tensor:
+    """One picture as the tower wants it: (3, H, W), or (1 + tiles, 3, H, W) for "anyres".
 
-    `aspect_ratio` "pad" first squares it with the processor's mean colour; "anyres" is refused;
-    anything else leaves it to the processor, which cuts out the centre.
+    `model_cfg.image_aspect_ratio` "pad" first squares it with the processor's mean colour; "anyres"
+    cuts it into tiles by `model_cfg.image_grid_pinpoints`; anything else leaves it to the
+    processor, which cuts out the centre.
     """
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     check_aspect_ratio(aspect_ratio)
+    if aspect_ratio == "anyres":
+        pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
+        return process_anyres_image(image, image_processor, pinpoints)
     if aspect_ratio == "pad":
         image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
     return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
@@ -95,13 +115,11 @@ def image_pixels(
 def process_images(
     images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Pictures for the model: (B, 3, H, W), or a list when their sizes differ.
+    """Pictures for the model: one tensor with a row each, or a list when their shapes differ.
 
-    `model_cfg.image_aspect_ratio` says how, see `image_pixels`.
+    See `image_pixels` for what `model_cfg` says.
     """
-    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    pixels = [image_pixels(image, image_processor, aspect_ratio) for image in images]
-    return stack_same(pixels)
+    return stack_same([image_pixels(image, image_processor, model_cfg) for image in images])
 
 
 def stack_same(tensors: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:

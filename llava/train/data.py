@@ -1,7 +1,8 @@
-"""LLaVA's data: a JSON list of records, each a conversation and perhaps a picture."""
+"""LLaVA's data: a JSON list of records, each a conversation and perhaps pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -12,19 +13,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Segment, get_template
 from llava.errors import InputError
-from llava.mm_utils import check_aspect_ratio, image_pixels, open_image, stack_same
+from llava.mm_utils import (
+    check_aspect_ratio,
+    image_pixels,
+    image_size,
+    open_image,
+    stack_same,
+)
 from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llava.tiling import Tiling
     from llava.train.feature_cache import FeatureCache
 
 
@@ -58,8 +67,8 @@ def _name(record: dict[str, Any], index: int) -> str:
 
 
 def picture_pixels(path: str, data_args: Any) -> torch.Tensor:
-    """The picture at `path` as the tower wants it, (3, H, W)."""
-    return image_pixels(open_image(path), data_args.image_processor, data_args.image_aspect_ratio)
+    """The picture at `path` as the tower wants it: (3, H, W), or tiles of that shape."""
+    return image_pixels(open_image(path), data_args.image_processor, data_args)
 
 
 @dataclass
@@ -78,12 +87,15 @@ class CheckReport:
 class LazySupervisedDataset(Dataset):
     """Records, tokenised and opened one at a time as they are asked for.
 
-    An item is `{"input_ids": (T,), "labels": (T,)}` and, for a record with a picture, `"image"`:
-    pixels (3, H, W), or features (N, C) when `feature_cache` has them. In `input_ids` a picture is
-    one -200. A text-only record has no `image` (upstream sends zeros through the tower).
+    An item is `{"input_ids": (T,), "labels": (T,)}` and, for a record with pictures, a list with an
+    entry for each: `"images"`, pixels (3, H, W) or tiles of that shape, or features (N, C) when
+    `feature_cache` has them; `"image_tokens"`, how many tokens it takes; for tiles `"image_sizes"`,
+    (width, height) in pixels. In `input_ids` a picture is one -200. A text-only record has none of
+    these (upstream sends zeros through the tower).
 
     Fields of `data_args`: version, is_multimodal, image_folder, image_aspect_ratio,
-    image_processor, image_tokens, mm_use_im_start_end, skip_bad_images.
+    image_grid_pinpoints, image_processor, image_tokens, tiling, mm_use_im_start_end,
+    skip_bad_images.
     """
 
     def __init__(
@@ -130,49 +142,64 @@ class LazySupervisedDataset(Dataset):
             words = sum(len(turn["value"].split()) for turn in record["conversations"])
             yield words, record.get("image") is not None
 
-    def picture(self, index: int) -> str | None:
-        """Where the record's picture lies; None for a text-only record."""
-        image = self.records[index].get("image")
-        if image is None:
-            return None
-        if not isinstance(image, str):
+    def paths(self, index: int) -> list[str]:
+        """Where the record's pictures lie, in the order of its text; empty for text alone."""
+        images = self.records[index].get("image")
+        if images is None:
+            return []
+        images = images if isinstance(images, list) else [images]
+        if not images or not all(isinstance(image, str) for image in images):
             raise InputError(
-                f"{self.name(index)}: `image` is {image!r:.80}, expected one path "
-                "(several pictures a sample are not supported yet)"
+                f"{self.name(index)}: `image` is {self.records[index]['image']!r:.80}, "
+                "expected a path or a list of paths"
             )
-        return os.path.join(self.data_args.image_folder or "", image)
+        return [os.path.join(self.data_args.image_folder or "", image) for image in images]
 
     def pictures(self) -> list[str]:
         """All pictures, each once, in the order of their first record."""
-        paths = (self.picture(i) for i in range(len(self)))
-        return list(dict.fromkeys(path for path in paths if path is not None))
+        return list(dict.fromkeys(path for i in range(len(self)) for path in self.paths(i)))
 
     def name(self, index: int) -> str:
         """How an error message calls the record."""
         return f"{self.source}: {_name(self.records[index], index)}"
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         ids, labels = tokenize(self._segments(index), self.tokenizer)
-        item = {"input_ids": ids, "labels": labels}
-        path = self.picture(index)
-        if path is not None:
-            item["image_tokens"] = self.data_args.image_tokens
-            features = self.feature_cache.get(path) if self.feature_cache else None
-            item["image"] = picture_pixels(path, self.data_args) if features is None else features
+        item: dict[str, Any] = {"input_ids": ids, "labels": labels}
+        if paths := self.paths(index):
+            item["images"] = [self._picture(path) for path in paths]
+            item["image_tokens"] = [self._tokens_of(path) for path in paths]
+            if self._tiling:
+                item["image_sizes"] = [image_size(path) for path in paths]
         return item
 
+    def _picture(self, path: str) -> torch.Tensor:
+        features = self.feature_cache.get(path) if self.feature_cache else None
+        return picture_pixels(path, self.data_args) if features is None else features
+
+    @property
+    def _tiling(self) -> Tiling | None:
+        return getattr(self.data_args, "tiling", None)
+
+    def _tokens_of(self, path: str) -> int:
+        return (
+            self._tiling.num_tokens(image_size(path))
+            if self._tiling
+            else self.data_args.image_tokens
+        )
+
     def _segments(self, index: int) -> list[Segment]:
-        """The record as pieces of text; `InputError` when text and picture do not fit together."""
+        """The record as pieces of text; `InputError` when text and pictures do not fit together."""
         args = self.data_args
-        has_picture = self.picture(index) is not None
+        pictures = len(self.paths(index))
         try:
             turns = read_turns(self.records[index]["conversations"])
             mentions = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in turns)
-            if has_picture and not args.is_multimodal:
+            if pictures and not args.is_multimodal:
                 raise InputError("it has a picture, but the run has no vision tower")
-            if mentions != has_picture:
-                pictures = "one picture" if has_picture else "no picture"
-                raise InputError(f"it has {pictures}, but its text says `<image>` {mentions} times")
+            if mentions != pictures:
+                found = {0: "no picture", 1: "one picture"}.get(pictures, f"{pictures} pictures")
+                raise InputError(f"it has {found}, but its text says `<image>` {mentions} times")
             turns = preprocess_multimodal(turns, self.template, args.mm_use_im_start_end)
             return render(turns, self.template)
         except InputError as error:
@@ -187,14 +214,14 @@ class LazySupervisedDataset(Dataset):
         Pictures in the feature cache have been decoded before and are not read again.
         """
         is_cut = [self._is_cut(i) for i in range(len(self))]
-        owners = {self.picture(i): i for i in reversed(range(len(self)))}
+        owners = {path: i for i in reversed(range(len(self))) for path in self.paths(i)}
         cache = self.feature_cache or ()
         broken = set()
         for path, error in _broken([p for p in self.pictures() if p not in cache]):
             if not self.data_args.skip_bad_images:
                 raise InputError(f"{self.name(owners[path])}: {error}")
             broken.add(path)
-        kept = [i for i in range(len(self)) if self.picture(i) not in broken]
+        kept = [i for i in range(len(self)) if broken.isdisjoint(self.paths(i))]
         skipped = len(self) - len(kept)
         if skipped and not kept:
             raise InputError(f"{self.source}: no record is left, none of its pictures can be read")
@@ -204,19 +231,21 @@ class LazySupervisedDataset(Dataset):
     def _is_cut(self, index: int) -> bool:
         """Whether the record's text is longer than the model takes."""
         segments = self._segments(index)
-        has_picture = self.picture(index) is not None
-        limit, image_tokens = self.tokenizer.model_max_length, self.data_args.image_tokens
+        limit, tokens = self.tokenizer.model_max_length, []
+        for path in self.paths(index):
+            with contextlib.suppress(InputError):  # a picture that cannot be read is told of later
+                tokens.append(self._tokens_of(path))
         # A token is at least a byte of text, but for <s> and the space before the first word:
         # most records are seen to fit without being tokenised.
         at_most = 2 + sum(len(text.encode()) for text, _ in segments)
-        if at_most + image_tokens * has_picture <= limit:
+        if at_most + sum(tokens) <= limit or len(tokens) < len(self.paths(index)):
             return False
         ids, labels = tokenize(segments, self.tokenizer)
         try:
-            fitted, _ = fit(ids, labels, image_tokens, limit)
+            fitted, _ = fit(ids, labels, tokens, limit)
         except InputError as error:
             raise InputError(f"{self.name(index)}: {error}") from None
-        return len(fitted) < len(ids) + (image_tokens - 1) * has_picture
+        return len(fitted) < len(ids) + sum(tokens) - len(tokens)
 
 
 def _broken(paths: Sequence[str]) -> Iterator[tuple[str, InputError]]:
@@ -245,32 +274,44 @@ def _broken(paths: Sequence[str]) -> Iterator[tuple[str, InputError]]:
 class DataCollatorForSupervisedDataset:
     """Makes a batch of items: pictures' tokens expanded, cut to model_max_length, padded right.
 
-    Gives `input_ids`, `labels` (B, T) long, `attention_mask` (B, T) bool, and `images` when a row
-    has one: (rows with a picture, …), or a list when their shapes differ. A picture takes as many
-    places as its item's `image_tokens`, all -200. The mask comes from lengths, so that a real `<unk>` in a text
-    is not taken for padding where the two share an id.
+    Gives `input_ids`, `labels` (B, T) long and `attention_mask` (B, T) bool. The mask comes from
+    lengths, so that a real `<unk>` in a text is not taken for padding where the two share an id.
+    `label_positions` are the places in the flattened batch whose next label counts. If a row has
+    pictures, `images` are all of them, one tensor or, when their shapes differ, a list; of tiles,
+    `image_sizes` are the (width, height) of their pictures; and `image_positions`, the places of
+    their tokens, all -200.
+
+    The positions are found here, in the loader's process, so that no device is waited for.
     """
 
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, items: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         limit = self.tokenizer.model_max_length
         rows = [
-            fit(item["input_ids"], item["labels"], item.get("image_tokens", 1), limit)
+            fit(item["input_ids"], item["labels"], item.get("image_tokens", []), limit)
             for item in items
         ]
         ids, labels = zip(*rows, strict=True)
         lengths = torch.tensor([len(row) for row in ids])
         pad = self.tokenizer.pad_token_id
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": pad_sequence(list(ids), batch_first=True, padding_value=pad),
             "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
-        images = [item["image"] for item in items if "image" in item]
-        if images:
+        following = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        batch["label_positions"] = _places(following != IGNORE_INDEX)
+        if images := [image for item in items for image in item.get("images", ())]:
             batch["images"] = stack_same(images)
+            if sizes := [size for item in items for size in item.get("image_sizes", ())]:
+                batch["image_sizes"] = sizes
+            batch["image_positions"] = _places(batch["input_ids"] == IMAGE_TOKEN_INDEX)
         return batch
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero().flatten()
 
 
 def make_supervised_data_module(

@@ -53,10 +53,11 @@ def read_turns(conversations: list[dict[str, Any]]) -> list[str]:
 def preprocess_multimodal(
     turns: Sequence[str], template: Conversation, mm_use_im_start_end: bool = False
 ) -> list[str]:
-    """Put `<image>` on a line of its own at the front of each turn that mentions it, once.
+    """Put the picture of a turn on a line of its own at the turn's front.
 
-    Templates of the "mmtag" kind see it as `<Image><image></Image>`; with `mm_use_im_start_end` the
-    start and end tokens surround it.
+    Several in one turn stay where they stand among the words (upstream makes one of them).
+    Templates of the "mmtag" kind see a picture as `<Image><image></Image>`; with
+    `mm_use_im_start_end` the start and end tokens surround it.
     """
     shown = DEFAULT_IMAGE_TOKEN
     if mm_use_im_start_end:
@@ -64,20 +65,21 @@ def preprocess_multimodal(
     if "mmtag" in template.version:
         shown = f"<Image>{shown}</Image>"
 
-    def moved(text: str) -> str:
-        if DEFAULT_IMAGE_TOKEN not in text:
-            return text
-        return f"{shown}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+    def placed(text: str) -> str:
+        pictures = text.count(DEFAULT_IMAGE_TOKEN)
+        if pictures == 1:
+            return f"{shown}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+        return text.replace(DEFAULT_IMAGE_TOKEN, shown).strip() if pictures else text
 
-    return [moved(text) for text in turns]
+    return [placed(text) for text in turns]
 
 
 def render(turns: Sequence[str], template: Conversation) -> list[Segment]:
     """The conversation as training sees it, in pieces that are to be learnt or not.
 
     Two styles are trained in another form than they are asked in, as upstream does: PLAIN keeps of
-    the question only the picture, and SINGLE (v0) puts "### " before every turn and learns the mark
-    itself, by which the model ends its answer.
+    the question only its pictures, and SINGLE (v0) puts "### " before every turn and learns the
+    mark itself, by which the model ends its answer.
     """
     if template.sep_style is SeparatorStyle.PLAIN:
         if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in turns[0]:
@@ -85,7 +87,8 @@ def render(turns: Sequence[str], template: Conversation) -> list[Segment]:
                 "the plain template takes one question that shows `<image>` and one caption, "
                 f"found {len(turns)} turns that begin with {turns[0][:40]!r}"
             )
-        return [(DEFAULT_IMAGE_TOKEN, False), (turns[1] + template.sep, True)]
+        pictures = DEFAULT_IMAGE_TOKEN * turns[0].count(DEFAULT_IMAGE_TOKEN)
+        return [(pictures, False), (turns[1] + template.sep, True)]
     if template.sep_style is SeparatorStyle.SINGLE:
         human, assistant = template.roles
         segments = [(f"{template.system}\n\n", False)]
@@ -134,9 +137,12 @@ def tokenize(
 
 
 def fit(
-    ids: torch.Tensor, labels: torch.Tensor, image_tokens: int, max_length: int
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    image_tokens: int | Sequence[int],
+    max_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give each picture its `image_tokens` places, then cut to `max_length`.
+    """Give each picture its `image_tokens` places (one number, or one each), cut to `max_length`.
 
     Text may be cut; `InputError` when a picture would be, since half a picture is none.
     """

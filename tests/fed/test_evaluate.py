@@ -53,7 +53,7 @@ def test_exact_is_what_greedy_generation_says(trained):
         wanted = [t for t in dataset[i]["labels"].tolist() if t != -100]
         said = session.model.generate(
             ids[None],
-            images=dataset[i]["image"][None],
+            images=dataset[i]["images"],
             do_sample=False,
             max_new_tokens=len(wanted),
             pad_token_id=0,

@@ -14,7 +14,7 @@ PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height
 
 
 def preprocess(path):
-    return image_pixels(open_image(path), PROCESSOR, "square")
+    return image_pixels(open_image(path), PROCESSOR, None)
 
 
 class Tower:

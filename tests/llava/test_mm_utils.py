@@ -108,8 +108,8 @@ def test_squares():
 def test_padding_shows_the_whole_picture_and_square_cuts_its_centre(processor):
     image = Image.new("RGB", (96, 32), "black")
     image.paste((255, 255, 255), (0, 0, 8, 32))  # a white strip at the left edge
-    padded = image_pixels(image, processor, "pad")
-    cut = image_pixels(image, processor, "square")
+    padded = image_pixels(image, processor, SimpleNamespace(image_aspect_ratio="pad"))
+    cut = image_pixels(image, processor, SimpleNamespace())
     assert padded.shape == cut.shape == (3, 32, 32)
     black, white = cut.min(), padded.max()
     assert (cut == cut[:, :1, :1]).all() and white > 1.5 and black < -1.4
@@ -122,7 +122,9 @@ def test_process_images(processor):
     for aspect in ("pad", "square", None):
         config = SimpleNamespace(image_aspect_ratio=aspect)
         assert process_images(images, processor, config).shape == (2, 3, 32, 32)
-    with pytest.raises(InputError, match="'anyres'.*not supported yet"):
+    tiled = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints="[(64, 32)]")
+    assert process_images(images, processor, tiled).shape == (2, 3, 3, 32, 32)
+    with pytest.raises(InputError, match="image_grid_pinpoints is None"):
         process_images(images, processor, SimpleNamespace(image_aspect_ratio="anyres"))
     uneven = CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
     config = SimpleNamespace(image_aspect_ratio="square")
