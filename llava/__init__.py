@@ -5,9 +5,9 @@ This package knows nothing of federation; `fed` builds on it.
 
 
 def __getattr__(name: str):
-    # Upstream offers this name here; importing it lazily keeps `import llava` free of torch.
-    if name == "LlavaLlamaForCausalLM":
-        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    # Upstream offers its model here; importing it lazily keeps `import llava` free of torch.
+    if name.startswith("Llava"):
+        from llava.model import language_model
 
-        return LlavaLlamaForCausalLM
-    raise AttributeError(f"module 'llava' has no attribute {name!r}")
+        return getattr(language_model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,9 @@
 
 
 def __getattr__(name: str):
-    if name == "LlavaLlamaForCausalLM":
-        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    """The models and configs of `llava.model.language_model`, loaded when asked for."""
+    if name.startswith("Llava"):
+        from llava.model import language_model
 
-        return LlavaLlamaForCausalLM
-    raise AttributeError(f"module 'llava.model' has no attribute {name!r}")
+        return getattr(language_model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

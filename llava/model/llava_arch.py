@@ -1,12 +1,16 @@
 """The graft: any causal language model of transformers becomes its LLaVA.
 
 `llava_class(LlamaForCausalLM)` is `LlavaLlamaForCausalLM`: the same class with a projector at
-`model.mm_projector`, a frozen vision tower beside it, and picture features in place of the image
-tokens. Nothing else of the base changes, so its weights, its `model_type` and its generation are
-untouched, and the state dict has upstream's names without a mapping.
+`model.mm_projector`, a vision tower beside it, and picture features in place of the image tokens.
+Nothing else of the base changes, so its weights, its `model_type` and its generation are untouched,
+and the state dict has upstream's names without a mapping.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.mm_utils import expand_image_tokens
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.tiling import MERGE_TYPES, Size, Tiling, read_resolutions
+from llava.tiling import unpad_image as unpad_image  # upstream has it here
 
 
 class LlavaMixin:
@@ -28,21 +35,43 @@ class LlavaMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        model = self.get_model()
         # Not a submodule: a frozen tower has no place in state dict, optimizer or ZeRO.
-        object.__setattr__(self.get_model(), "vision_tower", None)
+        object.__setattr__(model, "vision_tower", None)
         if getattr(config, "mm_hidden_size", None):
-            self.get_model().mm_projector = build_vision_projector(config)
+            model.mm_projector = build_vision_projector(config)
+            if merge_type(config) == "spatial_unpad":
+                model.image_newline = nn.Parameter(
+                    torch.randn(config.hidden_size) * config.hidden_size**-0.5
+                )
 
     def get_model(self) -> nn.Module:
         """The headless language model, which carries `mm_projector` and `vision_tower`."""
         return getattr(self, self.base_model_prefix)
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
-        return self.get_model().vision_tower
+        """The tower; one that the config names and nobody has loaded yet awaits `load_model()`."""
+        model = self.get_model()
+        if model.vision_tower is None and getattr(self.config, "mm_vision_tower", None):
+            tower = build_vision_tower(self.config, delay_load=True)
+            object.__setattr__(model, "vision_tower", tower)
+        return model.vision_tower
 
-    def load_vision_tower(self, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionTower:
-        """Load the tower that the config names, frozen, and place it; returns it."""
-        tower = build_vision_tower(self.config)
+    def load_vision_tower(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        weights: Mapping[str, torch.Tensor] | None = None,
+        config: Any = None,
+    ) -> CLIPVisionTower:
+        """Load the tower that the config names, frozen, and place it; returns it.
+
+        Args:
+            weights: a checkpoint's own tower weights, in place of those under the tower's name.
+            config: the tower's config, if not that under its name.
+        """
+        tower = build_vision_tower(self.config, delay_load=True, config=config)
+        tower.load_model(weights=weights)
         if tower.hidden_size != self.config.mm_hidden_size:
             raise InputError(
                 f"vision tower {tower.vision_tower_name} gives {tower.hidden_size} features, "
@@ -51,7 +80,29 @@ class LlavaMixin:
         object.__setattr__(self.get_model(), "vision_tower", tower.to(dtype=dtype, device=device))
         return tower
 
-    def encode_images(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    def tune_vision_tower(self) -> None:
+        """Train the tower too: from now on it is a submodule, and part of the state dict."""
+        tower = self.get_vision_tower()
+        tower.requires_grad_(True)
+        self.get_model().vision_tower = tower
+        self.config.unfreeze_mm_vision_tower = True
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How `anyres` pictures are tiled; None when the config says that pictures are not."""
+        if getattr(self.config, "image_aspect_ratio", None) != "anyres":
+            return None
+        tower = self.get_vision_tower()
+        return Tiling(
+            resolutions=read_resolutions(getattr(self.config, "image_grid_pinpoints", None)),
+            tile=tower.config.image_size,
+            side=tower.num_patches_per_side,
+            merge=merge_type(self.config),
+        )
+
+    # -- pictures to tokens ----------------------------------------------------------------------
+
+    def encode_images(self, images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Pictures → tokens (batch, tokens, hidden_size), in the dtype of the embeddings.
 
         A picture is pixels (3, H, W) or the tower's features of it (patches, mm_hidden_size), as
@@ -59,16 +110,47 @@ class LlavaMixin:
         """
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
         weight = next(projector.parameters(), self.get_input_embeddings().weight)
-        if isinstance(images, list):
+        if torch.is_tensor(images):
+            features = tower(images) if images.ndim == 4 else images
+        else:
             pixels = [image for image in images if image.ndim == 3]
             encoded = iter(tower(torch.stack(pixels)) if pixels else ())
             features = torch.stack(
                 [next(encoded).to(weight) if i.ndim == 3 else i.to(weight) for i in images]
             )
-        else:
-            features = tower(images) if images.ndim == 4 else images
         features = features.to(device=weight.device, dtype=weight.dtype)
         return projector(features).to(self.get_input_embeddings().weight.dtype)
+
+    def picture_tokens(
+        self, images: torch.Tensor | Sequence[torch.Tensor], image_sizes: Sequence[Size] | None
+    ) -> list[torch.Tensor]:
+        """The tokens (n, hidden_size) of each picture.
+
+        Args:
+            images: what `encode_images` takes, or tiles: (1 + tiles, 3, H, W) each, as
+                `process_images` gives them for `anyres`.
+            image_sizes: (width, height) in pixels of each picture before it was processed; tiles
+                that are laid out by place need it.
+        """
+        tiled = images.ndim == 5 if torch.is_tensor(images) else any(i.ndim == 4 for i in images)
+        if not tiled:
+            return list(self.encode_images(images))
+        tiles = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
+        encoded = self.encode_images(torch.cat(tiles)).split([len(t) for t in tiles])
+        newline = getattr(self.get_model(), "image_newline", None)
+        return [self._arranged(t, i, image_sizes, newline) for i, t in enumerate(encoded)]
+
+    def _arranged(self, tokens, index, image_sizes, newline) -> torch.Tensor:
+        merge = merge_type(self.config)
+        if merge == "flat":
+            return tokens.flatten(0, 1)
+        if len(tokens) == 1:
+            return tokens[0] if newline is None else torch.cat([tokens[0], newline[None]])
+        if image_sizes is None or self.tiling is None:
+            missing = "image_sizes" if image_sizes is None else "image_aspect_ratio anyres"
+            raise InputError(f"mm_patch_merge_type {merge!r} lays out tiles by place: no {missing}")
+        width, height = image_sizes[index]
+        return self.tiling.arrange(tokens, (int(width), int(height)), newline)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -80,6 +162,7 @@ class LlavaMixin:
         images,
         image_sizes=None,
         padding_side: str | None = None,
+        image_positions: torch.Tensor | None = None,
     ):
         """Put picture features where the image tokens are.
 
@@ -87,36 +170,53 @@ class LlavaMixin:
             input_ids: (batch, length); each picture is one −200, or already as many as its tokens.
             attention_mask: (batch, length) or None (then no position is padding).
             labels: (batch, length) or None.
-            images: what `encode_images` takes, in the order of their tokens, one per picture.
+            images, image_sizes: what `picture_tokens` takes, one for each picture in the order of
+                the text. A row of text alone may have one too, as upstream asks for: if there are
+                as many pictures as rows, it is passed over.
             padding_side: where rows are padded if they must be expanded here; default is the
                 config's `tokenizer_padding_side`, `right` if that is missing.
+            image_positions: where in `input_ids.flatten()` the expanded image tokens are, in order.
+                With it nothing is looked up in `input_ids`, so the device is not waited for.
 
         Returns:
             (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels), or all as
             given with inputs_embeds None when there is no picture.
         """
         no_pictures = images is None or len(images) == 0
-        if self.get_vision_tower() is None or no_pictures or input_ids.shape[1] == 1:
+        if no_pictures or input_ids.shape[1] == 1 or self.get_vision_tower() is None:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
-        tokens = self.encode_images(images)
-        found, per_picture = int((input_ids == IMAGE_TOKEN_INDEX).sum()), tokens.shape[1]
-        if found == len(tokens) and per_picture > 1:
-            side = padding_side or getattr(self.config, "tokenizer_padding_side", None) or "right"
-            input_ids, attention_mask, labels = _expand_rows(
-                input_ids, attention_mask, labels, per_picture, side
-            )
-            position_ids = (
-                None if position_ids is None else attention_mask.cumsum(-1).sub(1).clamp(0)
-            )
-        elif found != len(tokens) * per_picture:
+        pictures = self.picture_tokens(images, image_sizes)
+        if image_positions is None:
+            pictures = _those_in_text(input_ids, attention_mask, pictures)
+            counts = [len(picture) for picture in pictures]
+            found = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+            if found == len(pictures):
+                side = padding_side or getattr(self.config, "tokenizer_padding_side", None)
+                limit = getattr(self.config, "tokenizer_model_max_length", None)
+                input_ids, attention_mask, labels = _expand_rows(
+                    input_ids, attention_mask, labels, counts, side or "right", limit
+                )
+                if position_ids is not None:
+                    position_ids = attention_mask.cumsum(-1).sub(1).clamp(0)
+            elif found != sum(counts):
+                kinds = sorted(set(counts))
+                raise InputError(
+                    f"{len(pictures)} pictures of {' or '.join(map(str, kinds))} tokens were "
+                    f"given, the text has {found} image tokens"
+                )
+            image_positions = (input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero().flatten()
+        tokens = torch.cat(pictures)
+        if len(tokens) != len(image_positions):
             raise InputError(
-                f"{len(tokens)} pictures of {per_picture} tokens were given, "
-                f"the text has {found} image tokens"
+                f"{len(pictures)} pictures of {len(tokens)} tokens were given, "
+                f"the text has places for {len(image_positions)}"
             )
         embeds = self.get_input_embeddings()(input_ids.clamp_min(0))
-        holes = (input_ids == IMAGE_TOKEN_INDEX).unsqueeze(-1)
-        embeds = embeds.masked_scatter(holes, tokens.to(embeds.device))
-        return None, position_ids, attention_mask, past_key_values, embeds, labels
+        places = image_positions.to(embeds.device)
+        filled = embeds.flatten(0, 1).index_copy(0, places, tokens.to(embeds.device))
+        return None, position_ids, attention_mask, past_key_values, filled.view_as(embeds), labels
+
+    # -- forward and generate --------------------------------------------------------------------
 
     def forward(
         self,
@@ -129,10 +229,19 @@ class LlavaMixin:
         use_cache=None,
         images=None,
         image_sizes=None,
+        image_positions=None,
+        label_positions=None,
         **kwargs,
     ):
+        """As the base's, with pictures; see `prepare_inputs_labels_for_multimodal`.
+
+        Args:
+            label_positions: where in `labels.flatten()` a position is whose next label counts.
+                The batch is then taken to be padded on the right; the logits are those of these
+                positions alone, (1, positions, vocabulary), and the loss is their mean.
+        """
         if inputs_embeds is None:
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+            (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids,
                     position_ids,
@@ -141,35 +250,65 @@ class LlavaMixin:
                     labels,
                     images,
                     image_sizes,
+                    image_positions=image_positions,
                 )
             )
-            projector = getattr(self.get_model(), "mm_projector", None)
-            if inputs_embeds is None and labels is not None and projector is not None:
-                # A batch of text alone still touches the projector, or ranks of DDP and ZeRO that
-                # have pictures would wait for it.
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-                inputs_embeds = inputs_embeds + sum(0 * p.sum() for p in projector.parameters())
+            if inputs_embeds is None and labels is not None and self.get_model().vision_tower:
+                # A batch of text alone still touches what turns pictures into tokens, or ranks of
+                # DDP and ZeRO that have pictures would wait for it.
+                inputs_embeds = self.get_input_embeddings()(input_ids) + 0 * self._no_picture()
                 input_ids = None
-        outputs = super().forward(
+        inputs = dict(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
             use_cache=use_cache,
             **kwargs,
         )
+        # A router's loss is added by the base, which needs all labels for it.
+        routed = getattr(self.config, "output_router_logits", False)
+        if labels is not None and label_positions is not None and not routed:
+            return self._forward_labelled(inputs, labels, label_positions)
+        outputs = super().forward(attention_mask=attention_mask, labels=labels, **inputs)
         if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
             # Nothing to learn from (all answers cut): the mean over no token would be NaN.
             outputs.loss = 0 * outputs.logits.sum()
         return outputs
 
+    def _forward_labelled(self, inputs: dict, labels, positions):
+        """Logits and loss of the positions that the loss reads, a fraction of the sequence.
+
+        Padding on the right is seen by nothing before it, so there is no mask either, and
+        attention takes its causal kernel.
+        """
+        with _keeping(self.get_model(), positions):
+            outputs = super().forward(attention_mask=None, **inputs)
+        targets = labels.flatten()[positions + 1].to(outputs.logits.device)
+        total = nn.functional.cross_entropy(outputs.logits[0].float(), targets, reduction="sum")
+        outputs.loss = total / max(len(targets), 1)
+        return outputs
+
+    def _no_picture(self) -> torch.Tensor:
+        """A scalar that depends on everything between pixels and tokens."""
+        tower = self.get_vision_tower()
+        shape = (1, 1, self.config.mm_hidden_size)
+        if tower.is_tuned:
+            shape = (1, 3, tower.config.image_size, tower.config.image_size)
+        tokens = self.encode_images(torch.zeros(shape, device=self.device, dtype=tower.dtype))
+        newline = getattr(self.get_model(), "image_newline", None)
+        return tokens.sum() if newline is None else tokens.sum() + newline.sum()
+
     @torch.no_grad()
     def generate(self, inputs=None, images=None, image_sizes=None, **kwargs):
-        """transformers' `generate` with pictures; the ids that come back are the new ones only."""
+        """transformers' `generate` with pictures; the ids that come back are the new ones only.
+
+        Rows may be padded on either side if an `attention_mask` says where.
+        """
         if images is None:
             return super().generate(inputs, **kwargs)
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
         _, position_ids, attention_mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
             inputs,
             kwargs.pop("position_ids", None),
@@ -187,13 +326,59 @@ class LlavaMixin:
         return super().generate(inputs_embeds=embeds, **kwargs)
 
 
-def _expand_rows(ids, mask, labels, num_tokens: int, side: str):
-    """Repeat each image token `num_tokens` times; rows lose their padding and are padded anew."""
+def merge_type(config) -> str:
+    """`mm_patch_merge_type` of a config, checked."""
+    found = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if found not in MERGE_TYPES:
+        raise InputError(f"mm_patch_merge_type is {found!r}; known are {', '.join(MERGE_TYPES)}")
+    return found
+
+
+@contextlib.contextmanager
+def _keeping(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Inside, `model`'s last hidden state is only that at `positions` of the flattened batch."""
+
+    def keep(module, args, outputs):
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        outputs.last_hidden_state = hidden[positions.to(hidden.device)].unsqueeze(0)
+        return outputs
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _those_in_text(ids, mask, pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`pictures` without those of rows of text alone, where there is one picture a row."""
+    shown = ids == IMAGE_TOKEN_INDEX
+    has_picture = (shown if mask is None else shown & mask.bool()).any(1).tolist()
+    if len(pictures) != len(ids) or all(has_picture):
+        return pictures
+    return [picture for picture, kept in zip(pictures, has_picture, strict=True) if kept]
+
+
+def _expand_rows(ids, mask, labels, counts: list[int], side: str, limit: int | None):
+    """Repeat each image token as often as `counts` says; rows lose their padding, and get it anew.
+
+    Rows with labels are cut to `limit` tokens, which must not cut a picture.
+    """
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    left = iter(counts)
     rows, row_labels = [], []
     for index, row in enumerate(ids):
+        row = row[keep[index]]
+        own = [next(left) for _ in range(int((row == IMAGE_TOKEN_INDEX).sum()))]
         label = None if labels is None else labels[index][keep[index]]
-        row, label = expand_image_tokens(row[keep[index]], label, num_tokens)
+        row, label = expand_image_tokens(row, label, own)
+        if label is not None and limit and len(row) > limit:
+            if (row[limit:] == IMAGE_TOKEN_INDEX).any():
+                raise InputError(
+                    f"tokenizer_model_max_length {limit} cuts off tokens of a picture "
+                    f"(row {index} has {len(row)})"
+                )
+            row, label = row[:limit], label[:limit]
         rows.append(row)
         row_labels.append(label)
     ones = [torch.ones_like(row) for row in rows]

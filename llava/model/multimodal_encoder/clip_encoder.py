@@ -1,10 +1,13 @@
-"""The CLIP vision tower: pictures in, one feature vector per patch out, no gradients."""
+"""The CLIP vision tower: pictures in, one feature vector per patch out."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-from pathlib import Path
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,73 +16,124 @@ from llava.errors import InputError
 
 
 class CLIPVisionTower(nn.Module):
-    """A frozen CLIP vision encoder by local path or hub name.
+    """A CLIP vision encoder by local path or hub name, frozen unless `requires_grad_` is called.
 
     Args:
         name: a folder or hub name with a CLIP (vision) model and its preprocessor.
         args: reads `mm_vision_select_layer` (which hidden state, default −2) and
             `mm_vision_select_feature` (`patch`: without the class token, or `cls_patch`).
         delay_load: read the config only; weights come with `load_model`.
+        config: the encoder's config, if not that of `name`.
     """
 
-    def __init__(self, name: str, args, delay_load: bool = False):
-        super().__init__()
-        from transformers import AutoConfig
+    class_tokens = 1  # in front of the patches
 
+    def __init__(self, name: str, args: Any, delay_load: bool = False, config: Any = None):
+        super().__init__()
         self.vision_tower_name = name
+        self.config = config or vision_config(name)
         self.select_layer = getattr(args, "mm_vision_select_layer", -2)
         self.select_feature = getattr(args, "mm_vision_select_feature", None) or "patch"
         if self.select_feature not in ("patch", "cls_patch"):
             raise InputError(
                 f"mm_vision_select_feature is {self.select_feature!r}; known are patch, cls_patch"
             )
-        self.is_loaded = False
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--vision_tower {name}: no readable model there ({error})") from None
-        self.config = getattr(config, "vision_config", config)
-        if self.config.model_type != "clip_vision_model":
-            raise InputError(
-                f"--vision_tower {name}: a CLIP vision model is expected, "
-                f"found model_type {config.model_type!r}"
-            )
         layers = self.config.num_hidden_layers
         if not -layers - 1 <= self.select_layer <= layers:
             raise InputError(
                 f"--mm_vision_select_layer {self.select_layer}: {name} has {layers} layers"
             )
+        self.is_loaded = False
         if not delay_load:
             self.load_model()
 
-    def load_model(self, device_map=None) -> None:
-        """Load weights (float32 until `.to(dtype)`) and picture processor; does nothing twice."""
+    def load_model(
+        self, device_map: Any = None, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Load picture processor and weights (float32 until `.to(dtype)`); does nothing twice.
+
+        `weights` are a checkpoint's own, named as in `CLIPVisionModel`'s files, in place of those
+        that lie under the tower's name.
+        """
         if self.is_loaded:
             return
-        from transformers import CLIPImageProcessorPil, CLIPVisionModel
-
-        # The Pillow backend gives upstream's pixels to the bit; torchvision's does not.
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
+        processor, model = self._classes()
+        self.image_processor = processor.from_pretrained(self.vision_tower_name)
         with _whole_on_every_rank():
-            self.vision_tower = CLIPVisionModel.from_pretrained(
-                self.vision_tower_name, device_map=device_map, dtype=torch.float32
-            )
+            if weights is None:
+                self.vision_tower = model.from_pretrained(
+                    self.vision_tower_name, device_map=device_map, dtype=torch.float32
+                )
+            else:
+                self.vision_tower = model(self.config).float()
+                self._take(weights)
         self.requires_grad_(False).eval()
         self.is_loaded = True
 
-    def train(self, mode: bool = True) -> CLIPVisionTower:
-        return super().train(False)
+    @staticmethod
+    def _classes() -> tuple[type, type]:
+        from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-    @torch.no_grad()
+        # The Pillow backend gives upstream's pixels to the bit; torchvision's does not.
+        return CLIPImageProcessorPil, CLIPVisionModel
+
+    def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
+        # Older files say `vision_model.` in front and hold a buffer of position numbers.
+        own = {
+            re.sub(r"^vision_model\.", "", name): tensor
+            for name, tensor in weights.items()
+            if not name.endswith("position_ids")
+        }
+        names = {re.sub(r"^vision_model\.", "", n): n for n in self.vision_tower.state_dict()}
+        for name, full in names.items():
+            expected = tuple(self.vision_tower.state_dict()[full].shape)
+            found = tuple(own[name].shape) if name in own else "nothing"
+            if found != expected:
+                raise InputError(
+                    f"the checkpoint's vision tower: tensor {name} is {found}, "
+                    f"{self.vision_tower_name} has {expected}"
+                )
+        self.vision_tower.load_state_dict({full: own[name] for name, full in names.items()})
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it is being trained."""
+        return self.is_loaded and any(p.requires_grad for p in self.parameters())
+
+    def train(self, mode: bool = True) -> CLIPVisionTower:
+        return super().train(mode and self.is_tuned)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, 3, H, W) → features (batch, num_patches, hidden_size), in their dtype."""
-        outputs = self.vision_tower(
-            images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
-        )
-        features = outputs.hidden_states[self.select_layer]
-        if self.select_feature == "patch":
-            features = features[:, 1:]
-        return features.to(images.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_tuned):
+            outputs = self._up_to_selected()(
+                images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
+            )
+            features = outputs.hidden_states[self._selected]
+            if self.select_feature == "patch":
+                features = features[:, self.class_tokens :]
+            return features.to(images.dtype)
+
+    @property
+    def _selected(self) -> int:
+        """The hidden state that is read, counted from the embeddings, after so many layers."""
+        layers = self.config.num_hidden_layers
+        return self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
+
+    def _up_to_selected(self) -> nn.Module:
+        """The encoder without the layers that nothing reads; its parameters are the encoder's.
+
+        Made once: transformers hangs hooks into the layers of every model that it has not seen, and
+        a second set would count each hidden state twice.
+        """
+        if "_view" not in self.__dict__:  # beside the submodules, so not in the state dict
+            view = copy.copy(self.vision_tower)
+            view._modules = dict(view._modules)
+            view._modules["encoder"] = encoder = copy.copy(view.encoder)
+            encoder._modules = dict(encoder._modules)
+            encoder._modules["layers"] = nn.ModuleList(encoder.layers[: max(self._selected, 1)])
+            self.__dict__["_view"] = view
+        return self.__dict__["_view"]
 
     def fingerprint(self) -> str:
         """Hex digest of what decides the features: weights, their dtype, and the selection."""
@@ -98,6 +152,11 @@ class CLIPVisionTower(nn.Module):
         return self.vision_tower.device
 
     @property
+    def dummy_feature(self) -> torch.Tensor:
+        """Zeros (1, hidden_size): upstream's stand-in where there is no picture."""
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
     def hidden_size(self) -> int:
         return self.config.hidden_size
 
@@ -108,7 +167,19 @@ class CLIPVisionTower(nn.Module):
     @property
     def num_patches(self) -> int:
         """Feature vectors per picture, the class token included when it is selected."""
-        return self.num_patches_per_side**2 + (self.select_feature == "cls_patch")
+        extra = self.class_tokens if self.select_feature == "cls_patch" else 0
+        return self.num_patches_per_side**2 + extra
+
+
+def vision_config(name: str) -> Any:
+    """The vision part of the config of a folder or hub name."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--vision_tower {name}: no readable model there ({error})") from None
+    return getattr(config, "vision_config", config)
 
 
 @contextlib.contextmanager
@@ -122,12 +193,3 @@ def _whole_on_every_rank():
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = config
-
-
-def build_vision_tower(config, delay_load: bool = False) -> CLIPVisionTower:
-    """The tower that `config.mm_vision_tower` (or the training flag `vision_tower`) names."""
-    name = getattr(config, "mm_vision_tower", None) or getattr(config, "vision_tower", None)
-    if not name:
-        raise InputError("no vision tower is named: neither mm_vision_tower nor --vision_tower")
-    name = str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
-    return CLIPVisionTower(name, args=config, delay_load=delay_load)

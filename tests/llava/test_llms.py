@@ -1,0 +1,218 @@
+"""Every language model and tower goes through the one graft: forward, generate, train, save, load.
+
+Small random models; what is checked does not depend on what they have learnt.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
+from llava.model.checkpoint import projector_state, read_config, save_full
+from llava.model.language_model import NAMES
+
+PATCHES = 4
+SMALL = dict(
+    vocab_size=1216,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+MODELS = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "phi3": {},
+    "gemma": {"head_dim": 24},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tiny, tmp_path_factory):
+    """A plain language model of one kind, with the toy tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(tiny / "llm", folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(2)
+    config = transformers.AutoConfig.for_model(request.param, **SMALL, **MODELS[request.param])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder, tiny):
+    config = read_config(folder)
+    config.mm_hidden_size, config.mm_projector_type = 32, "mlp2x_gelu"
+    config.mm_vision_tower, config.mm_vision_select_layer = str(tiny / "vision_tower"), -2
+    config.mm_use_im_patch_token = False
+    torch.manual_seed(0)
+    model = from_pretrained(str(folder), config, dtype=torch.float32).eval()
+    model.load_vision_tower(torch.float32, "cpu")
+    return model
+
+
+def test_its_class_is_importable_by_upstreams_pattern(model):
+    assert type(model).__name__ == f"Llava{type(model).__bases__[1].__name__}"
+    assert type(model).__name__ in NAMES
+    module = __import__("llava.model", fromlist=[type(model).__name__])
+    assert getattr(module, type(model).__name__) is type(model)
+
+
+def test_text_alone_gives_the_base_models_logits(model, folder):
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([[1, 30, 31, 32]])
+    assert torch.equal(model(ids).logits, base(ids).logits)
+    # What the pictures come in by: embeddings that the model is handed mean the same as ids.
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, base(ids).logits)
+
+
+def test_a_picture_is_seen_and_only_by_what_follows(model):
+    ids = torch.tensor([[1, 30, IMAGE_TOKEN_INDEX, 31, 32]])
+    one, two = (
+        model(ids, images=torch.full((1, 3, 16, 16), value)).logits for value in (0.0, 2.0)
+    )
+    assert torch.equal(one[:, :2], two[:, :2])
+    assert (one[:, 2:] - two[:, 2:]).abs().max() > 1e-4
+
+
+def test_generation_batched_and_left_padded_equals_one_by_one(model):
+    torch.manual_seed(5)
+    pixels = torch.randn(3, 3, 16, 16)
+    image = IMAGE_TOKEN_INDEX
+    rows = [[1, image, 30, 31, 32, 33, 34], [1, image, 40], [1, 50, image, 51]]
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    alone = [
+        model.generate(torch.tensor([row]), images=pixels[i : i + 1], **options)[0].tolist()
+        for i, row in enumerate(rows)
+    ]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    together = model.generate(ids, attention_mask=mask, images=pixels, **options)
+    assert together.tolist() == alone
+
+
+def test_a_step_on_labelled_positions_equals_a_step_on_all_logits(model):
+    """And only the projector gets a gradient."""
+    model.requires_grad_(False)
+    model.get_model().mm_projector.requires_grad_(True)
+    image = [IMAGE_TOKEN_INDEX] * PATCHES
+    ids = torch.tensor([[1, *image, 30, 31, 2], [1, *image, 40, 2, 0]])
+    labels = ids.masked_fill((ids < 3) & (ids != 2), -100)
+    mask = torch.ones_like(ids)
+    mask[1, -1] = 0
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    places = (following != -100).flatten().nonzero().flatten()
+    pictures = (ids == IMAGE_TOKEN_INDEX).flatten().nonzero().flatten()
+    pixels = torch.randn(2, 3, 16, 16)
+    found = {}
+    for kind, more in (
+        ("all", {"attention_mask": mask}),
+        ("labelled", {"label_positions": places, "image_positions": pictures}),
+    ):
+        model.zero_grad()
+        outputs = model(ids, labels=labels, images=pixels, **more)
+        outputs.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found[kind] = outputs.loss.detach(), grads
+    assert outputs.logits.shape == (1, len(places), 1216)
+    torch.testing.assert_close(found["all"][0], found["labelled"][0], rtol=1e-6, atol=1e-6)
+    assert set(found["all"][1]) == set(projector_state(model))
+    for name, grad in found["all"][1].items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(grad, found["labelled"][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_saved_and_loaded_it_gives_the_same(model, folder, tmp_path):
+    save_full(model, load_tokenizer(str(folder)), tmp_path / "full")
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30, 31]])
+    pixels = torch.randn(1, 3, 16, 16)
+    _, loaded, processor, _ = load_pretrained_model(
+        str(tmp_path / "full"), None, "any", device="cpu"
+    )
+    assert type(loaded) is type(model) and processor is not None
+    assert torch.equal(loaded(ids, images=pixels).logits, model(ids, images=pixels).logits)
+
+
+# -- SigLIP ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(3)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    transformers.SiglipVisionModel(config).save_pretrained(folder)
+    transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_siglip_has_no_class_token_to_drop(siglip, tiny):
+    config = read_config(tiny / "llm")
+    config.mm_hidden_size, config.mm_projector_type = 32, "linear"
+    config.mm_vision_tower, config.mm_vision_select_layer = str(siglip), -2
+    model = from_pretrained(str(tiny / "llm"), config, dtype=torch.float32).eval()
+    tower = model.load_vision_tower(torch.float32, "cpu")
+    pixels = torch.randn(2, 3, 16, 16)
+    reference = transformers.SiglipVisionModel.from_pretrained(siglip).eval()
+    with torch.no_grad():
+        states = reference(pixels, output_hidden_states=True).hidden_states
+    assert torch.equal(tower(pixels), states[-2])
+    assert tower.num_patches == PATCHES and tower.image_processor.size["height"] == 16
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30]])
+    assert model(ids, images=pixels[:1]).logits.shape[1] == 2 + PATCHES
+
+
+def test_siglip_trains_and_answers(siglip, tiny, flags, tmp_path, capsys):
+    from llava.eval.run_llava import arguments, eval_model
+    from llava.train.train import train
+
+    train(
+        argv=flags(
+            data_path=tiny / "a.json", vision_tower=siglip, image_aspect_ratio="pad", max_steps=2
+        )
+    )
+    ask = ["--model-path", str(tmp_path / "out"), "--model-base", str(tiny / "llm"),
+           "--image-file", str(tiny / "images/a-0.png"), "--query", "What?", "--conv-mode", "v1",
+           "--temperature", "0", "--max_new_tokens", "3"]  # fmt: skip
+    eval_model(arguments(ask))
+
+
+@pytest.mark.parametrize("layer", [-3, -2, -1, 0, 1, 2])
+def test_a_tower_runs_only_the_layers_that_are_read(tiny, layer):
+    from types import SimpleNamespace
+
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    name = str(tiny / "vision_tower")
+    tower = CLIPVisionTower(name, SimpleNamespace(mm_vision_select_layer=layer))
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        states = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
+    assert torch.equal(tower(pixels), states[layer][:, 1:])
+    run = []
+    for module in tower.vision_tower.encoder.layers:
+        module.register_forward_hook(lambda *_: run.append(1))
+    tower(pixels)
+    assert len(run) == max(layer if layer >= 0 else 3 + layer, 1)
