@@ -35,6 +35,24 @@ def load(path: str | os.PathLike) -> State:
         StateError: the file is missing, cut short, holds anything but a flat dict of named dense
             tensors (nothing else is ever unpickled), two names that become one, or no projector.
     """
+    state: State = {}
+    for key, tensor in read_tensors(path).items():
+        match = _PROJECTOR.fullmatch(key)
+        name = f"model.{match[1]}" if match else key
+        if name in state:
+            raise StateError(f"{path}: {key} is the second tensor that would be called {name}")
+        state[name] = tensor
+    if state and not any(_PROJECTOR.fullmatch(name) for name in state):
+        raise StateError(f"{path}: no mm_projector tensor among its {len(state)}: {_some(state)}")
+    return state
+
+
+def read_tensors(path: str | os.PathLike) -> State:
+    """Read any named tensors from a `.bin` or `.safetensors` file, names as they are in it.
+
+    Raises:
+        StateError: as `load`, but for the names.
+    """
     path = Path(path)
     _check_suffix(path)
     if not path.is_file():
@@ -42,19 +60,11 @@ def load(path: str | os.PathLike) -> State:
     found = _read(path)
     if not isinstance(found, dict):
         raise StateError(f"{path}: expected a flat dict of tensors, found a {type(found).__name__}")
-    state: State = {}
     for key, tensor in found.items():
         if not isinstance(key, str) or not _is_dense(tensor):
             kind = type(tensor).__name__
             raise StateError(f"{path}: expected dense tensors by name, found {kind} under {key!r}")
-        match = _PROJECTOR.fullmatch(key)
-        name = f"model.{match[1]}" if match else key
-        if name in state:
-            raise StateError(f"{path}: {key} is the second tensor that would be called {name}")
-        state[name] = tensor.detach().contiguous()
-    if state and not any(_PROJECTOR.fullmatch(name) for name in state):
-        raise StateError(f"{path}: no mm_projector tensor among its {len(state)}: {_some(state)}")
-    return state
+    return {key: tensor.detach().contiguous() for key, tensor in found.items()}
 
 
 def save(state: State, path: str | os.PathLike) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,14 +15,29 @@ from llava.constants import (
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
 from llava.errors import InputError
+from llava.model import lora
 from llava.model.checkpoint import (
+    NEWLINE,
     PROJECTOR_FILE,
+    PROJECTOR_PREFIX,
     gathered,
     load_projector,
     model_class,
     read_config,
+    split_tower,
+    tower_weights,
 )
-from llava.state import load
+from llava.model.quantize import quantization
+from llava.model.shards import Shards, local_folder, read_json
+from llava.state import State, load
+
+# transformers' layout → upstream's, all three dialects; see hf_layout.py.
+FROM_HF = {
+    r"^(model\.)?multi_modal_projector\.linear_1\.": "model.mm_projector.0.",
+    r"^(model\.)?multi_modal_projector\.linear_2\.": "model.mm_projector.2.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(model\.language_model\.|language_model\.model\.)": "model.",
+}
 
 
 def load_pretrained_model(
@@ -34,59 +49,132 @@ def load_pretrained_model(
     device_map: str | dict = "auto",
     device: str = "cuda",
     use_flash_attn: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ):
-    """Load a projector-only folder (with its base) or a full one, judged by its files.
+    """Load any LLaVA, judged by its files and its config.
+
+    A folder with `adapter_config.json` is a LoRA, which is merged into its base; one with
+    `mm_projector.bin` and no weights is a projector, which goes onto its base; one with weights is
+    a full model, in upstream's layout or in transformers'. A vision tower among the weights is the
+    one that is used.
 
     Args:
-        model_path: the LLaVA folder.
-        model_base: the language model that a projector-only folder belongs to; None for a full one.
+        model_path: the LLaVA: a folder or a hub name.
+        model_base: the language model of a LoRA or a projector; for a LoRA that names its own, it
+            may be None.
         model_name: upstream's argument; what a folder is called decides nothing here.
+        load_8bit, load_4bit: quantise the language model with bitsandbytes. The projector stays as
+            it is, and a LoRA stays beside the quantised layers instead of being merged.
         device: `cuda`, `cpu`, …; the CPU computes in float32, other devices in float16 unless
             `dtype=` says otherwise.
+        device_map: how a model is spread over GPUs; of use with `cuda` only.
 
     Returns:
         (tokenizer, model, image_processor, context_len), as upstream; image_processor is None for
         a language model without pictures.
+
+    Raises:
+        InputError: a file that is missing, broken, or of another model.
     """
-    if load_8bit or load_4bit:
-        raise InputError("--load-8bit and --load-4bit are not supported yet")
     device = device if device != "cuda" or torch.cuda.is_available() else "cpu"
-    dtype = kwargs.pop("dtype", None) or (torch.float32 if device == "cpu" else torch.float16)
-    kwargs["attn_implementation"] = "flash_attention_2" if use_flash_attn else "sdpa"
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    kwargs.setdefault("attn_implementation", "flash_attention_2" if use_flash_attn else "sdpa")
+    bits = 4 if load_4bit else 8 if load_8bit else 16
+    on_gpu = device.startswith("cuda")
+    where = device_map if on_gpu and device_map != "auto" else {"": device}
+    if on_gpu and device == "cuda" and device_map == "auto":
+        where = "auto"
 
-    projector_file = Path(model_path) / PROJECTOR_FILE
-    has_weights = _has_weights(model_path)
-    if projector_file.is_file() and not has_weights and model_base is None:
+    folder = local_folder(model_path)
+    is_lora = (folder / lora.ADAPTER_CONFIG).is_file()
+    is_projector = (folder / PROJECTOR_FILE).is_file() and not has_weights(folder)
+    source = _source(folder, model_base, is_lora, is_projector)
+    has_config = (folder / "config.json").is_file() or not is_lora
+    config = read_config(folder if has_config else source)
+    if is_projector and not getattr(config, "mm_hidden_size", None):
+        raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
+
+    kwargs.update(quantization(bits, dtype, where))
+    if on_gpu and bits == 16:
+        kwargs["device_map"] = where
+    model, missing = _from_pretrained(source, config, dtype=dtype, **kwargs)
+    if not on_gpu and bits == 16:
+        model.to(device)
+    tokenizer = load_tokenizer(source)
+    tower = tower_weights(folder_of(source)) if hasattr(model, "get_vision_tower") else None
+
+    loaded: State = {}
+    if is_projector:
+        loaded = load(folder / PROJECTOR_FILE)
+        load_projector(model, loaded, str(folder / PROJECTOR_FILE))
+    if is_lora:
+        if (folder / lora.NON_LORA_FILE).is_file():
+            own_tower, loaded = split_tower(lora.read_non_lora(folder))
+            tower = own_tower or tower
+            lora.load_non_lora(model, loaded, str(folder / lora.NON_LORA_FILE))
+        adapted = lora.attach_lora(model, folder)
+        # What is quantised cannot take the adapter in without a loss.
+        model = adapted.merge_and_unload() if bits == 16 else adapted.get_base_model()
+    if lost := [name for name in missing if name not in loaded and name != NEWLINE]:
+        raise InputError(f"{folder}: no {lost[0]} there, nor in {source}")
+    return _with_pictures(model.eval(), tokenizer, tower, dtype)
+
+
+def _with_pictures(model, tokenizer, tower: State | None, dtype: torch.dtype):
+    """Tokens, tower and picture processor of a LLaVA; the tuple that upstream returns."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
         raise InputError(
-            f"{model_path}: holds only a projector ({PROJECTOR_FILE}); "
-            "name its language model with --model-base"
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows"
         )
-    if (Path(model_path) / "adapter_config.json").is_file():
-        raise InputError(f"{model_path}: LoRA checkpoints are not supported yet")
-
-    config = read_config(model_path)
-    weights_from = model_path if has_weights else model_base
-    if weights_from is None:
-        raise InputError(f"{model_path}: neither weights nor {PROJECTOR_FILE} are there")
-    tokenizer = load_tokenizer(weights_from)
-    model = from_pretrained(weights_from, config, dtype=dtype, **kwargs).to(device)
-    model.eval()
-
     image_processor = None
     if hasattr(model, "get_vision_tower"):
-        if not has_weights:
-            if not projector_file.is_file():
-                raise InputError(f"{model_path}: {PROJECTOR_FILE} is missing")
-            load_projector(model, load(projector_file), str(projector_file))
         add_picture_tokens(model, tokenizer)
-        image_processor = model.load_vision_tower(dtype=dtype, device=device).image_processor
-    context_len = getattr(config, "max_sequence_length", None) or 2048
+        place = next(model.get_model().mm_projector.parameters(), model.lm_head.weight).device
+        image_processor = model.load_vision_tower(dtype, place, weights=tower).image_processor
+    context_len = getattr(model.config, "max_sequence_length", None) or 2048
     return tokenizer, model, image_processor, context_len
 
 
+def _source(folder: Path, model_base: str | None, is_lora: bool, is_projector: bool) -> str:
+    """Where the language model's weights are: in the folder itself, or in its base."""
+    if is_lora:
+        named = read_json(folder / lora.ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not (model_base or named):
+            raise InputError(f"{folder}: a LoRA; name its language model with --model-base")
+        return str(model_base or named)
+    if is_projector:
+        if model_base is None:
+            raise InputError(
+                f"{folder}: holds only a projector ({PROJECTOR_FILE}); "
+                "name its language model with --model-base"
+            )
+        return str(model_base)
+    if not has_weights(folder):
+        raise InputError(
+            f"{folder}: neither weights nor {PROJECTOR_FILE} nor {lora.ADAPTER_CONFIG} are there"
+        )
+    return str(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a language model's weights, or their index."""
+    patterns = ("model*.safetensors*", "pytorch_model*.bin*")
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def folder_of(path: str) -> Path:
+    """The folder of weights that have been loaded from `path`, a folder or a hub name."""
+    if Path(path).is_dir():
+        return Path(path)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(path, "config.json")).parent
+
+
 def from_pretrained(path: str, config, **kwargs):
-    """`from_pretrained` of the class that `config` asks for.
+    """`from_pretrained` of the class that `config` asks for, in upstream's layout or transformers'.
 
     A projector that the weights do not hold starts as torch's own layers do (as upstream's does),
     from torch's global seed.
@@ -94,8 +182,15 @@ def from_pretrained(path: str, config, **kwargs):
     Raises:
         InputError: the files do not load, or lack a tensor of the language model.
     """
+    return _from_pretrained(path, config, **kwargs)[0]
+
+
+def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
+    """The model, and which of the projector's tensors the weights lacked."""
     from transformers.utils import logging
 
+    if Path(path).is_dir():
+        _check_weights(path, config)
     # A projector that is not there yet is no news; what else is missing is an error below.
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -103,22 +198,51 @@ def from_pretrained(path: str, config, **kwargs):
     logging.set_verbosity_error()
     try:
         model, found = model_class(config).from_pretrained(
-            path, config=config, output_loading_info=True, **kwargs
+            path, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights do not load ({error})") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: the weights do not load ({reason})") from None
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(found["missing_keys"])
-    if lost := [name for name in missing if "mm_projector" not in name]:
+    own = [name for name in missing if name.startswith(PROJECTOR_PREFIX) or name == NEWLINE]
+    if lost := [name for name in missing if name not in own]:
         raise InputError(f"{path}: {len(lost)} tensors are missing from the weights, as {lost[0]}")
-    if missing:
-        projector = model.get_model().mm_projector
-        with gathered(projector.parameters(), write=True):
-            for layer in projector.modules():
-                if hasattr(layer, "reset_parameters"):
-                    layer.reset_parameters()
-    return model
+    if own:
+        _fresh_projector(model, NEWLINE in own)
+    return model, own
+
+
+def _fresh_projector(model, newline: bool) -> None:
+    parts = model.get_model()
+    with gathered(parts.mm_projector.parameters(), write=True):
+        for layer in parts.mm_projector.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+    if newline:
+        with gathered([parts.image_newline], write=True), torch.no_grad():
+            parts.image_newline.normal_(std=model.config.hidden_size**-0.5)
+
+
+def _check_weights(path: str, config) -> None:
+    """Refuse weights that are not those of `config`, before they are loaded."""
+    shards = Shards(path)
+    projector = [name for name in shards if "mm_projector." in name or "multi_modal_proj" in name]
+    if projector and not getattr(config, "mm_hidden_size", None):
+        raise InputError(
+            f"{path}: the weights hold a projector ({projector[0]}), "
+            "but config.json has no mm_hidden_size"
+        )
+    embedding = next((name for name in shards if name.endswith("embed_tokens.weight")), None)
+    if embedding:
+        rows, width = shards[embedding].shape
+        for found, key in ((rows, "vocab_size"), (width, "hidden_size")):
+            expected = getattr(config, key, found)
+            if found != expected:
+                raise InputError(
+                    f"{path}: {embedding} is {rows} x {width}, the config has {key} {expected}"
+                )
 
 
 def load_tokenizer(path: str, **kwargs):
@@ -141,14 +265,3 @@ def add_picture_tokens(model, tokenizer) -> None:
         new += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
     if new and tokenizer.add_tokens(new, special_tokens=True):
         model.resize_token_embeddings(max(len(tokenizer), config.vocab_size))
-
-
-def _has_weights(path: str | os.PathLike) -> bool:
-    """Whether a folder holds a language model's weights; a hub name is taken to."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return True
-    return any(
-        next(folder.glob(pattern), None) is not None
-        for pattern in ("model*.safetensors", "pytorch_model*.bin")
-    )

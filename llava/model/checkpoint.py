@@ -1,7 +1,9 @@
 """Every on-disk form of a LLaVA, read and written in one place.
 
 Upstream's layout is the native one. A *projector-only* folder has `mm_projector.bin` and
-`config.json`; a *full* folder has the language model's weights with the projector among them.
+`config.json`; a *full* folder has the language model's weights with the projector, and perhaps the
+vision tower, among them; a *LoRA* folder is described in `lora.py`, transformers' own layout in
+`hf_layout.py`.
 """
 
 from __future__ import annotations
@@ -9,24 +11,34 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llava.atomic import write_text
 from llava.errors import InputError
+from llava.model.hf_layout import language_model_type, llava_config
+from llava.model.shards import Shards, read_json, write_shards
 from llava.state import State, check
 
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_PREFIX = "model.mm_projector."
+NEWLINE = "model.image_newline"
+
+# A tower's tensors in any layout, and as upstream names them.
+_TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)")
+_TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
 
 def read_config(path: str | os.PathLike):
     """The config of a LLaVA folder (or of a plain language model) with its base's `model_type`.
 
     transformers takes a flat config of model_type `llava` for its own LLaVA and fills in defaults
-    in silence, so the JSON is read first and judged by its structure.
+    in silence, so the JSON is read first and judged by its structure. One with `text_config` is
+    transformers' own layout, and becomes upstream's; the tower is then the folder itself.
     """
     from transformers import AutoConfig
     from transformers.utils import cached_file
@@ -39,23 +51,33 @@ def read_config(path: str | os.PathLike):
         raw = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable config.json ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: config.json holds a {type(raw).__name__}, an object is expected")
     if "text_config" in raw:
-        raise InputError(
-            f"{path}: this is transformers' own LLaVA layout (it has text_config); "
-            "upstream's layout is expected"
-        )
-    model_type = str(raw.pop("model_type", "")).removeprefix("llava_")
-    if model_type in ("", "llava"):
-        model_type = "llama"
+        raw = llava_config(raw, vision_tower=str(path), image_aspect_ratio=_aspect_of(folder))
+    model_type = language_model_type(raw)
+    raw.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **raw)
-    except ValueError as error:
-        raise InputError(f"{path}: config.json has model_type {model_type!r}: {error}") from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: config.json has model_type {model_type!r}: {reason}") from None
+
+
+def _aspect_of(folder: Path) -> str:
+    """How the picture processor of transformers' layout treats pictures that are not square."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            if values.get("image_processor", values).get("do_pad"):
+                return "pad"
+    return "square"
 
 
 def write_config(config, folder: str | os.PathLike, *, full: bool) -> None:
     """Write `config.json` as upstream does: model_type `llava_<base>`, mm_* keys beside."""
     values = config.to_dict()
+    values.pop("quantization_config", None)  # in which bits a base is loaded is not its own matter
     values["model_type"] = f"llava_{config.model_type}"
     base = _causal_lm_class(config).__name__
     values["architectures"] = [f"Llava{base}" if full else base]
@@ -103,33 +125,95 @@ def gathered(parameters, *, write: bool = False):
 def projector_state(model: nn.Module) -> State:
     """The projector's tensors on the CPU, named `model.mm_projector.*`, in their training dtype.
 
-    Under ZeRO-3 every rank must call it.
+    The newline token of `spatial_unpad` is one of them. Under ZeRO-3 every rank must call it.
     """
-    projector = model.get_model().mm_projector
-    with gathered(projector.parameters()):
-        return {
-            PROJECTOR_PREFIX + name: tensor.detach().cpu().clone()
-            for name, tensor in projector.state_dict().items()
-        }
+    parameters = _projector_parameters(model)
+    with gathered(parameters.values()):
+        return {name: p.detach().cpu().clone() for name, p in parameters.items()}
 
 
 def load_projector(model: nn.Module, tensors: State, source: str) -> None:
     """Copy a state into the model's projector, in the model's dtype; under ZeRO-3 on every rank.
 
-    Tensors that are not the projector's (upstream may save embeddings beside it) are passed over.
+    Tensors that are not the projector's (upstream may save embeddings beside it) are passed over,
+    and a newline token that is not there (upstream saves none) stays as it is.
 
     Raises:
         StateError: a name, shape or type that is not the projector's, NaN or infinity; `source`
             opens the message, and nothing has been copied.
     """
-    projector = model.get_model().mm_projector
-    like = {
-        PROJECTOR_PREFIX + name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
-        for name, p in projector.named_parameters()
+    parameters = _projector_parameters(model)
+    own = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(PROJECTOR_PREFIX) or (name == NEWLINE and name in parameters)
     }
-    own = {name: t for name, t in tensors.items() if name.startswith(PROJECTOR_PREFIX)}
+    parameters = {name: p for name, p in parameters.items() if name != NEWLINE or name in own}
+    like = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
+        for name, p in parameters.items()
+    }
     check(own, like, who=source)
-    with gathered(projector.parameters(), write=True), torch.no_grad():
-        for name, parameter in projector.named_parameters():
+    with gathered(parameters.values(), write=True), torch.no_grad():
+        for name, parameter in parameters.items():
             if parameter.numel():  # ZeRO-3: only rank 0 holds what it writes
-                parameter.copy_(own[PROJECTOR_PREFIX + name])
+                parameter.copy_(own[name])
+
+
+def _projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    parts = model.get_model()
+    found = {PROJECTOR_PREFIX + name: p for name, p in parts.mm_projector.named_parameters()}
+    if hasattr(parts, "image_newline"):
+        found[NEWLINE] = parts.image_newline
+    return found
+
+
+def tower_weights(folder: str | os.PathLike) -> State | None:
+    """The vision tower's tensors in a full folder, named as in the tower itself; None if none."""
+    shards = Shards(folder)
+    names = {match[1]: name for name in shards if (match := _TOWER.fullmatch(name))}
+    return {short: shards[name] for short, name in names.items()} or None
+
+
+def split_tower(tensors: State) -> tuple[State, State]:
+    """Tensors of the tower, named as in the tower itself, and the others as they are."""
+    matches = {name: _TOWER.fullmatch(name) for name in tensors}
+    tower = {m[1]: tensors[name] for name, m in matches.items() if m}
+    return tower, {name: tensors[name] for name, m in matches.items() if not m}
+
+
+def save_full(model: nn.Module, tokenizer, folder: str | os.PathLike, state: State | None = None):
+    """Write a full folder: weights under upstream's names, config, tokenizer.
+
+    Args:
+        state: the model's state dict, if it has been gathered already.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict() if state is None else state
+    tied = getattr(model.config, "tie_word_embeddings", False)
+
+    names = {name: _on_disk(name) for name in state if not (tied and name == "lm_head.weight")}
+    write_shards(folder, ((names[name], state[name]) for name in names))
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_config(model.config, folder, full=True)
+
+
+def load_full(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Load the weights that `save_full` wrote into the model that they are of."""
+    shards = Shards(folder)
+    own = {_on_disk(name): tensor for name, tensor in model.state_dict().items()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        own.pop("lm_head.weight", None)
+    check({name: shards[name] for name in shards}, own, who=str(folder))
+    with torch.no_grad():
+        for name in shards:
+            own[name].copy_(shards[name])
+
+
+def _on_disk(name: str) -> str:
+    """A tensor's name in memory → upstream's, which differs in the tower alone."""
+    match = _TOWER.fullmatch(name)
+    return _TOWER_PREFIX + match[1] if match else name

@@ -1,0 +1,54 @@
+"""A language model in 4 or 8 bits; what it is to learn, or learnt, stays as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from llava.errors import InputError
+
+# Whole prefixes: a last part alone would not be found by transformers 5, and the projector would
+# be quantised as well, into a shape that no checkpoint fits.
+KEPT = ["model.mm_projector", "model.vision_tower", "lm_head"]
+QUANT_TYPES = ("nf4", "fp4")
+
+
+def quantization(
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device | str | dict,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that load in `bits` (16: none of them).
+
+    Args:
+        dtype: in which 4-bit layers compute.
+        device: where the model goes; a quantised one cannot be moved later.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if bits == 16:
+        return {}
+    check_bitsandbytes(bits)
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_skip_modules=list(KEPT),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type,
+    )
+    device_map = device if isinstance(device, dict) else {"": device}
+    return {"quantization_config": config, "device_map": device_map}
+
+
+def check_bitsandbytes(bits: int) -> None:
+    """`InputError` where there is no bitsandbytes."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"{bits} bits need bitsandbytes: pip install 'fedllava[quant]'")

@@ -1,0 +1,200 @@
+"""A model's weights on disk, one tensor at a time: 13B parameters pass through a few GB of memory.
+
+Reads `model.safetensors`, `pytorch_model.bin`, and both in shards; writes safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llava.atomic import write_text
+from llava.errors import InputError
+from llava.state import read_tensors
+
+STEMS = ("model.safetensors", "pytorch_model.bin")
+INDEX = ".index.json"
+FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+SHARD_BYTES = 5_000_000_000
+
+
+class Shards(Mapping[str, torch.Tensor]):
+    """The tensors of a folder by name, each read when asked for; iterates file by file.
+
+    Raises:
+        InputError: no weights, a file that is missing or broken, or a shard without a tensor that
+            the index says it has.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._file_of = dict(self._locate())
+        self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None
+
+    @staticmethod
+    def are_in(folder: Path) -> bool:
+        """Whether a folder holds a model's weights at all."""
+        return any((folder / (stem + end)).is_file() for stem in STEMS for end in ("", INDEX))
+
+    def _locate(self) -> Iterator[tuple[str, str]]:
+        for stem in STEMS:
+            if (index := self.folder / (stem + INDEX)).is_file():
+                try:
+                    places = json.loads(index.read_text())["weight_map"].items()
+                except (ValueError, KeyError, AttributeError) as error:
+                    raise InputError(f"{index}: not an index of shards ({error})") from None
+                for file in sorted({file for _, file in places}):
+                    if not (self.folder / file).is_file() or Path(file).name != file:
+                        raise InputError(f"{index}: names the shard {file}, which is not there")
+                yield from sorted(places, key=lambda place: (place[1], place[0]))
+                return
+            if (self.folder / stem).is_file():
+                yield from ((name, stem) for name in self._tensors(stem))
+                return
+        raise InputError(
+            f"{self.folder}: no weights there, neither safetensors nor pytorch_model.bin"
+        )
+
+    def _tensors(self, file: str) -> Mapping[str, torch.Tensor]:
+        path = self.folder / file
+        if path.suffix != ".safetensors":
+            return read_tensors(path)
+        try:
+            return _SafeFile(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cut short or not safetensors ({error})") from None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file = self._file_of[name]
+        if self._open is None or self._open[0] != file:
+            self._open = None  # the last shard goes before the next comes
+            self._open = (file, self._tensors(file))
+        try:
+            return self._open[1][name]
+        except (KeyError, SafetensorError):
+            raise InputError(
+                f"{self.folder / file}: has no tensor {name}, which the index puts there"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+class _SafeFile(Mapping[str, torch.Tensor]):
+    def __init__(self, path: Path):
+        self._file = safe_open(path, "pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write `tensors` as `model.safetensors`, or in shards of at most `shard_bytes` with an index.
+
+    One shard is in memory at a time. Two tensors of one name are an `InputError`. Returns bytes.
+    """
+    places: dict[str, int] = {}
+    shard: dict[str, torch.Tensor] = {}
+    files = total = held = 0
+
+    def flush() -> None:
+        nonlocal files, held
+        save_file(shard, folder / f"shard-{files}", metadata={"format": "pt"})
+        shard.clear()
+        files, held = files + 1, 0
+
+    for name, tensor in tensors:
+        if name in places:
+            raise InputError(f"two tensors would be called {name}")
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > shard_bytes:
+            flush()
+        places[name] = files
+        shard[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        held, total = held + size, total + size
+    flush()
+
+    if files == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return total
+    final = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    for i, file in enumerate(final):
+        (folder / f"shard-{i}").rename(folder / file)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: final[i] for name, i in sorted(places.items())},
+    }
+    write_text(folder / (STEMS[0] + INDEX), json.dumps(index, indent=2) + "\n")
+    return total
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `path` at the end of the block, or goes if it raises.
+
+    A process that is killed leaves `.NAME.PID.tmp` beside it, and no `path`.
+
+    Raises:
+        InputError: `path` is there already and not empty.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: is there already; name a folder that is new or empty")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """`path` if it is a folder, else the hub's snapshot of that name (from the cache if there)."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(path).startswith(("/", ".", "~")):
+        raise InputError(f"{path}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{path}: neither a folder nor a model on the hub ({error})") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; `InputError` if it is missing or none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no readable JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: a JSON object is expected, found a {type(found).__name__}")
+    return found
