@@ -11,6 +11,12 @@ class InputError(ValueError):
     """Bad input. The message names file, flag, sample or tensor, what is there and should be."""
 
 
+def reason(error: Exception) -> str:
+    """What a library's error says, on one line and not too long of it, to end a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
 @contextlib.contextmanager
 def one_clear_error() -> Iterator[None]:
     """For entry points: an `InputError`, or a refusal of the disk, is one line and exit code 2."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
 import re
@@ -140,9 +141,9 @@ def _read(path: Path) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a broken file makes the readers fail in many ways
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk's word; a cut zip is an invalid argument
         if "unsupported global" in str(error).lower():
             reason = "holds objects other than tensors, which are never unpickled"
         else:

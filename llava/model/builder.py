@@ -14,7 +14,7 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
-from llava.errors import InputError
+from llava.errors import InputError, reason
 from llava.model import lora
 from llava.model.checkpoint import (
     NEWLINE,
@@ -201,8 +201,7 @@ def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
             path, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
         )
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: the weights do not load ({reason})") from None
+        raise InputError(f"{path}: the weights do not load ({reason(error)})") from None
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(found["missing_keys"])
@@ -252,7 +251,7 @@ def load_tokenizer(path: str, **kwargs):
     try:
         return AutoTokenizer.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable tokenizer ({error})") from None
+        raise InputError(f"{path}: no readable tokenizer ({reason(error)})") from None
 
 
 def add_picture_tokens(model, tokenizer) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llava.atomic import write_text
-from llava.errors import InputError
+from llava.errors import InputError, reason
 from llava.model.hf_layout import language_model_type, llava_config
 from llava.model.shards import Shards, read_json, write_shards
 from llava.state import State, check
@@ -50,21 +50,22 @@ def read_config(path: str | os.PathLike):
         file = folder / "config.json" if folder.is_dir() else cached_file(str(path), "config.json")
         raw = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable config.json ({error})") from None
+        raise InputError(f"{path}: no readable config.json ({reason(error)})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: config.json holds a {type(raw).__name__}, an object is expected")
     if "text_config" in raw:
-        raw = llava_config(raw, vision_tower=str(path), image_aspect_ratio=_aspect_of(folder))
+        raw = llava_config(raw, vision_tower=str(path), image_aspect_ratio=aspect_of(folder))
     model_type = language_model_type(raw)
     raw.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **raw)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: config.json has model_type {model_type!r}: {reason}") from None
+        raise InputError(
+            f"{path}: config.json has model_type {model_type!r}: {reason(error)}"
+        ) from None
 
 
-def _aspect_of(folder: Path) -> str:
+def aspect_of(folder: Path) -> str:
     """How the picture processor of transformers' layout treats pictures that are not square."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
@@ -193,7 +194,7 @@ def save_full(model: nn.Module, tokenizer, folder: str | os.PathLike, state: Sta
     state = model.state_dict() if state is None else state
     tied = getattr(model.config, "tie_word_embeddings", False)
 
-    names = {name: _on_disk(name) for name in state if not (tied and name == "lm_head.weight")}
+    names = {name: on_disk(name) for name in state if not (tied and name == "lm_head.weight")}
     write_shards(folder, ((names[name], state[name]) for name in names))
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -204,7 +205,7 @@ def save_full(model: nn.Module, tokenizer, folder: str | os.PathLike, state: Sta
 def load_full(model: nn.Module, folder: str | os.PathLike) -> None:
     """Load the weights that `save_full` wrote into the model that they are of."""
     shards = Shards(folder)
-    own = {_on_disk(name): tensor for name, tensor in model.state_dict().items()}
+    own = {on_disk(name): tensor for name, tensor in model.state_dict().items()}
     if getattr(model.config, "tie_word_embeddings", False):
         own.pop("lm_head.weight", None)
     check({name: shards[name] for name in shards}, own, who=str(folder))
@@ -213,7 +214,7 @@ def load_full(model: nn.Module, folder: str | os.PathLike) -> None:
             own[name].copy_(shards[name])
 
 
-def _on_disk(name: str) -> str:
+def on_disk(name: str) -> str:
     """A tensor's name in memory → upstream's, which differs in the tower alone."""
     match = _TOWER.fullmatch(name)
     return _TOWER_PREFIX + match[1] if match else name

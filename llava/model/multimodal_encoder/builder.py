@@ -29,7 +29,7 @@ def build_vision_tower(
     config = config or vision_config(name)
     if config.model_type not in TOWERS:
         raise InputError(
-            f"--vision_tower {name}: a CLIP or SigLIP vision model is expected, "
+            f"vision tower {name}: a CLIP or SigLIP vision model is expected, "
             f"found model_type {config.model_type!r}"
         )
     return TOWERS[config.model_type](name, args=cfg, delay_load=delay_load, config=config)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.errors import InputError
+from llava.errors import InputError, reason
 
 
 class CLIPVisionTower(nn.Module):
@@ -178,7 +178,9 @@ def vision_config(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"--vision_tower {name}: no readable model there ({error})") from None
+        raise InputError(
+            f"vision tower {name}: no readable model there ({reason(error)})"
+        ) from None
     return getattr(config, "vision_config", config)
 
 
