@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,9 @@ from llava.model.checkpoint import (
     tower_weights,
 )
 from llava.model.quantize import quantization
+from llava.model.quiet import quiet
 from llava.model.shards import Shards, local_folder, read_json
+from llava.model.tokenizer import load_tokenizer
 from llava.state import State, load
 
 # transformers' layout → upstream's, all three dialects; see hf_layout.py.
@@ -79,6 +80,7 @@ def load_pretrained_model(
     device = device if device != "cuda" or torch.cuda.is_available() else "cpu"
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    use_flash_attn |= bool(kwargs.pop("use_flash_attention_2", False))  # the older name
     kwargs.setdefault("attn_implementation", "flash_attention_2" if use_flash_attn else "sdpa")
     bits = 4 if load_4bit else 8 if load_8bit else 16
     on_gpu = device.startswith("cuda")
@@ -187,23 +189,16 @@ def from_pretrained(path: str, config, **kwargs):
 
 def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
     """The model, and which of the projector's tensors the weights lacked."""
-    from transformers.utils import logging
-
     if Path(path).is_dir():
         _check_weights(path, config)
-    # A projector that is not there yet is no news; what else is missing is an error below.
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        model, found = model_class(config).from_pretrained(
-            path, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
-        )
+        with quiet():
+            model, found = model_class(config).from_pretrained(
+                path, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights do not load ({reason(error)})") from None
-    finally:
-        logging.set_verbosity(verbosity)
+    # A projector that is not there yet is no news; what else is missing is an error.
     missing = sorted(found["missing_keys"])
     own = [name for name in missing if name.startswith(PROJECTOR_PREFIX) or name == NEWLINE]
     if lost := [name for name in missing if name not in own]:
@@ -242,16 +237,6 @@ def _check_weights(path: str, config) -> None:
                 raise InputError(
                     f"{path}: {embedding} is {rows} x {width}, the config has {key} {expected}"
                 )
-
-
-def load_tokenizer(path: str, **kwargs):
-    """The tokenizer of a folder or hub name."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable tokenizer ({reason(error)})") from None
 
 
 def add_picture_tokens(model, tokenizer) -> None:

@@ -22,6 +22,7 @@ from llava.atomic import write_text
 from llava.errors import InputError, reason
 from llava.model.hf_layout import language_model_type, llava_config
 from llava.model.shards import Shards, read_json, write_shards
+from llava.model.tokenizer import write_tokenizer
 from llava.state import State, check
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -82,13 +83,23 @@ def write_config(config, folder: str | os.PathLike, *, full: bool) -> None:
     values["model_type"] = f"llava_{config.model_type}"
     base = _causal_lm_class(config).__name__
     values["architectures"] = [f"Llava{base}" if full else base]
-    # The names that transformers 4 reads.
-    rope = values.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        values.setdefault("rope_theta", rope["rope_theta"])
+    values |= _rope_for_transformers_4(values.get("rope_parameters") or {})
     if values.get("dtype") is not None:
         values["torch_dtype"] = values["dtype"] = str(values["dtype"]).removeprefix("torch.")
     write_text(Path(folder) / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _rope_for_transformers_4(rope: dict) -> dict:
+    """The keys that transformers 4 reads in place of `rope_parameters`."""
+    if "rope_theta" not in rope:
+        return {}
+    kind = rope.get("rope_type", "default")
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if kind == "default":
+        scaling = None
+    elif kind in ("linear", "dynamic"):
+        scaling = {"type": kind, "factor": float(rope["factor"])}  # 4.37 takes just these two
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def _causal_lm_class(config) -> type:
@@ -198,7 +209,7 @@ def save_full(model: nn.Module, tokenizer, folder: str | os.PathLike, state: Sta
     write_shards(folder, ((names[name], state[name]) for name in names))
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
     write_config(model.config, folder, full=True)
 
 

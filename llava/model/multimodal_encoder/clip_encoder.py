@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from llava.errors import InputError, reason
+from llava.model.quiet import quiet
 
 
 class CLIPVisionTower(nn.Module):
@@ -59,7 +60,7 @@ class CLIPVisionTower(nn.Module):
             return
         processor, model = self._classes()
         self.image_processor = processor.from_pretrained(self.vision_tower_name)
-        with _whole_on_every_rank():
+        with _whole_on_every_rank(), quiet():
             if weights is None:
                 self.vision_tower = model.from_pretrained(
                     self.vision_tower_name, device_map=device_map, dtype=torch.float32

@@ -1,0 +1,63 @@
+"""Tokenizers in and out of the disk, such that transformers 4 and 5 give the same ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from llava.atomic import write_text
+from llava.errors import InputError, reason
+from llava.model.quiet import quiet
+
+
+def load_tokenizer(path: str, **kwargs: Any):
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+    from transformers.utils import cached_file
+
+    try:
+        with quiet():
+            whole = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+            if whole is None:
+                # transformers 5 would choose the tokenizer by config.json's model_type, and lose
+                # the first "▁" for `llava` and `mistral`; tokenizer_config.json names the right.
+                kwargs["config"] = PreTrainedConfig()
+            return AutoTokenizer.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no readable tokenizer ({reason(error)})") from None
+
+
+def write_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
+    """Write a tokenizer's files.
+
+    One that came from a sentencepiece `tokenizer.model` goes as that file, with what transformers 4
+    needs to read it as it is: transformers 5 writes a `tokenizer.json` alone, which 4 cannot read.
+    """
+    folder = Path(folder)
+    source = getattr(tokenizer, "vocab_file", None)
+    # Saving may write to the very folder that the tokenizer came from.
+    model = Path(source).read_bytes() if source and Path(source).name == "tokenizer.model" else None
+    tokenizer.save_pretrained(folder)
+    if model is None:
+        return
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "tokenizer.json").unlink()
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    for key in ("extra_special_tokens", "backend", "is_local", "local_files_only"):
+        values.pop(key, None)
+    for key in ("legacy", "add_bos_token", "add_eos_token"):
+        if (value := getattr(tokenizer, key, None)) is not None:
+            values[key] = value
+    marks = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    values["added_tokens_decoder"] = {
+        str(i): {mark: getattr(token, mark) for mark in marks}
+        for i, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
+    write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
