@@ -306,7 +306,7 @@ class LlavaMixin:
         Rows may be padded on either side if an `attention_mask` says where.
         """
         if images is None:
-            return super().generate(inputs, **kwargs)
+            return self._generate_from_text(inputs, **kwargs)
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         _, position_ids, attention_mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
@@ -324,6 +324,20 @@ class LlavaMixin:
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         return super().generate(inputs_embeds=embeds, **kwargs)
+
+    def _generate_from_text(self, inputs, **kwargs):
+        """As with pictures if `inputs` is given; `input_ids` and the rest mean what they do in
+        transformers.
+        """
+        if inputs is None:
+            return super().generate(**kwargs)
+        if found := int((inputs == IMAGE_TOKEN_INDEX).sum()):
+            raise InputError(f"0 pictures were given, the text has {found} image tokens")
+        kwargs.pop("position_ids", None)
+        mask = kwargs.pop("attention_mask", None)
+        ids, mask, _ = _expand_rows(inputs, mask, None, [], "left", None)
+        embeds = self.get_input_embeddings()(ids)
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
 
 def merge_type(config) -> str:
@@ -354,7 +368,8 @@ def _those_in_text(ids, mask, pictures: list[torch.Tensor]) -> list[torch.Tensor
     """`pictures` without those of rows of text alone, where there is one picture a row."""
     shown = ids == IMAGE_TOKEN_INDEX
     has_picture = (shown if mask is None else shown & mask.bool()).any(1).tolist()
-    if len(pictures) != len(ids) or all(has_picture):
+    as_many = int(shown.sum()) in (len(pictures), sum(map(len, pictures)))
+    if len(pictures) != len(ids) or all(has_picture) or as_many:
         return pictures
     return [picture for picture, kept in zip(pictures, has_picture, strict=True) if kept]
 

@@ -22,8 +22,19 @@ from llava.state import read_tensors
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
+SMALL_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
 FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
-SHARD_BYTES = 5_000_000_000
+# With the file that is read and the copy that is written, thrice this is in memory.
+SHARD_BYTES = 2_000_000_000
 
 
 class Shards(Mapping[str, torch.Tensor]):
@@ -38,11 +49,6 @@ class Shards(Mapping[str, torch.Tensor]):
         self.folder = Path(folder)
         self._file_of = dict(self._locate())
         self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None
-
-    @staticmethod
-    def are_in(folder: Path) -> bool:
-        """Whether a folder holds a model's weights at all."""
-        return any((folder / (stem + end)).is_file() for stem in STEMS for end in ("", INDEX))
 
     def _locate(self) -> Iterator[tuple[str, str]]:
         for stem in STEMS:
@@ -110,19 +116,26 @@ class _SafeFile(Mapping[str, torch.Tensor]):
 
 
 def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int | None = None
 ) -> int:
     """Write `tensors` as `model.safetensors`, or in shards of at most `shard_bytes` with an index.
 
-    One shard is in memory at a time. Two tensors of one name are an `InputError`. Returns bytes.
+    One shard, by default of 2 GB, is in memory at a time. Returns the bytes of all tensors.
+
+    Raises:
+        InputError: two tensors of one name.
     """
+    shard_bytes = shard_bytes or SHARD_BYTES
     places: dict[str, int] = {}
     shard: dict[str, torch.Tensor] = {}
     files = total = held = 0
 
+    def temporary(number: int) -> Path:
+        return folder / f".shard-{number}.{os.getpid()}.tmp"
+
     def flush() -> None:
         nonlocal files, held
-        save_file(shard, folder / f"shard-{files}", metadata={"format": "pt"})
+        _save(shard, temporary(files))
         shard.clear()
         files, held = files + 1, 0
 
@@ -137,18 +150,29 @@ def write_shards(
         held, total = held + size, total + size
     flush()
 
+    for stale in (STEMS[0], STEMS[0] + INDEX):
+        (folder / stale).unlink(missing_ok=True)
     if files == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
+        temporary(0).rename(folder / STEMS[0])
         return total
     final = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
     for i, file in enumerate(final):
-        (folder / f"shard-{i}").rename(folder / file)
+        temporary(i).rename(folder / file)
     index = {
         "metadata": {"total_size": total},
         "weight_map": {name: final[i] for name, i in sorted(places.items())},
     }
     write_text(folder / (STEMS[0] + INDEX), json.dumps(index, indent=2) + "\n")
     return total
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # others may read it as they may any new file: safetensors forbids it
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -171,6 +195,17 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def copy_small_files(folder: Path, out: Path, dtype: str | None = None) -> None:
+    """Copy what stands beside the weights; config.json too if a `dtype` for it is given."""
+    out.mkdir(exist_ok=True)
+    for name in SMALL_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if dtype:
+        config = {**read_json(folder / "config.json"), "torch_dtype": dtype, "dtype": dtype}
+        write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def local_folder(path: str | os.PathLike) -> Path:
