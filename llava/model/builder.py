@@ -94,6 +94,7 @@ def load_pretrained_model(
     source = _source(folder, model_base, is_lora, is_projector)
     has_config = (folder / "config.json").is_file() or not is_lora
     config = read_config(folder if has_config else source)
+    _find_tower(config, folder)
     if is_projector and not getattr(config, "mm_hidden_size", None):
         raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
 
@@ -121,6 +122,13 @@ def load_pretrained_model(
     if lost := [name for name in missing if name not in loaded and name != NEWLINE]:
         raise InputError(f"{folder}: no {lost[0]} there, nor in {source}")
     return _with_pictures(model.eval(), tokenizer, tower, dtype)
+
+
+def _find_tower(config, folder: Path) -> None:
+    """A tower that lies in the LLaVA's own folder is found there, wherever that was moved."""
+    named = getattr(config, "mm_vision_tower", None)
+    if named and not Path(named).is_dir() and (folder / Path(named).name / "config.json").is_file():
+        config.mm_vision_tower = str(folder / Path(named).name)
 
 
 def _with_pictures(model, tokenizer, tower: State | None, dtype: torch.dtype):

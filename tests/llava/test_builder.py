@@ -225,6 +225,13 @@ def test_quantised_with_a_lora_and_a_projector_that_are_not(wide, kind, bits):
     loaded.generate(IDS, images=PIXELS, max_new_tokens=2, do_sample=False)
 
 
+def test_a_tower_in_the_folder_itself_is_found_after_a_move(model, full, copy_of, tiny):
+    folder = copy_of(full)
+    shutil.copytree(tiny / "vision_tower", folder / "vision_tower")
+    change_config(folder, mm_vision_tower="/where/it/was/made/vision_tower")
+    assert torch.equal(logits(load(folder)), logits(model))
+
+
 def test_what_a_program_does_that_loads_the_tower_itself(full):
     from llava import LlavaLlamaForCausalLM
 
