@@ -1,0 +1,200 @@
+"""A loaded LLaVA that answers: templates, prompts with pictures, batched generation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_PLACEHOLDER,
+)
+from llava.conversation import Conversation, get_template
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Picture = tuple["torch.Tensor", tuple[int, int]]
+"""A picture as the tower wants it, and its (width, height) before."""
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model answers, and where it computes."""
+    parser.add_argument("--model-path", default="facebook/opt-350m")
+    parser.add_argument("--model-base", default=None)
+    parser.add_argument("--device", default="cuda", help="cuda where there is one, else the CPU")
+    parser.add_argument("--load-8bit", action="store_true")
+    parser.add_argument("--load-4bit", action="store_true")
+
+
+@dataclasses.dataclass
+class Answerer:
+    """A model with its tokenizer, its image processor (None: text alone) and its name."""
+
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    name: str
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> Answerer:
+        """The model that `add_model_flags` asks for."""
+        if args.conv_mode:
+            get_template(args.conv_mode)  # a misspelt one is said before the model loads
+        from llava.mm_utils import get_model_name_from_path
+        from llava.model.builder import load_pretrained_model
+
+        path = os.path.expanduser(args.model_path)
+        name = get_model_name_from_path(path)
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            path, args.model_base, name, args.load_8bit, args.load_4bit, device=args.device
+        )
+        return cls(tokenizer, model, image_processor, name)
+
+    def template(
+        self, asked: str | None, default: str | None = None, mmtag: bool = False
+    ) -> Conversation:
+        """The template asked for, else the config's `conversation_template`, else `default`.
+
+        Without a default it is the one that upstream takes for a model of this name. `mmtag` is
+        upstream's rule for models that only were pre-trained. Says on stderr which it is.
+        """
+        if asked:
+            mode, why = asked, "--conv-mode"
+        elif mode := getattr(self.model.config, "conversation_template", None):
+            why, mmtag = "conversation_template in the model's config", False
+        elif default:
+            mode, why = default, "the default"
+        else:
+            mode, why = conv_mode_of(self.name), f"by the model's name, {self.name}"
+        plain = "plain" in self.name and "finetune" not in self.name.lower()
+        if mmtag and plain and "mmtag" not in mode:
+            mode, why = f"{mode}_mmtag", f"{why}, with pictures tagged for {self.name}"
+        print(f"conversation template: {mode} ({why})", file=sys.stderr, flush=True)
+        return get_template(mode)
+
+    def with_pictures(self, text: str, pictures: int) -> str:
+        """A user's text with one image token a picture: at its placeholders, else in front."""
+        token = DEFAULT_IMAGE_TOKEN
+        if getattr(self.model.config, "mm_use_im_start_end", False):
+            token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+        if pictures and IMAGE_PLACEHOLDER in text:
+            text = text.replace(IMAGE_PLACEHOLDER, token)
+        else:
+            text = f"{token}\n" * pictures + text
+        if (found := text.count(DEFAULT_IMAGE_TOKEN)) != pictures:
+            raise InputError(f"{pictures} pictures were given, the text has {found} image tokens")
+        return text
+
+    def picture(self, image: Image.Image) -> Picture:
+        """Prepare one picture; several threads may do so at once."""
+        from llava.mm_utils import process_images
+
+        if self.image_processor is None:
+            raise InputError(f"{self.name}: a language model without pictures")
+        return process_images([image], self.image_processor, self.model.config)[0], image.size
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Sequence[Picture]],
+        stop: str,
+        generation: dict[str, Any],
+        streamer: Any = None,
+    ) -> list[str]:
+        """Answer a batch of prompts at once.
+
+        Args:
+            pictures: those of each prompt, in the order of its image tokens.
+            stop: the mark that ends an answer; it is cut off.
+            generation: what `generation_options` gives.
+        """
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from llava.mm_utils import KeywordsStoppingCriteria, stack_same, tokenizer_image_token
+
+        model, tokenizer = self.model, self.tokenizer
+        rows = [tokenizer_image_token(prompt, tokenizer, return_tensors="pt") for prompt in prompts]
+
+        def pad(rows, value):
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+        pad_id = tokenizer.pad_token_id
+        pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
+        ids = pad(rows, pad_id or 0).to(model.device)
+        mask = pad([torch.ones_like(row) for row in rows], 0).to(model.device)
+        together = [picture for own in pictures for picture in own]
+        if together:
+            pixels = [p.to(model.device, model.dtype) for p, _ in together]
+            inputs = {"inputs": ids, "images": stack_same(pixels)}
+            inputs["image_sizes"] = [size for _, size in together]
+        else:  # from embeddings, so that the new ids alone come back here too
+            inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                attention_mask=mask,
+                pad_token_id=pad_id,
+                stopping_criteria=[KeywordsStoppingCriteria([stop], tokenizer, ids)],
+                streamer=streamer,
+                use_cache=True,
+                **generation,
+            )
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [text.split(stop)[0].strip() for text in texts]
+
+
+def end_mark(conversation: Conversation) -> str:
+    """What stands at the end of an assistant's turn."""
+    return conversation.sep2 or conversation.sep
+
+
+def single_turn(template: Conversation, text: str) -> str:
+    """The prompt of one question, open for the answer."""
+    conversation = template.copy()
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def generation_options(
+    temperature: float, max_new_tokens: int, top_p: float | None = None, num_beams: int = 1
+) -> dict[str, Any]:
+    """Keyword arguments of `generate`: sampling for a temperature over 0, else greedy or beams.
+
+    What is not asked for is switched off here, so that no `generation_config.json` turns it on.
+    """
+    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0}
+    return options
+
+
+def filled(args: Any, defaults: argparse.Namespace) -> argparse.Namespace:
+    """`args`, any object with attributes, with `defaults` for those that it lacks."""
+    values = {name: getattr(args, name, value) for name, value in vars(defaults).items()}
+    return argparse.Namespace(**values)
+
+
+def conv_mode_of(model_name: str) -> str:
+    """The template that upstream takes for a model of this name when none is given."""
+    name = model_name.lower()
+    for part, mode in (
+        ("llama-2", "llava_llama_2"),
+        ("mistral", "mistral_instruct"),
+        ("v1.6-34b", "chatml_direct"),
+        ("v1", "llava_v1"),
+        ("mpt", "mpt"),
+    ):
+        if part in name:
+            return mode
+    return "llava_v0"
