@@ -26,7 +26,7 @@ from llava.model.checkpoint import (
     split_tower,
     tower_weights,
 )
-from llava.model.quantize import quantization
+from llava.model.quantize import check_4bit_on_cpu, quantization
 from llava.model.quiet import quiet
 from llava.model.shards import Shards, local_folder, read_json
 from llava.model.tokenizer import load_tokenizer
@@ -119,6 +119,8 @@ def load_pretrained_model(
         adapted = lora.attach_lora(model, folder)
         # What is quantised cannot take the adapter in without a loss.
         model = adapted.merge_and_unload() if bits == 16 else adapted.get_base_model()
+    if bits == 4 and device == "cpu":
+        check_4bit_on_cpu(model)
     if lost := [name for name in missing if name not in loaded and name != NEWLINE]:
         raise InputError(f"{folder}: no {lost[0]} there, nor in {source}")
     return _with_pictures(model.eval(), tokenizer, tower, dtype)
@@ -256,4 +258,16 @@ def add_picture_tokens(model, tokenizer) -> None:
     if getattr(config, "mm_use_im_start_end", False):
         new += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
     if new and tokenizer.add_tokens(new, special_tokens=True):
-        model.resize_token_embeddings(max(len(tokenizer), config.vocab_size))
+        grow_embeddings(model, len(tokenizer))
+
+
+def grow_embeddings(model, rows: int) -> None:
+    """Make room for `rows` tokens; new rows are the mean of the others, the same at every load."""
+    known = model.config.vocab_size
+    if rows <= known:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        with gathered([layer.weight], write=True), torch.no_grad():
+            if layer.weight.numel():  # ZeRO-3: only rank 0 holds what it writes
+                layer.weight[known:] = layer.weight[:known].mean(0)

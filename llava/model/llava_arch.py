@@ -183,7 +183,8 @@ class LlavaMixin:
             given with inputs_embeds None when there is no picture.
         """
         no_pictures = images is None or len(images) == 0
-        if no_pictures or input_ids.shape[1] == 1 or self.get_vision_tower() is None:
+        next_token = input_ids.shape[1] == 1 and past_key_values is not None
+        if no_pictures or next_token or self.get_vision_tower() is None:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         pictures = self.picture_tokens(images, image_sizes)
         if image_positions is None:

@@ -48,6 +48,16 @@ def quantization(
     return {"quantization_config": config, "device_map": device_map}
 
 
+def check_4bit_on_cpu(model: torch.nn.Module) -> None:
+    """`InputError` for a layer that the CPU's 4-bit kernels of inference do not take."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.out_features % 32:
+            raise InputError(
+                f"4 bits on the CPU need widths that 32 divides, {name} has {module.out_features}; "
+                "8 bits have no such limit"
+            )
+
+
 def check_bitsandbytes(bits: int) -> None:
     """`InputError` where there is no bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:

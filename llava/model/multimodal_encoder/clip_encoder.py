@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import re
 from collections.abc import Mapping
@@ -107,34 +106,22 @@ class CLIPVisionTower(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, 3, H, W) → features (batch, num_patches, hidden_size), in their dtype."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_tuned):
-            outputs = self._up_to_selected()(
-                images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
-            )
-            features = outputs.hidden_states[self._selected]
+            features = self._selected_state(images.to(device=self.device, dtype=self.dtype))
             if self.select_feature == "patch":
                 features = features[:, self.class_tokens :]
             return features.to(images.dtype)
 
-    @property
-    def _selected(self) -> int:
-        """The hidden state that is read, counted from the embeddings, after so many layers."""
-        layers = self.config.num_hidden_layers
-        return self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
-
-    def _up_to_selected(self) -> nn.Module:
-        """The encoder without the layers that nothing reads; its parameters are the encoder's.
-
-        Made once: transformers hangs hooks into the layers of every model that it has not seen, and
-        a second set would count each hidden state twice.
-        """
-        if "_view" not in self.__dict__:  # beside the submodules, so not in the state dict
-            view = copy.copy(self.vision_tower)
-            view._modules = dict(view._modules)
-            view._modules["encoder"] = encoder = copy.copy(view.encoder)
-            encoder._modules = dict(encoder._modules)
-            encoder._modules["layers"] = nn.ModuleList(encoder.layers[: max(self._selected, 1)])
-            self.__dict__["_view"] = view
-        return self.__dict__["_view"]
+    def _selected_state(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The encoder's `hidden_states[select_layer]`; layers after it are not run."""
+        encoder = self.vision_tower
+        hidden = encoder.embeddings(pixels)
+        if hasattr(encoder, "pre_layrnorm"):  # CLIP's, so spelt
+            hidden = encoder.pre_layrnorm(hidden)
+        layers = encoder.encoder.layers
+        last = self.select_layer if self.select_layer >= 0 else len(layers) + 1 + self.select_layer
+        for layer in layers[:last]:
+            hidden = layer(hidden, None)  # no attention mask
+        return hidden
 
     def fingerprint(self) -> str:
         """Hex digest of what decides the features: weights, their dtype, and the selection."""
