@@ -58,6 +58,8 @@ def read_config(path: str | os.PathLike):
         raw = llava_config(raw, vision_tower=str(path), image_aspect_ratio=aspect_of(folder))
     model_type = language_model_type(raw)
     raw.pop("model_type", None)
+    if raw.get("rope_parameters") or raw.get("rope_scaling") is None:
+        raw.pop("rope_scaling", None)  # transformers 4's name, which 5 complains about
     try:
         return AutoConfig.for_model(model_type, **raw)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -94,10 +96,10 @@ def _rope_for_transformers_4(rope: dict) -> dict:
     if "rope_theta" not in rope:
         return {}
     kind = rope.get("rope_type", "default")
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     if kind == "default":
-        scaling = None
-    elif kind in ("linear", "dynamic"):
+        return {"rope_theta": rope["rope_theta"]}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if kind in ("linear", "dynamic"):
         scaling = {"type": kind, "factor": float(rope["factor"])}  # 4.37 takes just these two
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 

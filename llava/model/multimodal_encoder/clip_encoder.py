@@ -164,7 +164,8 @@ def vision_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        with quiet():
+            config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
             f"vision tower {name}: no readable model there ({reason(error)})"
