@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fed import state
 from fed.train import train as fed_train
@@ -21,12 +23,20 @@ ROOT = Path(__file__).parents[1]
 # What each rank runs: one job after the other. The shared-memory op only makes gloo faster, and
 # would be compiled for minutes on a fresh machine.
 RANK = """
-import json, sys
+import json, os, shutil, sys
 import deepspeed.comm.torch
 deepspeed.comm.torch.build_shm_op = lambda: None
+import torch.distributed
 import fed.train, llava.train.train
+
+def copy(argv):
+    if os.environ["RANK"] == "0":
+        shutil.copytree(*argv)
+    torch.distributed.barrier()
+
+entries = {"fed": fed.train.train, "llava": llava.train.train.train, "copy": copy}
 for entry, argv in json.loads(sys.argv[1]):
-    {"fed": fed.train, "llava": llava.train.train}[entry].train(argv=argv)
+    entries[entry](argv=argv)
 """
 
 
@@ -58,6 +68,11 @@ def on_two_ranks(jobs: list[tuple[str, list[str]]]) -> str:
     return outputs[0]
 
 
+def lora_parts(folder: Path) -> state.State:
+    others = state.load(folder / "non_lora_trainables.bin")
+    return {**load_file(folder / "adapter_model.safetensors"), **others}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
@@ -82,17 +97,32 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
     one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     llava_train(argv=flags(**plain, **one, output_dir=tmp_path / "plain-1"))
     fed_train(flags(**federated, **one, output_dir=tmp_path / "fed-1"))
+    lora = {"data_path": tiny / "a.json", "tune_mm_mlp_adapter": False, "lora_enable": True}
+    begin = {
+        "output_dir": tmp_path / "lora-start",
+        "lora_dropout": 0.0,
+        "lora_r": 4,
+        "max_steps": 2,
+    }
+    llava_train(argv=flags(**lora, **common, **begin))
+    lora["lora_weight_path"] = tmp_path / "lora-start"
+    llava_train(argv=flags(**lora, **one, output_dir=tmp_path / "lora-1"))
 
     two = {
         "per_device_train_batch_size": 1,
         "deepspeed": ROOT / "scripts" / f"zero{stage}.json",
         "use_cpu": True,
     }
-    steps = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    steps = {"save_strategy": "steps", "save_steps": 2}
+    last = {**steps, "save_total_limit": 1}
+    whole, cut = tmp_path / "lora-2", tmp_path / "lora-cut"
     on_two_ranks(
         [
-            ("llava", flags(**plain, **two, **steps, output_dir=tmp_path / "plain-2")),
+            ("llava", flags(**plain, **two, **last, output_dir=tmp_path / "plain-2")),
             ("fed", flags(**federated, **two, output_dir=tmp_path / "fed-2")),
+            ("llava", flags(**lora, **two, **steps, output_dir=whole)),
+            ("copy", [str(whole / "checkpoint-4"), str(cut / "checkpoint-4")]),
+            ("llava", flags(**lora, **two, **steps, output_dir=cut)),
         ]
     )
     for name in ("plain", "fed"):
@@ -102,11 +132,20 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
             assert (a[key] - b[key]).abs().max() < 1e-5, (name, key)
             assert (a[key] - start[key]).abs().max() > 1e-3, (name, key)
 
+    start, a, b, resumed = map(
+        lora_parts, (tmp_path / "lora-start", tmp_path / "lora-1", whole, cut)
+    )
+    assert start.keys() == a.keys() == b.keys() == resumed.keys()
+    for key in a:
+        assert (a[key] - b[key]).abs().max() < 1e-5, key
+        assert (a[key] - start[key]).abs().max() > 1e-3, key
+        assert torch.equal(b[key], resumed[key]), key
+
     # The frozen language model (230 thousand parameters) is in no checkpoint.
-    checkpoints = list((tmp_path / "plain-2").glob("checkpoint-*"))
-    assert [c.name for c in checkpoints] == ["checkpoint-6"]
-    size = sum(f.stat().st_size for f in checkpoints[0].rglob("*") if f.is_file())
-    assert size < 400_000
+    assert [c.name for c in (tmp_path / "plain-2").glob("checkpoint-*")] == ["checkpoint-6"]
+    for checkpoint in (tmp_path / "plain-2" / "checkpoint-6", whole / "checkpoint-6"):
+        size = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
+        assert size < 400_000
 
     heldout = [
         json.loads((tmp_path / f"fed-{n}" / "rounds.jsonl").read_text().splitlines()[-1])["heldout"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from llava.atomic import write_text
 from llava.errors import InputError
-from llava.model.checkpoint import gathered
+from llava.model.checkpoint import gathered, on_disk
 from llava.state import State, StateError, check, read_tensors, save
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 OLD_ADAPTER_FILE = "adapter_model.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
+PEFT_PREFIX = "base_model.model."
 
 PICTURE_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 _PICTURE = re.compile(rf"(?:.*\.)?(?:{'|'.join(PICTURE_PARTS)})(?:\..*)?")
@@ -116,7 +118,9 @@ def _inject(model: nn.Module, config: LoraConfig, cast: bool, spare_tower=True) 
     if spare_tower and any(_PICTURE.fullmatch(name) for name, _ in model.named_modules()):
         config.exclude_modules = _PICTURE.pattern
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    return get_peft_model(model, config, autocast_adapter_dtype=cast)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own, on transformers' names
+        return get_peft_model(model, config, autocast_adapter_dtype=cast)
 
 
 # -- its tensors ----------------------------------------------------------------------------------
@@ -136,13 +140,7 @@ def adapter_state(model: PeftModel) -> State:
 
 def non_lora_state(model: PeftModel) -> State:
     """What trains beside the adapter, under upstream's names; under ZeRO-3 on every rank."""
-    adapter = {id(parameter) for parameter in _adapter_parameters(model).values()}
-    others = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapter
-    }
-    return _copies(others)
+    return _copies(_other_parameters(model))
 
 
 def load_adapter(model: PeftModel, tensors: State, source: str) -> None:
@@ -166,7 +164,8 @@ def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
     Raises:
         StateError: a tensor that the model does not have, or of a wrong shape; nothing is copied.
     """
-    _copy_in(tensors, {_plain(n): p for n, p in model.named_parameters()}, source, complete=False)
+    parameters = {on_disk(_plain(name)): p for name, p in model.named_parameters()}
+    _copy_in({on_disk(n): t for n, t in tensors.items()}, parameters, source, complete=False)
 
 
 def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -180,6 +179,16 @@ def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
         elif is_bias and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
             found[name] = parameter
     return found
+
+
+def _other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """What belongs into `non_lora_trainables.bin`: whatever else trains."""
+    adapter = {id(parameter) for parameter in _adapter_parameters(model).values()}
+    return {
+        PEFT_PREFIX + on_disk(name.removeprefix(PEFT_PREFIX)): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapter
+    }
 
 
 def _copies(parameters: dict[str, nn.Parameter]) -> State:
@@ -209,7 +218,7 @@ def _copy_in(
 
 def _plain(name: str) -> str:
     """A name in a wrapped model → the name in the model itself."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
     return re.sub(r"^model\.model\.", "model.", name)
 
 
@@ -266,10 +275,11 @@ def write_adapter_config(model: PeftModel, folder: str | os.PathLike) -> None:
 
 
 def load_lora(model: PeftModel, folder: str | os.PathLike) -> None:
-    """Load both halves of a LoRA folder into a model that has LoRA already."""
+    """Load what `save_lora` wrote into a model in which the same trains."""
     file, tensors = _read_adapter(Path(folder))
     load_adapter(model, tensors, str(file))
-    load_non_lora(model, read_non_lora(folder), str(Path(folder) / NON_LORA_FILE))
+    file = Path(folder) / NON_LORA_FILE
+    _copy_in(read_tensors(file), _other_parameters(model), str(file), complete=True)
 
 
 def save_lora(model: PeftModel, folder: str | os.PathLike, write: bool = True) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import transformers
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.errors import InputError
+from llava.model.quantize import QUANT_TYPES, check_bitsandbytes
 
 
 @dataclass
@@ -32,6 +34,9 @@ class ModelArguments:
     mm_use_im_patch_token: bool = field(default=True)
     mm_patch_merge_type: str = field(default="flat")
     mm_vision_select_feature: str = field(default="patch")
+    unfreeze_mm_vision_tower: bool = field(
+        default=False, metadata={"help": "Train the vision tower, too."}
+    )
 
 
 @dataclass
@@ -42,7 +47,12 @@ class DataArguments:
     )
     is_multimodal: bool = field(default=False)
     image_folder: str | None = field(default=None)
-    image_aspect_ratio: str = field(default="square")
+    image_aspect_ratio: str = field(
+        default="square", metadata={"help": "square, pad, or anyres (a large picture in tiles)."}
+    )
+    image_grid_pinpoints: str | None = field(
+        default=None, metadata={"help": "For anyres: '[(336, 672), …]'; default: LLaVA-1.6's."}
+    )
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Leave out, and count, samples whose picture is bad."}
     )
@@ -67,19 +77,38 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest sequence, in tokens, picture tokens included."}
     )
-    double_quant: bool = field(default=True)
-    quant_type: str = field(default="nf4")
-    bits: int = field(default=16)
-    lora_enable: bool = field(default=False)
-    lora_r: int = 64
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    lora_weight_path: str = ""
-    lora_bias: str = "none"
-    mm_projector_lr: float | None = None
+    double_quant: bool = field(
+        default=True, metadata={"help": "Quantise the scales of a 4-bit model, too."}
+    )
+    quant_type: str = field(default="nf4", metadata={"help": "Of a 4-bit model: nf4 or fp4."})
+    bits: int = field(
+        default=16, metadata={"help": "4 or 8: hold the frozen language model in so many bits."}
+    )
+    lora_enable: bool = field(
+        default=False, metadata={"help": "Train LoRA in the language model, and the projector."}
+    )
+    lora_r: int = field(default=64)
+    lora_alpha: int = field(default=16)
+    lora_dropout: float = field(default=0.05)
+    lora_weight_path: str = field(
+        default="",
+        metadata={"help": "A LoRA folder to go on from; its rank, alpha and dropout hold."},
+    )
+    lora_bias: str = field(
+        default="none", metadata={"help": "Biases that train beside LoRA: none, all, lora_only."}
+    )
+    mm_projector_lr: float | None = field(default=None)
+    mm_vision_tower_lr: float | None = field(default=None)
     group_by_modality_length: bool = field(default=False)
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager or flash_attention_2 (needs a GPU)."}
+    )
+    schedule_samples: list[int] = field(
+        default_factory=list,
+        metadata={"help": "One learning-rate schedule spans runs of so many samples each."},
+    )
+    schedule_round: int = field(
+        default=1, metadata={"help": "Which of --schedule_samples this run is, from 1."}
     )
 
 
@@ -138,9 +167,13 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
         close = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise InputError(f"unknown flag {unknown[0]}{hint}")
-    for arguments in parsed:
-        if isinstance(arguments, TrainingArguments):
-            _check(arguments)
+    by_kind = {type(arguments): arguments for arguments in parsed}
+    if TrainingArguments in by_kind:
+        _check(by_kind[TrainingArguments])
+    if {ModelArguments, DataArguments, TrainingArguments} <= by_kind.keys():
+        _check_what_trains(
+            by_kind[ModelArguments], by_kind[DataArguments], by_kind[TrainingArguments]
+        )
     return tuple(parsed)
 
 
@@ -175,11 +208,15 @@ def _without(argv: list[str], flag: str) -> list[str]:
 
 
 def _check(args: TrainingArguments) -> None:
-    """Refuse what is not supported yet, and numbers with which nothing could train."""
-    if args.lora_enable:
-        raise InputError("--lora_enable True is not supported yet")
-    if args.bits != 16:
-        raise InputError(f"--bits {args.bits} is not supported yet; 16 is")
+    """Refuse values with which nothing could train, before anything is loaded."""
+    for flag, known in (
+        ("bits", (4, 8, 16)),
+        ("quant_type", QUANT_TYPES),
+        ("lora_bias", ("none", "all", "lora_only")),
+    ):
+        if getattr(args, flag) not in known:
+            names = ", ".join(map(str, known))
+            raise InputError(f"--{flag} is {getattr(args, flag)!r}; known are {names}")
     for flag in (
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
@@ -187,8 +224,54 @@ def _check(args: TrainingArguments) -> None:
         "num_train_epochs",
         "logging_steps",
         "model_max_length",
+        "lora_r",
+        "lora_alpha",
     ):
         if not getattr(args, flag) > 0:
             raise InputError(f"--{flag} is {getattr(args, flag)}, more than 0 is expected")
     if not 0 <= args.learning_rate < math.inf:
         raise InputError(f"--learning_rate is {args.learning_rate}, a number >= 0 is expected")
+    if not 0 <= args.lora_dropout < 1:
+        raise InputError(f"--lora_dropout is {args.lora_dropout}, a number in [0, 1) is expected")
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 True needs a GPU; a CPU trains in float32 or with --bf16 True")
+    if args.bits < 16:
+        check_bitsandbytes(args.bits)
+
+
+def _check_what_trains(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> None:
+    """Refuse flags that contradict each other about what trains."""
+    tunes_tower = model_args.unfreeze_mm_vision_tower
+    if not model_args.vision_tower:
+        if model_args.tune_mm_mlp_adapter:
+            raise InputError(
+                "--tune_mm_mlp_adapter True trains the projector: name a --vision_tower"
+            )
+        if tunes_tower:
+            raise InputError("--unfreeze_mm_vision_tower True: name a --vision_tower")
+    if args.lora_weight_path and not args.lora_enable:
+        raise InputError(
+            f"--lora_weight_path {args.lora_weight_path} is read with --lora_enable True only"
+        )
+    if model_args.tune_mm_mlp_adapter:
+        alone = "--tune_mm_mlp_adapter True trains the projector alone: leave it out, or"
+        if args.lora_enable:
+            raise InputError(f"{alone} --lora_enable (LoRA trains the projector, too)")
+        if tunes_tower:
+            raise InputError(f"{alone} --unfreeze_mm_vision_tower")
+    elif args.bits < 16 and not args.lora_enable:
+        raise InputError(
+            f"--bits {args.bits}: quantised weights do not train; --lora_enable True or "
+            "--tune_mm_mlp_adapter True is expected"
+        )
+    if tunes_tower and data_args.feature_cache not in ("off", "memory"):
+        raise InputError(
+            f"--feature_cache {data_args.feature_cache}: what a tower that trains gives now, "
+            "it does not give later"
+        )
+    if args.bits < 16 and is_deepspeed_zero3_enabled():
+        raise InputError(
+            f"--bits {args.bits}: ZeRO-3 cannot cut quantised weights; take scripts/zero2.json"
+        )

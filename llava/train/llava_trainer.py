@@ -1,35 +1,40 @@
 """The Trainer: transformers' own, with LLaVA's sampler, learning rates and checkpoints.
 
-A projector-only run saves the projector and its optimizer state, never the frozen model, and
-resumes from that to the bit.
+Where a part of the model trains (the projector, or LoRA with the projector), that part is what a
+checkpoint holds, with its optimizer state and never the frozen model; a run resumes from it to the
+bit.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
+from llava.errors import InputError
 from llava.model.checkpoint import (
     PROJECTOR_FILE,
+    load_full,
     load_projector,
     projector_state,
+    save_full,
     write_config,
 )
+from llava.model.lora import is_lora, load_lora, save_lora
 from llava.state import load, save
 from llava.train.sampler import LengthGroupedSampler
 
 
 class LLaVATrainer(Trainer):
-    """`Trainer` that reads `tune_mm_mlp_adapter`, `mm_projector_lr`, `group_by_modality_length`."""
-
-    @property
-    def projector_only(self) -> bool:
-        return getattr(self.args, "tune_mm_mlp_adapter", False)
+    """`Trainer` that also reads the arguments of `llava.train.arguments.TrainingArguments`."""
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -47,47 +52,75 @@ class LLaVATrainer(Trainer):
         )
 
     def create_optimizer(self, model=None):
-        projector_lr = getattr(self.args, "mm_projector_lr", None)
-        if self.optimizer is not None or projector_lr is None:
+        rates = {
+            "mm_projector": getattr(self.args, "mm_projector_lr", None),
+            "vision_tower": getattr(self.args, "mm_vision_tower_lr", None),
+        }
+        if self.optimizer is not None or not any(rate is not None for rate in rates.values()):
             return super().create_optimizer(model)
         model = self.model if model is None else model
         decay = set(self.get_decay_parameter_names(model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-        groups: dict[tuple[bool, bool], dict] = {}
+        groups: dict[tuple[float | None, bool], dict] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            key = ("mm_projector" in name, name in decay)
+            rate = next((rate for part, rate in rates.items() if part in name), None)
+            key = (rate, name in decay)
             if key not in groups:
                 groups[key] = {"params": [], "weight_decay": self.args.weight_decay * key[1]}
-                if key[0]:
-                    groups[key]["lr"] = projector_lr
+                if rate is not None:
+                    groups[key]["lr"] = rate
             groups[key]["params"].append(parameter)
         self.optimizer = optimizer_class(list(groups.values()), **options)
         return self.optimizer
 
-    # -- checkpoints of projector-only runs ------------------------------------------------------
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The run's own schedule, or its part of the one that --schedule_samples spans."""
+        samples = getattr(self.args, "schedule_samples", None)
+        if self.lr_scheduler is None and samples:
+            steps = [steps_of(self.args, n) for n in samples]
+            before = sum(steps[: self.args.schedule_round - 1])
+            whole = super().create_scheduler(sum(steps), optimizer)
+            shifted = [lambda step, f=f: f(step + before) for f in whole.lr_lambdas]
+            for group in whole.optimizer.param_groups:
+                group["lr"] = group.pop("initial_lr")
+            self.lr_scheduler = LambdaLR(whole.optimizer, shifted)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    @property
+    def saves_part(self) -> bool:
+        """Whether a checkpoint holds the part that trains, without the frozen model around it."""
+        return getattr(self.args, "tune_mm_mlp_adapter", False) or is_lora(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.projector_only:
-            super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
-                write_config(self.model.config, output_dir or self.args.output_dir, full=True)
+        folder = output_dir or self.args.output_dir
+        if not self.saves_part:
+            super().save_model(folder, _internal_call)
             return
-        state = projector_state(self.model)  # on every rank: ZeRO-3 gathers
+        save_part(self.model, folder, write=self.args.should_save)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            save(state, folder / PROJECTOR_FILE)
             write_config(self.model.config, folder, full=False)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            save_full(self.model, self.processing_class, output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        if not self.projector_only:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / PROJECTOR_FILE
-        load_projector(self.model, load(file), str(file))
+        (load_part if self.saves_part else load_full)(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.saves_part:
+            load_part(self.model, self.state.best_model_checkpoint)
+        elif self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_full(self.model, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and self.projector_only:
+        if self.is_deepspeed_enabled and self.saves_part:
             # Without this flag DeepSpeed writes the frozen language model into every checkpoint.
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
             if self.args.should_save and self.lr_scheduler is not None:
@@ -96,7 +129,7 @@ class LLaVATrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if not (self.is_deepspeed_enabled and self.projector_only and resume_from_checkpoint):
+        if not (self.is_deepspeed_enabled and self.saves_part and resume_from_checkpoint):
             return super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
@@ -106,10 +139,43 @@ class LLaVATrainer(Trainer):
             resume_from_checkpoint, load_module_strict=False
         )
         if path is None:
-            raise ValueError(f"{resume_from_checkpoint}: DeepSpeed finds no checkpoint there")
+            raise InputError(f"{resume_from_checkpoint}: DeepSpeed finds no checkpoint there")
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
+
+
+def save_part(model: nn.Module, folder: str | os.PathLike, write: bool = True) -> None:
+    """Write LoRA and what trains beside it, or the projector alone: `load_part` reads it back.
+
+    Every rank calls it, since ZeRO-3 gathers; those that `write` write.
+    """
+    if is_lora(model):
+        save_lora(model, folder, write)
+        return
+    state = projector_state(model)
+    if write:
+        save(state, Path(folder) / PROJECTOR_FILE)
+
+
+def load_part(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Load what `save_part` wrote into a model of the same make."""
+    if is_lora(model):
+        load_lora(model, folder)
+    else:
+        file = Path(folder) / PROJECTOR_FILE
+        load_projector(model, load(file), str(file))
+
+
+def steps_of(args: TrainingArguments, samples: int) -> int:
+    """How many optimizer steps a run on `samples` samples takes; as the Trainer counts them."""
+    if not samples:
+        return 0
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(samples / (args.train_batch_size * args.world_size))
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(per_epoch * args.num_train_epochs)
 
 
 def last_checkpoint(output_dir: str) -> str | None:

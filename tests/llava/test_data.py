@@ -360,7 +360,10 @@ def test_a_text_that_just_fits_is_not_counted(tokenizer, data_args):
         (record(None, "<image>", "x"), "no picture, but its text says `<image>` 1 times"),
         (record("red.png", "<image>", "x", "y"), None),
         (record("red.png", "<image>"), "no question with an answer"),
-        (record(["red.png", "red.png"], "<image>", "x"), "it has 2 pictures, but its text says `<image>` 1 times"),
+        (
+            record(["red.png", "red.png"], "<image>", "x"),
+            "it has 2 pictures, but its text says `<image>` 1 times",
+        ),
         (record(["red.png", 7], "<image>", "x"), "expected a path or a list of paths"),
         (record([], "<image>", "x"), "expected a path or a list of paths"),
         (record("gone.png", "<image>", "x"), "gone.png cannot be read: no such file"),

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava.errors import InputError
 from llava.eval.run_llava import arguments, eval_model
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
+from llava.model.checkpoint import projector_state, read_config, save_full, write_config
+from llava.state import save
 from llava.train.arguments import ModelArguments, TrainingArguments, modernise, parse
 from llava.train.llava_trainer import last_checkpoint
-from llava.train.train import choose_attention, train
+from llava.train.session import (
+    choose_attention,
+    load_session,
+    smart_tokenizer_and_embedding_resize,
+)
+from llava.train.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +125,91 @@ def test_full_fine_tuning_saves_a_folder_that_loads_and_answers(flags, tiny, tmp
     assert capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def full(tiny, tmp_path_factory):
+    """A full LLaVA of random weights; its projector is like no other."""
+    model = load_session(*parse(session_flags(tiny, tmp_path_factory.mktemp("none")))).model
+    out = tmp_path_factory.mktemp("full")
+    torch.nn.init.normal_(model.get_model().mm_projector[2].bias)
+    save_full(model, load_tokenizer(str(tiny / "llm")), out)
+    return out
+
+
+def test_fine_tuning_goes_on_from_a_full_llavas_own_projector(flags, tiny, full, tmp_path):
+    start = {"model_name_or_path": full, "tune_mm_mlp_adapter": False, "version": "v1"}
+    given = {"data_path": tiny / "a.json", "learning_rate": 0, "max_steps": 1, "save_steps": 1,
+             "save_strategy": "steps"}  # fmt: skip
+    train(argv=flags(**start, **given))
+    out = tmp_path / "out"
+    before, after = (load_file(folder / "model.safetensors") for folder in (full, out))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    with pytest.raises(InputError, match="--mm_projector_type is 'linear'.*'mlp2x_gelu'"):
+        train(argv=flags(**start, **given, mm_projector_type="linear"))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_tuned_tower_is_saved_resumed_to_the_bit_and_loaded(flags, tiny, tmp_path, lora):
+    tuning = {"data_path": tiny / "a.json", "tune_mm_mlp_adapter": False, "version": "v1",
+              "unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 1e-3, "lora_enable": lora,
+              "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 3}  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(argv=flags(**tuning, output_dir=whole))
+    shutil.copytree(whole / "checkpoint-3", cut / "checkpoint-3")
+    train(argv=flags(**tuning, output_dir=cut))
+    key = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    if lora:
+        a, b = (torch.load(f / "non_lora_trainables.bin", weights_only=True) for f in (whole, cut))
+        key = f"base_model.model.{key}"
+    else:
+        a, b = (load_file(f / "model.safetensors") for f in (whole, cut))
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert json.loads((whole / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+
+    base = str(tiny / "llm") if lora else None
+    _, model, _, _ = load_pretrained_model(str(whole), base, "any", device="cpu")
+    tower = model.get_vision_tower().vision_tower
+    (loaded,) = [p for n, p in tower.named_parameters() if n.endswith("layers.0.mlp.fc1.weight")]
+    assert torch.equal(loaded, a[key])
+
+
+def test_a_full_run_resumes_to_the_bit(flags, tiny, tmp_path):
+    saving = {"data_path": tiny / "a.json", "tune_mm_mlp_adapter": False, "version": "v1",
+              "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2,
+              "save_total_limit": 2}  # fmt: skip
+    train(argv=flags(**saving, output_dir=tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", cut / "checkpoint-4")
+    train(argv=flags(**saving, output_dir=cut))
+    a, b = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "cut"))
+    assert a == b
+
+
+def test_the_best_checkpoint_comes_back_at_the_end(flags, tiny, tmp_path):
+    train(argv=flags(data_path=tiny / "a.json", eval_data_path=tiny / "heldout.json", max_steps=4,
+                     eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+                     load_best_model_at_end=True, metric_for_best_model="eval_loss",
+                     greater_is_better=True, lr_scheduler_type="constant"))  # fmt: skip
+    out = tmp_path / "out"
+    best = json.loads((out / "trainer_state.json").read_text())["best_model_checkpoint"]
+    assert best.endswith("checkpoint-1")
+    a, b = ((Path(f) / "mm_projector.bin").read_bytes() for f in (best, out))
+    assert a == b
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_tiles_train(flags, tiny, tmp_path, lora):
+    train(argv=flags(data_path=tiny / "a.json", tune_mm_mlp_adapter=not lora, lora_enable=lora,
+                     image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad",
+                     num_train_epochs=2))  # fmt: skip
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    run = [entry["loss"] for entry in history if "loss" in entry]
+    assert run[-1] < run[0]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["image_grid_pinpoints"][0] == [16, 32]
+
+
 def ask(path, base, tiny):
     args = arguments(
         ["--model-path", str(path), "--image-file", str(tiny / "images/a-0.png"),
@@ -126,19 +219,18 @@ def ask(path, base, tiny):
     return args
 
 
-@pytest.fixture(scope="module")
-def projector_only(tiny, tmp_path_factory):
-    """A folder with a projector and its config."""
-    from llava.model.checkpoint import projector_state, write_config
-    from llava.state import save
-    from llava.train.train import load_session
-
-    out = tmp_path_factory.mktemp("projector")
-    argv = ["--model_name_or_path", str(tiny / "llm"), "--vision_tower", str(tiny / "vision_tower"),
+def session_flags(tiny, out) -> list[str]:
+    return ["--model_name_or_path", str(tiny / "llm"), "--vision_tower", str(tiny / "vision_tower"),
             "--version", "plain", "--mm_projector_type", "mlp2x_gelu", "--tune_mm_mlp_adapter",
             "True", "--mm_use_im_patch_token", "False", "--mm_vision_select_layer", "-2",
             "--output_dir", str(out)]  # fmt: skip
-    session = load_session(*parse(argv))
+
+
+@pytest.fixture(scope="module")
+def projector_only(tiny, tmp_path_factory):
+    """A folder with a projector and its config."""
+    out = tmp_path_factory.mktemp("projector")
+    session = load_session(*parse(session_flags(tiny, out)))
     save(projector_state(session.model), out / "mm_projector.bin")
     write_config(session.model.config, out, full=False)
     return out
@@ -214,6 +306,27 @@ def test_modernise_knows_both_ways_of_writing_a_flag():
     assert modernise(argv) == ["--warmup_steps", "0.1", "--a", "1"]
 
 
+def test_upstreams_names_are_there():
+    import llava.train.llava_trainer
+    import llava.train.train
+    import llava.train.train_xformers
+
+    for name in llava.train.train.__all__:
+        assert callable(getattr(llava.train.train, name))
+    assert llava.train.llava_trainer.LengthGroupedSampler and llava.train.train_xformers.main
+
+
+def test_added_tokens_start_as_the_mean_of_the_others(tiny):
+    model = from_pretrained(str(tiny / "llm"), read_config(tiny / "llm"), dtype=torch.float32)
+    tokenizer = load_tokenizer(str(tiny / "llm"))
+    known, rows = len(tokenizer), model.config.vocab_size
+    more = [f"<{i}>" for i in range(rows - known + 3)]
+    smart_tokenizer_and_embedding_resize({"additional_special_tokens": more}, tokenizer, model)
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert len(weight) == len(tokenizer) == rows + 3
+        assert torch.equal(weight[rows:], weight[:rows].mean(0).expand(3, -1))
+
+
 def test_upstreams_defaults():
     model_args, _, training_args = parse(["--output_dir", "x"], ModelArguments, *parse_rest())
     assert (model_args.mm_projector_type, model_args.mm_vision_select_layer) == ("linear", -1)
@@ -236,8 +349,6 @@ def test_attention_falls_back_with_a_word(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_enable": True}, "lora_enable"),
-        ({"bits": 4}, "--bits 4"),
         ({"data_path": None}, "data_path"),
         ({"freeze_mm_mlp_adapter": True}, "nothing would train"),
         ({"model_name_or_path": "no/such/model"}, "no/such/model"),
