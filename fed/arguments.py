@@ -52,9 +52,12 @@ class FedArguments:
         default=True,
         metadata={"help": "A round sees its slice of a shard, each sample once a run; else all."},
     )
-    fed_lr_schedule: str = field(
-        default="run",
-        metadata={"help": "The schedule spans the `run`, or starts anew each `round`."},
+    fed_lr_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "The schedule spans the `run` (default; llava.train knows how), or starts anew "
+            "each `round` (default of --fed_driver script)."
+        },
     )
     fed_pool: bool = field(
         default=False,
@@ -73,5 +76,23 @@ class FedArguments:
         default=1, metadata={"help": "Measure every N rounds and after the last; 0: never."}
     )
     fed_driver: str = field(
-        default="resident", metadata={"help": "How clients are run: resident (one process)."}
+        default="resident",
+        metadata={"help": "How clients are run: `resident` (one process) or `script` (one each)."},
+    )
+    fed_client_command: str | None = field(
+        default=None,
+        metadata={"help": "script: the command of a client's round, as 'bash train.sh'."},
+    )
+    fed_client_timeout: float = field(
+        default=0.0, metadata={"help": "script: seconds that a client's try may take; 0: no limit."}
+    )
+    fed_client_retries: int = field(
+        default=0, metadata={"help": "script: how often a client that failed is tried again."}
+    )
+    fed_parallel_clients: int = field(
+        default=1, metadata={"help": "script: how many clients are at work at once."}
+    )
+    fed_min_clients: int = field(
+        default=0,
+        metadata={"help": "script: with how many clients a round goes on if others fail; 0: all."},
     )

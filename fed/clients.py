@@ -7,18 +7,24 @@ clients:
     image_folder: st-mary/images
     learning_rate: 5e-4               # a flag of its own; fed/arguments.py lists them
 ```
+
+Where clients are processes (--fed_driver script), fed/client_process.py has four keys more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fed.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from llava.errors import InputError
+
+DATA_KEYS = ("name", "data_path", "image_folder")
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,26 @@ class ClientSpec:
     data_path: str
     image_folder: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
+    process: ProcessSpec = field(default_factory=ProcessSpec)
 
 
-def load_clients(path: str | Path, flags: Sequence[str]) -> list[ClientSpec]:
-    """Read clients.yaml; `flags` are the names that a client may override.
+@contextlib.contextmanager
+def named(spec: ClientSpec) -> Iterator[None]:
+    """An `InputError` inside says whose input it is."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"client {spec.name}: {error}") from None
+
+
+def load_clients(
+    path: str | Path, flags: Sequence[str], processes: bool = False
+) -> list[ClientSpec]:
+    """Read clients.yaml.
+
+    Args:
+        flags: the names that a client may override.
+        processes: whether clients are processes, which have keys of their own.
 
     Raises:
         InputError: no such file, not YAML, an unknown or missing key, a bad or doubled name, or a
@@ -52,7 +74,7 @@ def load_clients(path: str | Path, flags: Sequence[str]) -> list[ClientSpec]:
         raise InputError(f"--fed_clients {path}: a list under the key `clients` is expected")
     if unknown := sorted(map(str, set(document) - {"clients"})):
         raise InputError(f"--fed_clients {path}: unknown key {unknown[0]!r} beside `clients`")
-    clients = [_client(path, i, entry, flags) for i, entry in enumerate(entries)]
+    clients = [_client(path, i, entry, flags, processes) for i, entry in enumerate(entries)]
     seen: set[str] = set()
     for client in clients:
         # Names become folders, and some file systems do not tell cases apart.
@@ -62,7 +84,9 @@ def load_clients(path: str | Path, flags: Sequence[str]) -> list[ClientSpec]:
     return clients
 
 
-def _client(path: Path, index: int, entry: object, flags: Sequence[str]) -> ClientSpec:
+def _client(
+    path: Path, index: int, entry: object, flags: Sequence[str], processes: bool
+) -> ClientSpec:
     where = f"--fed_clients {path}: client {index + 1}"
     if not isinstance(entry, dict):
         raise InputError(f"{where} is {type(entry).__name__}, keys and values are expected")
@@ -74,11 +98,12 @@ def _client(path: Path, index: int, entry: object, flags: Sequence[str]) -> Clie
     where = f"--fed_clients {path}: client {name}"
     if name in ("global", "pool"):
         raise InputError(f"{where}: that name stands for all clients together; choose another")
+    known = [*DATA_KEYS, *flags, *(PROCESS_KEYS if processes else ())]
     for key in entry:
-        if key not in ("name", "data_path", "image_folder") and key not in flags:
-            near = difflib.get_close_matches(
-                str(key), ["name", "data_path", "image_folder", *flags], n=3
-            )
+        if key in PROCESS_KEYS and not processes:
+            raise InputError(f"{where} has {key}, which is for --fed_driver script")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
             raise InputError(f"{where} has unknown key {key!r}{hint}")
     if not isinstance(entry.get("data_path"), str):
@@ -91,12 +116,9 @@ def _client(path: Path, index: int, entry: object, flags: Sequence[str]) -> Clie
         image_folder = path.parent / Path(str(image_folder)).expanduser()
         if not image_folder.is_dir():
             raise InputError(f"{where}: image_folder {image_folder} does not exist")
-    overrides = {
-        key: str(value)
-        for key, value in entry.items()
-        if key not in ("name", "data_path", "image_folder")
-    }
-    return ClientSpec(name, str(data_path), image_folder and str(image_folder), overrides)
+    overrides = {key: str(value) for key, value in entry.items() if key in flags}
+    process = read_process(entry, path.parent, where)
+    return ClientSpec(name, str(data_path), image_folder and str(image_folder), overrides, process)
 
 
 def seed_of(*parts: object) -> int:

@@ -8,6 +8,7 @@ finished from the updates that were there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from fed import state as states
 from fed.clients import seed_of
-from fed.round_state import RoundState, Update, load_update, save_update
+from fed.record import Stopwatch, curves, line_of_turn, lines_of_measures, round_record
+from fed.round_state import RoundState, Update, save_update
 from fed.state import State
+from fed.turns import ClientFailed, FitMany, Turn, failures, finished, keep_failure, may_fail
 from llava.atomic import remove_leftovers, write_text
 from llava.errors import InputError
 
@@ -41,10 +42,11 @@ class Loop:
 
     Args:
         clients: all clients, in a fixed order.
-        fit: `fit(client, state, round, work_dir) -> Update`: the driver.
+        fit_many: the driver.
         method: a bound aggregation method, `method(states, weights=, base=, memory=, clients=)`.
         output_dir: gets `rounds.jsonl`, and `fed/` with what resuming needs.
         settings: what must be the same when a run is continued.
+        min_clients: with how many clients a round goes on when others have failed; 0: with all.
         evaluate: `evaluate(state) -> dict`, or None.
         log: `log(values, round)`: scalars for TensorBoard and its like.
         main: whether this process writes; in a distributed run just one does.
@@ -52,13 +54,14 @@ class Loop:
     """
 
     clients: Sequence[Participant]
-    fit: Callable[[Any, State, int, Path], Update]
+    fit_many: FitMany
     method: Callable[..., Any]
     output_dir: Path
     settings: Mapping[str, Any]
     rounds: int
     seed: int
     clients_per_round: int = 0
+    min_clients: int = 0
     evaluate: Callable[[State], dict] | None = None
     evaluate_every: int = 1
     log: Callable[[dict[str, float], int], None] = lambda values, round: None
@@ -77,7 +80,7 @@ class Loop:
         """Run all rounds that are left, from `initial` if none was; returns the last state."""
         now = self._resume(initial)
         self.barrier()
-        self._mark = time.perf_counter()
+        self._watch = Stopwatch()
         while now.round < self.rounds:
             now = self._round(now)
         return now
@@ -117,83 +120,89 @@ class Loop:
         return [client for i, client in enumerate(self.clients) if i in picked]
 
     def _round(self, now: RoundState) -> RoundState:
-        # A round's time runs from the end of the one before, so the writing of its state counts.
-        began, round = self._mark, now.round + 1
+        round = now.round + 1
         folder = self._folder(round)
-        chosen = self.chosen(round)
-        finished = {c.name: folder / f"{c.name}.safetensors" for c in chosen}
-        finished = {name: file for name, file in finished.items() if file.exists()}
-        self.barrier()
-
-        updates: list[Update] = []
-        training = 0.0  # of the turns that this process ran
-        for client in chosen:
-            if client.name in finished:
-                updates.append(load_update(finished[client.name]))
-                continue
-            sent = now.personal.get(client.name, now.shared)
-            update = self.fit(client, sent, round, folder / client.name)
-            states.check(update.state, like=sent, who=f"client {client.name}")
-            if self.main:
-                save_update(update, folder / f"{client.name}.safetensors")
-            updates.append(update)
-            training += update.metrics.get("seconds", 0.0)
-            self._say_turn(round, client.name, update)
-
-        aggregating = time.perf_counter()
-        after, facts = self._aggregate(now, chosen, updates, round)
-        aggregating = time.perf_counter() - aggregating
-
-        evaluating = time.perf_counter()
-        heldout = self._measure(after)
-        evaluating = time.perf_counter() - evaluating
-
-        record = {
-            "round": round,
-            "method": self.settings["--fed_method"],
-            "clients": {
-                client.name: {"samples": u.num_samples, **u.metrics}
-                for client, u in zip(chosen, updates, strict=True)
-            },
-            "cosines": update_cosines(
-                [now.personal.get(c.name, now.shared) for c in chosen], [u.state for u in updates]
-            ),
-            "heldout": heldout,
-            "facts": facts,
-        }
-        self._mark = time.perf_counter()
-        whole = self._mark - began
-        record["seconds"] = {
-            "training": training,
-            "aggregation": aggregating,
-            "evaluation": evaluating,
-            "other": whole - training - aggregating - evaluating,
-        }
+        turns = [
+            Turn(client, now.personal.get(client.name, now.shared), round, folder)
+            for client in self.chosen(round)
+        ]
+        updates, failed = self._collect(turns)
+        with self._watch.part("aggregation"):
+            after, facts = self._aggregate(now, turns, updates)
+        with self._watch.part("evaluation"):
+            heldout = self._measure(after)
+        record = round_record(
+            turns,
+            updates,
+            failed,
+            method=self.settings["--fed_method"],
+            heldout=heldout,
+            facts=facts,
+            seconds=self._watch.lap(),  # the writing of this round's state is of the next
+        )
         after.records = [*now.records, record]
         if self.main:
             after.save(self._file)
             self._write_records(after)
             shutil.rmtree(folder, ignore_errors=True)
-        self.log(_scalars(record), round)
-        self._say_round(record)
+        self.log(curves(record), round)
+        for line in lines_of_measures(record, self.rounds):
+            self._say(line)
         self.barrier()
         return after
 
-    def _aggregate(self, now: RoundState, chosen, updates, round: int) -> tuple[RoundState, dict]:
-        after = RoundState(round, now.shared, dict(now.personal), now.memory, [], now.settings)
-        at_work = [(c, u) for c, u in zip(chosen, updates, strict=True) if u.num_samples > 0]
+    def _collect(self, turns: Sequence[Turn]) -> tuple[dict[str, Update], dict[str, str]]:
+        """Every turn's update, or why there is none; what is on the disk is not done again."""
+        updates = finished(turns)
+        failed = failures(turns)
+        limit = may_fail(turns, self.min_clients)
+        if len(failed) > limit:  # the run stopped for that, and is to try again
+            for turn in turns:
+                turn.failure_file.unlink(missing_ok=True)
+            failed = {}
+        self.barrier()
+        left = [t for t in turns if t.name not in updates and t.name not in failed]
+        began, seconds = time.perf_counter(), 0.0
+        with contextlib.closing(self.fit_many(left, lambda: len(failed) <= limit)) as results:
+            for turn, result in results:
+                if isinstance(result, ClientFailed):
+                    failed[turn.name] = str(result)
+                    keep_failure(turn, str(result))
+                    if len(failed) <= limit:
+                        self._say(f"round {turn.round}/{self.rounds}  goes on without {turn.name}")
+                    continue
+                states.check(result.state, like=turn.state, who=f"client {turn.name}")
+                if self.main:
+                    save_update(result, turn.update_file)
+                updates[turn.name] = result
+                seconds += result.metrics.get("seconds", 0.0)
+                self._say(line_of_turn(turn, self.rounds, result))
+        # Clients that are at work at once have more seconds than the clock.
+        self._watch.add("training", min(seconds, time.perf_counter() - began))
+        if len(failed) > limit:
+            raise ClientFailed(_why_stopped(failed, self.min_clients))
+        return updates, failed
+
+    def _aggregate(
+        self, now: RoundState, turns: Sequence[Turn], updates: Mapping[str, Update]
+    ) -> tuple[RoundState, dict]:
+        after = RoundState(
+            now.round + 1, now.shared, dict(now.personal), now.memory, [], now.settings
+        )
+        # In the clients' order, whoever was first to finish.
+        done = {t.name: updates[t.name] for t in turns if t.name in updates}
+        at_work = {name: update for name, update in done.items() if update.num_samples > 0}
         if not at_work:
             return after, {"skipped": "no client had a sample in this round"}
         outcome = self.method(
-            [u.state for _, u in at_work],
-            weights=[u.num_samples for _, u in at_work],
+            [update.state for update in at_work.values()],
+            weights=[update.num_samples for update in at_work.values()],
             base=now.shared,
             memory=now.memory or None,
-            clients=[c.name for c, _ in at_work],
+            clients=list(at_work),
         )
         if isinstance(outcome.state, list):
-            for (client, _), state in zip(at_work, outcome.state, strict=True):
-                after.personal[client.name] = state
+            after.personal |= dict(zip(at_work, outcome.state, strict=True))
         else:
             after.shared = outcome.state
         after.memory = outcome.memory or {}
@@ -217,49 +226,9 @@ class Loop:
         if self.main:
             print(text, flush=True)
 
-    def _say_turn(self, round: int, name: str, update: Update) -> None:
-        loss = update.metrics.get("loss")
-        loss = "no sample in this round" if loss is None else f"loss {loss:.4f}"
-        seconds = update.metrics.get("seconds", 0.0)
-        self._say(
-            f"round {round}/{self.rounds}  {name:<20} {update.num_samples:>6} samples  "
-            f"{loss}  {seconds:.1f} s"
-        )
 
-    def _say_round(self, record: dict) -> None:
-        for model, sets in record["heldout"].items():
-            for name, m in sets.items():
-                self._say(
-                    f"round {record['round']}/{self.rounds}  {model} on {name}: "
-                    f"loss {m['loss']:.4f}, exact {100 * m['exact']:.1f} % of {m['samples']}"
-                )
-
-
-def update_cosines(starts: Sequence[State], ends: Sequence[State]) -> list[list[float | None]]:
-    """Cosines between the clients' updates (end − start, all tensors as one vector).
-
-    None where an update is zero.
-    """
-    vectors = [
-        torch.cat([(end[name] - start[name]).flatten().double() for name in sorted(end)])
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    norms = [float(v.norm()) for v in vectors]
-    return [
-        [
-            float(a @ b) / (norms[i] * norms[j]) if norms[i] and norms[j] else None
-            for j, b in enumerate(vectors)
-        ]
-        for i, a in enumerate(vectors)
-    ]
-
-
-def _scalars(record: dict) -> dict[str, float]:
-    """The numbers of a round that make curves."""
-    values = {f"clients/{n}/loss": c["loss"] for n, c in record["clients"].items()}
-    for model, sets in record["heldout"].items():
-        for name, m in sets.items():
-            values[f"heldout/{model}/{name}/loss"] = m["loss"]
-            values[f"heldout/{model}/{name}/exact"] = m["exact"]
-    values |= {f"seconds/{name}": s for name, s in record["seconds"].items()}
-    return {name: value for name, value in values.items() if value is not None}
+def _why_stopped(failed: Mapping[str, str], at_least: int) -> str:
+    first, *more = failed.values()
+    others = f", and {len(more)} more failed" if more else ""
+    few = f"; with that fewer than --fed_min_clients {at_least} are left" if at_least else ""
+    return f"{first}{others}{few}; the same command tries again and keeps what is finished"

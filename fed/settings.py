@@ -16,7 +16,7 @@ FREE = re.compile(
     "output_dir|cache_dir|run_name|report_to|disable_tqdm|local_rank|use_cpu|feature_cache.*|"
     "trackio.*|per_device_eval_batch_size|attn_implementation|(logging|log|save|eval|dataloader|"
     "hub|push|ddp|torchdynamo|torch_compile|skip_memory|include)_.*|_.*|.*process_group.*|"
-    "fed_(clients|options|driver|eval_.*)"
+    "fed_(clients|options|driver|eval_.*|client_(timeout|retries)|parallel_clients|min_clients)"
 )
 
 
@@ -49,6 +49,7 @@ def settings_of(
             "samples": len(dataset),
             "data": hashlib.sha256(Path(spec.data_path).read_bytes()).hexdigest()[:16],
             "overrides": spec.overrides,
+            "command": spec.process.command,
         }
         for spec, dataset in zip(specs, datasets, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The resident driver: one backbone stays in memory and clients take turns on its projector.
+"""The resident driver: one backbone stays in memory and clients take turns on what trains.
 
 K clients × R rounds cost one model load. Each turn is LLaVA's own trainer with the client's own
 arguments, on the slice of its shard that the round sees.
@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
-from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import TrainerCallback
 
 from fed.clients import seed_of
+from fed.form import form_of
 from fed.round_state import Update
 from fed.state import State
-from llava.model.checkpoint import load_projector, projector_state
+from fed.turns import Log, Turn
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
-from llava.train.train import Session, make_trainer
+from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
+from llava.train.session import Session
+from llava.train.train import make_trainer
 
 
 @dataclass
@@ -42,30 +42,45 @@ class Client:
         return len(self.slices[round - 1])
 
     def steps(self, round: int) -> int:
-        """How many optimizer steps round `round` takes; as the Trainer counts them."""
-        if not self.samples(round):
-            return 0
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        batch = self.args.train_batch_size * self.args.world_size
-        batches = math.ceil(self.samples(round) / batch)
-        per_epoch = max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
-        return math.ceil(per_epoch * self.args.num_train_epochs)
+        """How many optimizer steps round `round` takes."""
+        return steps_of(self.args, self.samples(round))
 
 
 class ResidentDriver:
-    """Runs clients' turns on one `Session`; `fit` is the driver contract."""
+    """Runs clients' turns on one `Session`, one after another.
+
+    Args:
+        schedule: `run` lets the learning-rate schedule span the rounds, `round` starts it anew.
+        log_of: a client's name → what takes its logs, `log(step, values)`.
+    """
 
     def __init__(
-        self, session: Session, collator: DataCollatorForSupervisedDataset, schedule: str = "run"
+        self,
+        session: Session,
+        collator: DataCollatorForSupervisedDataset,
+        schedule: str = "run",
+        log_of: Callable[[str], Log] = lambda name: lambda step, values: None,
     ):
         self.session = session
+        self.form = form_of(session.model)
         self.collator = collator
         self.schedule = schedule
+        self.log_of = log_of
         extract_model_from_parallel(session.model)  # imports what the first turn would import
         # Each turn's trainer collects garbage; what lives as long as the run need not be searched.
         gc.collect()
         gc.freeze()
+
+    def fit_many(
+        self, turns: Sequence[Turn], go_on: Callable[[], bool]
+    ) -> Iterator[tuple[Turn, Update]]:
+        """The driver contract."""
+        for turn in turns:
+            log = self.log_of(turn.name)
+            yield (
+                turn,
+                self.fit(turn.client, turn.state, turn.round, work_dir=turn.work_dir, log=log),
+            )
 
     def fit(
         self,
@@ -74,7 +89,7 @@ class ResidentDriver:
         round: int,
         *,
         work_dir: Path,
-        log: Callable[[int, dict[str, float]], None] = lambda step, logs: None,
+        log: Log = lambda step, logs: None,
     ) -> Update:
         """Train `client` from `state` on its slice of `round`.
 
@@ -87,39 +102,37 @@ class ResidentDriver:
             The update; `metrics` has `loss` (mean over the steps), `steps`, and `seconds` between
             the first and the last step.
         """
-        load_projector(self.session.model, state, f"the state sent to client {client.name}")
+        self.form.into_model(self.session.model, state, f"the state sent to client {client.name}")
         samples = client.samples(round)
         if samples == 0:
             return Update(state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
-        steps = [client.steps(r) for r in range(1, len(client.slices) + 1)]
-        before = sum(steps[: round - 1])
+        before = sum(client.steps(r) for r in range(1, round))
         args = dataclasses.replace(
             client.args,
             output_dir=str(work_dir),
             seed=seed_of(client.args.seed, client.name, round),
             report_to=[],
+            schedule_samples=[len(cut) for cut in client.slices] if self.schedule == "run" else [],
+            schedule_round=round,
         )
         args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
         watch = _Watch(f"round {round} client {client.name}", before, log)
         trainer = make_trainer(
             self.session,
             args,
-            kind=ClientTrainer,
             train_dataset=client.dataset.select(client.slices[round - 1]),
             data_collator=self.collator,
             callbacks=[watch],
             progress=False,
         )
-        if self.schedule == "run":
-            trainer.steps_before, trainer.steps_of_run = before, sum(steps)
         checkpoint = last_checkpoint(args.output_dir)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         loss = result.training_loss
         if checkpoint:  # that was the mean since then; the log goes back to the turn's beginning
             losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
             loss = sum(losses) / len(losses) if losses else loss
-        update = {name: t.float() for name, t in projector_state(self.session.model).items()}
-        trainer.release()
+        update = self.form.of_model(self.session.model)
+        release(trainer)
         metrics = {
             "loss": loss,
             "steps": result.global_step,
@@ -128,27 +141,12 @@ class ResidentDriver:
         return Update(update, samples, metrics)
 
 
-class ClientTrainer(LLaVATrainer):
-    """LLaVA's trainer, with a learning-rate schedule that spans the client's rounds."""
-
-    steps_before = 0
-    steps_of_run = 0
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.lr_scheduler is None and self.steps_of_run:
-            whole = super().create_scheduler(self.steps_of_run, optimizer)
-            shifted = [lambda s, f=f: f(s + self.steps_before) for f in whole.lr_lambdas]
-            for group in whole.optimizer.param_groups:
-                group["lr"] = group.pop("initial_lr")
-            self.lr_scheduler = LambdaLR(whole.optimizer, shifted)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def release(self) -> None:
-        """Let go of optimizer and engine, so that the next client finds the model as it was."""
-        engine = getattr(self, "deepspeed", None)
-        if engine is not None:
-            engine.destroy()
-        self.optimizer = self.lr_scheduler = self.model_wrapped = self.deepspeed = None
+def release(trainer: LLaVATrainer) -> None:
+    """Let go of optimizer and engine, so that the next client finds the model as it was."""
+    engine = getattr(trainer, "deepspeed", None)
+    if engine is not None:
+        engine.destroy()
+    trainer.optimizer = trainer.lr_scheduler = trainer.model_wrapped = trainer.deepspeed = None
 
 
 class _Watch(TrainerCallback):
