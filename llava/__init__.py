@@ -3,6 +3,11 @@
 This package knows nothing of federation; `fed` builds on it.
 """
 
+import logging
+
+# Without a GPU bitsandbytes tells everyone who imports peft of a kernel that they could install.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def __getattr__(name: str):
     # Upstream offers its model here; importing it lazily keeps `import llava` free of torch.

@@ -116,8 +116,7 @@ def load_pretrained_model(
             own_tower, loaded = split_tower(lora.read_non_lora(folder))
             tower = own_tower or tower
             lora.load_non_lora(model, loaded, str(folder / lora.NON_LORA_FILE))
-        with quiet():
-            adapted = lora.attach_lora(model, folder)
+        adapted = lora.attach_lora(model, folder)
         # What is quantised cannot take the adapter in without a loss.
         model = adapted.merge_and_unload() if bits == 16 else adapted.get_base_model()
     if bits == 4 and device == "cpu":

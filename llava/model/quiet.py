@@ -1,29 +1,22 @@
-"""transformers and peft without their reports on what they load; what matters we say ourselves."""
+"""transformers without its reports on what it loads; what matters in them we say ourselves."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers warns of nothing, and draws no bars where there is no terminal.
+    """Inside, transformers warns of nothing, and draws no bars where there is no terminal."""
+    from transformers.utils import logging
 
-    Nor does bitsandbytes, which peft imports, tell of kernels that 4 bits on a CPU could use.
-    """
-    from transformers.utils import logging as of_transformers
-
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    verbosity, level = of_transformers.get_verbosity(), bitsandbytes.level
-    of_transformers.set_verbosity_error()
-    bitsandbytes.setLevel(logging.ERROR)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        of_transformers.disable_progress_bar()
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        of_transformers.set_verbosity(verbosity)
-        bitsandbytes.setLevel(level)
+        logging.set_verbosity(verbosity)

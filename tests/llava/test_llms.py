@@ -82,9 +82,7 @@ def test_text_alone_gives_the_base_models_logits(model, folder):
 
 def test_a_picture_is_seen_and_only_by_what_follows(model):
     ids = torch.tensor([[1, 30, IMAGE_TOKEN_INDEX, 31, 32]])
-    one, two = (
-        model(ids, images=torch.full((1, 3, 16, 16), value)).logits for value in (0.0, 2.0)
-    )
+    one, two = (model(ids, images=torch.full((1, 3, 16, 16), value)).logits for value in (0.0, 2.0))
     assert torch.equal(one[:, :2], two[:, :2])
     assert (one[:, 2:] - two[:, 2:]).abs().max() > 1e-4
 
