@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from llava.constants import IGNORE_INDEX
-
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -32,8 +30,9 @@ def evaluate(
     """Measure a model on a data set.
 
     Args:
-        forward: the model: a batch without labels → an output with `.logits`.
-        collate: samples → a batch whose image tokens are expanded, so that logits and labels align.
+        forward: the model: a batch with `label_positions` → an output whose `.logits` are theirs,
+            (1, positions, vocabulary).
+        collate: samples → a batch whose image tokens are expanded.
 
     Returns:
         `samples`, `loss` (nats a labelled token, mean over tokens), `exact` (share of samples whose
@@ -44,26 +43,21 @@ def evaluate(
     for start in range(0, len(data.dataset), batch_size):
         indices = range(start, min(start + batch_size, len(data.dataset)))
         batch = collate([data.dataset[i] for i in indices])
-        labels = batch.pop("labels")[:, 1:].to(device)
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        wanted = labels != IGNORE_INDEX
-        # Logits only where there is a label: columns before the first one are never read.
-        first = int(wanted.any(0).float().argmax())
-        columns = torch.arange(first, labels.shape[1], device=labels.device)
-        logits = forward(**batch, use_cache=False, logits_to_keep=columns).logits
-        labels, wanted = labels[:, first:], wanted[:, first:]
-        loss = functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
+        labels, places = batch["labels"], batch["label_positions"]
+        logits = forward(**batch, use_cache=False).logits[0].float()
+        targets = labels.flatten()[places + 1]
+        loss = functional.cross_entropy(logits, targets, reduction="none").double()
+        missed = (logits.argmax(-1) != targets).double()
+        of_row = torch.zeros(3, len(labels), dtype=torch.float64, device=loss.device)
+        of_row.index_add_(
+            1, places // labels.shape[1], torch.stack([loss, torch.ones_like(loss), missed])
         )
-        hit = (logits.argmax(-1) == labels) | ~wanted
-        rows = torch.stack(
-            [loss.sum(1), wanted.sum(1), hit.all(1) & wanted.any(1), torch.ones_like(loss[:, 0])],
-            dim=1,
-        )
-        for index, row in zip(indices, rows.double().cpu(), strict=True):
-            sums[""] += row
-            if data.domains is not None:
-                sums[data.domains[index]] += row
+        nats, tokens, wrong = of_row.cpu()
+        exact = (tokens > 0) & (wrong == 0)
+        for i, row in zip(indices, torch.stack([nats, tokens, exact], 1), strict=True):
+            for name in ("",) if data.domains is None else ("", data.domains[i]):
+                sums[name] += torch.cat([row, torch.ones(1)])
     whole = _measures(sums.pop("", torch.zeros(4)))
     return {**whole, "domains": {name: _measures(row) for name, row in sorted(sums.items())}}
 
