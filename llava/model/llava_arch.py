@@ -283,8 +283,10 @@ class LlavaMixin:
         Padding on the right is seen by nothing before it, so there is no mask either, and
         attention takes its causal kernel.
         """
-        with _keeping(self.get_model(), positions):
+        with _keeping(self.get_model(), positions) as kept:
             outputs = super().forward(attention_mask=None, **inputs)
+        if not kept:  # a base that passes its own headless model by, as OPT does
+            outputs.logits = outputs.logits.flatten(0, 1)[positions].unsqueeze(0)
         targets = labels.flatten()[positions + 1].to(outputs.logits.device)
         total = nn.functional.cross_entropy(outputs.logits[0].float(), targets, reduction="sum")
         outputs.loss = total / max(len(targets), 1)
@@ -350,19 +352,49 @@ def merge_type(config) -> str:
 
 
 @contextlib.contextmanager
-def _keeping(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Inside, `model`'s last hidden state is only that at `positions` of the flattened batch."""
+def _keeping(model: nn.Module, positions: torch.Tensor) -> Iterator[list]:
+    """Inside, `model`'s last hidden state is only that at `positions` of the flattened batch.
+
+    Yields a list that is not empty any more once that has been so.
+
+    Of its last layer those parts are run there alone that treat each position by itself: no other
+    position's output is read. (A checkpointed layer is run again when the hooks are gone.)
+    """
 
     def keep(module, args, outputs):
         hidden = outputs.last_hidden_state.flatten(0, 1)
         outputs.last_hidden_state = hidden[positions.to(hidden.device)].unsqueeze(0)
+        kept.append(True)
         return outputs
 
-    handle = model.register_forward_hook(keep)
+    kept: list[bool] = []
+    handles = [model.register_forward_hook(keep)]
+    last = model.layers[-1] if hasattr(model, "layers") else None
+    if not getattr(last, "gradient_checkpointing", False):
+        for name in ("self_attn.o_proj", "mlp"):
+            with contextlib.suppress(AttributeError):
+                handles += _only_at(positions, last.get_submodule(name))
     try:
-        yield
+        yield kept
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _only_at(positions: torch.Tensor, module: nn.Module) -> list:
+    """Hooks by which `module`, (B, T, …) → (B, T, …), works at `positions` and gives 0 elsewhere."""
+    shape = []
+
+    def gather(module, args):
+        shape[:] = args[0].shape[:2]
+        rows = args[0].flatten(0, 1)
+        return (rows[positions.to(rows.device)].unsqueeze(0), *args[1:])
+
+    def scatter(module, args, out):
+        full = out.new_zeros(shape[0] * shape[1], out.shape[-1])
+        return full.index_copy(0, positions.to(out.device), out[0]).unflatten(0, shape)
+
+    return [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
 
 
 def _those_in_text(ids, mask, pictures: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import projector_state, read_config, save_full
 from llava.model.language_model import NAMES
+from llava.model.llava_arch import llava_class
 
 PATCHES = 4
 SMALL = dict(
@@ -144,6 +145,33 @@ def test_saved_and_loaded_it_gives_the_same(model, folder, tmp_path):
     )
     assert type(loaded) is type(model) and processor is not None
     assert torch.equal(loaded(ids, images=pixels).logits, model(ids, images=pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48}),  # calls its decoder by itself
+        ("gemma2", {"head_dim": 24}),  # caps its logits
+        ("mixtral", {"num_local_experts": 4}),
+        ("gpt_neox", {}),  # layers of other names
+    ],
+)
+def test_labelled_positions_alone_mean_the_same_to_any_language_model(kind, more):
+    config = transformers.AutoConfig.for_model(kind, **{**SMALL, **more})
+    torch.manual_seed(0)
+    model = llava_class(AutoModelForCausalLM._model_mapping[type(config)])(config).eval()
+    ids = torch.randint(3, 1000, (2, 9))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    labels[1, 7:] = -100
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    places = (following != -100).flatten().nonzero().flatten()
+    found = model(ids, labels=labels, label_positions=places)
+    expected = model(ids, labels=labels)
+    assert found.logits.shape == (1, len(places), 1216)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    logits = expected.logits.flatten(0, 1)[places]
+    torch.testing.assert_close(found.logits[0], logits, rtol=1e-5, atol=1e-6)
 
 
 # -- SigLIP ---------------------------------------------------------------------------------------
