@@ -382,7 +382,7 @@ def _keeping(model: nn.Module, positions: torch.Tensor) -> Iterator[list]:
 
 
 def _only_at(positions: torch.Tensor, module: nn.Module) -> list:
-    """Hooks by which `module`, (B, T, …) → (B, T, …), works at `positions` and gives 0 elsewhere."""
+    """Hooks by which `module`, (B, T, …) → (B, T, …), works at `positions`; 0 elsewhere."""
     shape = []
 
     def gather(module, args):
