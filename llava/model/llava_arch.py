@@ -256,8 +256,10 @@ class LlavaMixin:
             )
             if inputs_embeds is None and labels is not None and self.get_model().vision_tower:
                 # A batch of text alone still touches what turns pictures into tokens, or ranks of
-                # DDP and ZeRO that have pictures would wait for it.
-                inputs_embeds = self.get_input_embeddings()(input_ids) + 0 * self._no_picture()
+                # DDP and ZeRO that have pictures would wait for it; and before the embeddings, as
+                # with pictures: ZeRO-2 sums gradients in the order in which backward makes them.
+                nothing = 0 * self._no_picture()
+                inputs_embeds = self.get_input_embeddings()(input_ids) + nothing
                 input_ids = None
         inputs = dict(
             input_ids=input_ids,
