@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -24,6 +24,9 @@ from llava.tiling import select_best_resolution as select_best_resolution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MOST_BYTES = 256 << 20
+"""The largest picture that is taken from an address."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -50,23 +53,37 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def load_image(path_or_url: str) -> Image.Image:
-    """An RGB picture from a file, or from an http(s) address."""
+    """An upright RGB picture from a file, or from an http(s) address.
+
+    An address that is silent for 30 seconds, or sends over `MOST_BYTES`, is an `InputError` too.
+    """
     if not path_or_url.startswith(("http://", "https://")):
         return open_image(path_or_url)
-    from urllib.request import urlopen
+    from urllib.request import Request, urlopen
 
     try:
-        with urlopen(path_or_url, timeout=30) as response:
-            data = response.read()
+        # Some servers refuse Python's own name.
+        request = Request(path_or_url, headers={"User-Agent": "fedllava"})
+        with urlopen(request, timeout=30) as response:
+            data = response.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise InputError(f"more than {MOST_BYTES >> 20} MiB")
         return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except Exception as error:
         raise InputError(f"picture {path_or_url} cannot be read: {_reason(error)}") from error
 
 
+def load_images(paths_or_urls: Sequence[str]) -> list[Image.Image]:
+    """The pictures of several files or addresses."""
+    return [load_image(path_or_url) for path_or_url in paths_or_urls]
+
+
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The picture that a request carries; `InputError` when it is none."""
+    """The whole picture that a request carries; `InputError` when it is none."""
     try:
-        return Image.open(io.BytesIO(base64.b64decode(image)))
+        picture = Image.open(io.BytesIO(base64.b64decode(image)))
+        picture.load()
+        return picture
     except Exception as error:
         raise InputError(f"the base64 picture cannot be read: {_reason(error)}") from error
 
@@ -74,6 +91,8 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify it as a picture"
     return str(error) or type(error).__name__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Answerer:
         """The model that `add_model_flags` asks for."""
         if args.conv_mode:
             get_template(args.conv_mode)  # a misspelt one is said before the model loads
+        _check_device(args.device)
         from llava.mm_utils import get_model_name_from_path
         from llava.model.builder import load_pretrained_model
 
@@ -153,6 +155,20 @@ class Answerer:
         return [text.split(stop)[0].strip() for text in texts]
 
 
+def _check_device(name: str) -> None:
+    """`InputError` unless torch knows such a device and this machine has it."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: cuda, cuda:0, cpu or the like is expected") from None
+    if device.type == "cuda" and device.index is not None:
+        found = torch.cuda.device_count()
+        if device.index >= found:
+            raise InputError(f"--device {name}: this machine has {found} GPUs that torch can use")
+
+
 def end_mark(conversation: Conversation) -> str:
     """What stands at the end of an assistant's turn."""
     return conversation.sep2 or conversation.sep
@@ -173,9 +189,17 @@ def generation_options(
 
     What is not asked for is switched off here, so that no `generation_config.json` turns it on.
     """
+    for flag, value in ("max_new_tokens", max_new_tokens), ("num_beams", num_beams):
+        if value < 1:
+            raise InputError(f"--{flag} {value}: at least 1 is expected")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: a number from 0 on is expected")
     options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
     if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0}
+        top_p = 1.0 if top_p is None else top_p
+        if not 0 < top_p <= 1:
+            raise InputError(f"--top_p {top_p}: over 0 and at most 1 is expected")
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
     return options
 
 

@@ -91,6 +91,8 @@ def run(
     questions = [question for row in rows for question in ask(row)]
 
     path = Path(args.answers_file).expanduser()
+    if path.is_dir():
+        raise InputError(f"--answers-file {path}: a folder is there")
     part = path.with_name(f"{path.name}.part{rank}")
     settings = json.dumps(_settings(args, rows, world), sort_keys=True, default=str)
     answers = _earlier(part, settings)
@@ -116,9 +118,9 @@ def run(
 
 def _answers(args, questions: list[Question], mmtag: bool) -> Iterator[dict]:
     """The answers' records, in order."""
+    options = generation_options(args.temperature, args.max_new_tokens, args.top_p, args.num_beams)
     answerer = Answerer.load(args)
     template = answerer.template(args.conv_mode, args.default_conv_mode, mmtag)
-    options = generation_options(args.temperature, args.max_new_tokens, args.top_p, args.num_beams)
     size = args.batch_size
     batches = [questions[i : i + size] for i in range(0, len(questions), size)]
 

@@ -55,7 +55,7 @@ def score(problems: dict[str, dict], answers: dict[str, dict], options: Sequence
             }
         )
     correct = len(results["correct"])
-    summary = {"acc": 100 * correct / len(problems), "correct": correct, "count": len(problems)}
+    summary = {"acc": correct / len(problems) * 100, "correct": correct, "count": len(problems)}
     return results, summary | {"results": indices, "outputs": outputs}
 
 
@@ -65,8 +65,12 @@ def main(args: argparse.Namespace) -> None:
     check_keys(splits, (args.split,), str(Path(args.base_dir) / "pid_splits.json"))
     if not splits[args.split]:
         raise InputError(f"--split {args.split}: no problem in it")
-    all_problems = read_json(Path(args.base_dir) / "problems.json")
+    path = Path(args.base_dir) / "problems.json"
+    all_problems = read_json(path)
+    check_keys(all_problems, splits[args.split], str(path))
     problems = {number: all_problems[number] for number in splits[args.split]}
+    for number, problem in problems.items():
+        check_keys(problem, ("choices", "answer"), f"{path}: problem {number}")
     answers = answers_by_id(args.result_file, "prompt")
     results, summary = score(problems, answers, args.options)
     seen = {kind: sum(x["is_multimodal"] for x in results[kind]) for kind in results}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 
-from llava.errors import InputError, one_clear_error
+from llava.errors import one_clear_error
 from llava.eval.answer import filled
 from llava.eval.engine import Question, parser, run
 from llava.eval.questions import read_tsv
@@ -60,11 +60,7 @@ def ask(args: argparse.Namespace, row: dict[str, str]) -> list[Question]:
 def _opened(image: str):
     from llava.mm_utils import load_image_from_base64
 
-    picture = load_image_from_base64(image)
-    try:
-        return picture.convert("RGB")
-    except OSError as error:
-        raise InputError(f"the base64 picture cannot be read: {error}") from None
+    return load_image_from_base64(image).convert("RGB")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -31,6 +31,8 @@ def eval_model(args) -> None:
         if not isinstance(row["conversations"], list) or not row["conversations"]:
             raise InputError(f"{where}: 'conversations' is not a list of turns")
         check_keys(row["conversations"][0], ("value",), where)
+        if row.get("image") is not None:
+            check_keys(row, ("image",), where)
     run(args, rows, functools.partial(ask, args))
 
 
@@ -42,7 +44,7 @@ def ask(args: argparse.Namespace, row: dict) -> list[Question]:
     if args.single_pred_prompt:
         text += "\n" + ANSWER_WITH_LETTER["en"]
     prompt, pictures = text, []
-    if "image" in row:
+    if row.get("image") is not None:
         path = picture_path(args.image_folder, row["image"], row["id"])
         prompt, pictures = f"{DEFAULT_IMAGE_TOKEN}\n{text}", [functools.partial(open_image, path)]
     record = {"question_id": row["id"], "prompt": prompt, "text": None}

@@ -18,6 +18,9 @@ from llava.errors import InputError
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 """The digits of upstream's answer ids (shortuuid's): no 0, 1, I, O and l."""
 
+TEXTS = ("image", "text", "value", "prompt")
+"""Keys that hold text wherever they stand."""
+
 
 def read_jsonl(path: str | os.PathLike, *keys: str) -> list[dict]:
     """The objects of a file with one JSON object a line; every one must have all `keys`.
@@ -46,8 +49,9 @@ def answers_by_id(path: str | os.PathLike, *keys: str) -> dict[Any, dict]:
 
 def read_json(path: str | os.PathLike) -> Any:
     """What a JSON file holds; `InputError` when it is none."""
+    text = _read(path)
     try:
-        return json.loads(_read(path))
+        return json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
 
@@ -56,7 +60,7 @@ def read_tsv(path: str | os.PathLike, *columns: str) -> list[dict[str, str]]:
     """The rows of a tab-separated table with a heading, which must name all `columns`."""
     csv.field_size_limit(sys.maxsize)  # a field may be a whole picture
     reader = csv.DictReader(io.StringIO(_read(path), newline=""), delimiter="\t")
-    check_keys(dict.fromkeys(reader.fieldnames or ()), columns, f"{path}: the heading")
+    check_keys({name: name for name in reader.fieldnames or ()}, columns, f"{path}: the heading")
     rows = []
     for row in reader:
         if None in row or None in row.values():
@@ -67,11 +71,24 @@ def read_tsv(path: str | os.PathLike, *columns: str) -> list[dict[str, str]]:
 
 
 def check_keys(record: Any, keys: Sequence[str], where: str) -> None:
-    """`InputError` unless `record` is a dict with all `keys`; `where` opens the message."""
+    """`InputError` unless `record` is a dict with all `keys`, and text at those of `TEXTS`.
+
+    `where` opens the message.
+    """
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected an object, found {type(record).__name__}")
     if missing := [key for key in keys if key not in record]:
         raise InputError(f"{where}: {missing[0]!r} is missing")
+    for key in keys:
+        if key in TEXTS and not _is_text(record[key]):
+            raise InputError(f"{where}: {key!r} is {record[key]!r}, text is expected")
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
+        return False
 
 
 def _read(path: str | os.PathLike) -> str:

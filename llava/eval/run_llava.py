@@ -23,16 +23,16 @@ def eval_model(args) -> str:
 
     `args` is any object with the flags as attributes; those that it lacks take their defaults.
     """
-    from llava.mm_utils import load_image
+    from llava.mm_utils import load_images
 
     args = filled(args, arguments(["--image-file", "", "--query", ""]))
     files = args.image_file.split(args.sep) if args.sep else [args.image_file]
-    images = [load_image(file) for file in files]
+    options = generation_options(args.temperature, args.max_new_tokens, args.top_p, args.num_beams)
+    images = load_images(files)
     answerer = Answerer.load(args)
     template = answerer.template(args.conv_mode)
     prompt = single_turn(template, answerer.with_pictures(args.query, len(images)))
     pictures = [answerer.picture(image) for image in images]
-    options = generation_options(args.temperature, args.max_new_tokens, args.top_p, args.num_beams)
     answer = answerer.answer([prompt], [pictures], end_mark(template), options)[0]
     print(answer)
     return answer
@@ -52,6 +52,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     return parser.parse_args(argv)
+
+
+def __getattr__(name: str):
+    """What programs of others import from here, lazily: torch comes with it."""
+    if name not in ("load_image", "load_images", "process_images"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llava import mm_utils
+
+    return getattr(mm_utils, name)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """The model: graft, connectors, vision towers, and every way in and out of the disk."""
 
+# Programs written for upstream say `from llava.model import *`.
+__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaMistralConfig", "LlavaMistralForCausalLM"]
+
 
 def __getattr__(name: str):
     """The models and configs of `llava.model.language_model`, loaded when asked for."""

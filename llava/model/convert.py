@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava.atomic import write_text
-from llava.errors import InputError, one_clear_error
+from llava.errors import InputError, one_clear_error, reason
 from llava.model.hf_layout import (
     KEPT,
     Config,
@@ -32,6 +32,7 @@ from llava.model.hf_layout import (
     rename_to_hf,
     rename_to_llava,
 )
+from llava.model.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -254,18 +255,15 @@ def _llava_weights(
 def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
     from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that a whole CLIP has a text model too is no news
     try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
-        kind = AutoModel._model_mapping[type(getattr(config, "vision_config", config))]
-        model = kind.from_pretrained(name, dtype="auto", **kwargs)
+        with quiet():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
+            kind = AutoModel._model_mapping[type(getattr(config, "vision_config", config))]
+            model = kind.from_pretrained(name, dtype="auto", **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"vision tower {name}: its weights do not load ({error})") from None
-    finally:
-        logging.set_verbosity(verbosity)
+        why = reason(error)
+        raise InputError(f"vision tower {name}: its weights do not load ({why})") from None
     return {_tower_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
@@ -351,9 +349,11 @@ def _read_pictures(folder: str | Path) -> Config:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(str(folder), backend="pil").to_dict()
+        return AutoImageProcessor.from_pretrained(
+            str(folder), backend="pil", trust_remote_code=False
+        ).to_dict()
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no readable picture processor ({error})") from None
+        raise InputError(f"{folder}: no readable picture processor ({reason(error)})") from None
 
 
 def _write_tower_config(out: Path, folder: Path, hf: Config) -> None:

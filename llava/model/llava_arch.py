@@ -217,7 +217,20 @@ class LlavaMixin:
         filled = embeds.flatten(0, 1).index_copy(0, places, tokens.to(embeds.device))
         return None, position_ids, attention_mask, past_key_values, filled.view_as(embeds), labels
 
+    def _apply(self, *args, **kwargs):
+        """The tower goes along to another device, submodule or not; its type stays its own."""
+        super()._apply(*args, **kwargs)
+        tower = getattr(self.get_model(), "vision_tower", None)
+        if tower is not None and tower.is_loaded:
+            tower.to(device=self.device)
+        return self
+
     # -- forward and generate --------------------------------------------------------------------
+
+    def _attend_openly(self, output_attentions: bool | None) -> None:
+        """Only the eager attention has weights to show; once they are asked for it stays."""
+        if output_attentions and self.config._attn_implementation != "eager":
+            self.set_attn_implementation("eager")
 
     def forward(
         self,
@@ -241,6 +254,7 @@ class LlavaMixin:
                 The batch is then taken to be padded on the right; the logits are those of these
                 positions alone, (1, positions, vocabulary), and the loss is their mean.
         """
+        self._attend_openly(kwargs.get("output_attentions"))
         if inputs_embeds is None:
             (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -310,6 +324,7 @@ class LlavaMixin:
 
         Rows may be padded on either side if an `attention_mask` says where.
         """
+        self._attend_openly(kwargs.get("output_attentions"))
         if images is None:
             return self._generate_from_text(inputs, **kwargs)
         if inputs is None:

@@ -28,7 +28,7 @@ def load_tokenizer(path: str, **kwargs: Any):
                 # transformers 5 would choose the tokenizer by config.json's model_type, and lose
                 # the first "▁" for `llava` and `mistral`; tokenizer_config.json names the right.
                 kwargs["config"] = PreTrainedConfig()
-            return AutoTokenizer.from_pretrained(path, **kwargs)
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable tokenizer ({reason(error)})") from None
 

@@ -15,14 +15,14 @@ from llava.eval.answer import Answerer, add_model_flags, end_mark, generation_op
 
 def main(args: argparse.Namespace) -> None:
     """Load the model of `args`, then answer line after line."""
-    from llava.mm_utils import load_image
+    from llava.mm_utils import load_images
 
-    images = [load_image(file) for file in args.image_file]
+    options = generation_options(args.temperature, args.max_new_tokens)
+    images = load_images(args.image_file)
     answerer = Answerer.load(args)
     conversation = answerer.template(args.conv_mode)
     user, assistant = (_name(role) for role in conversation.roles)
     pictures = [answerer.picture(image) for image in images]
-    options = generation_options(args.temperature, args.max_new_tokens)
     stop = end_mark(conversation)
 
     pending = len(pictures)  # the first turn shows them
@@ -85,6 +85,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--debug", action="store_true", help="show each prompt and answer")
     return parser.parse_args(argv)
+
+
+def __getattr__(name: str):
+    """What programs of others import from here, lazily: torch comes with it."""
+    if name != "load_image":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llava.mm_utils import load_image
+
+    return load_image
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import pickle
 
 import pytest
@@ -13,6 +15,7 @@ from llava.errors import InputError
 from llava.model.builder import from_pretrained, load_tokenizer
 from llava.model.checkpoint import load_projector, projector_state, read_config
 from llava.model.llava_arch import llava_class
+from llava.model.multimodal_encoder.clip_encoder import vision_config
 from llava.model.multimodal_projector.builder import build_vision_projector
 
 PATCHES = 4
@@ -180,3 +183,37 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(model, chan
         load_projector(model, state, "some.bin")
     after = projector_state(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_frozen_tower_goes_along_to_another_device_and_keeps_its_type(model):
+    moved = copy.deepcopy(model)
+    moved.half()
+    assert moved.get_vision_tower().dtype == torch.float32 and moved.dtype == torch.float16
+    moved.to("meta")
+    assert moved.get_vision_tower().device.type == moved.device.type == "meta"
+
+
+def test_attention_weights_are_there_when_they_are_asked_for(model):
+    asked = copy.deepcopy(model)
+    asked.set_attn_implementation("sdpa")
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30, 31]])
+    pixels = torch.randn(1, 3, 16, 16)
+    found = asked(ids, images=pixels, output_attentions=True)
+    assert [a.shape for a in found.attentions] == [(1, 2, 3 + PATCHES, 3 + PATCHES)] * 2
+    torch.testing.assert_close(found.logits, model(ids, images=pixels).logits)
+
+
+def test_the_names_of_a_star_import():
+    scope: dict = {}
+    exec("from llava.model import *", scope)
+    assert scope["LlavaLlamaForCausalLM"] is llava_class(LlamaForCausalLM)
+
+
+def test_code_in_a_towers_folder_is_neither_run_nor_asked_about(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}})
+    )
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    with pytest.raises(InputError, match="no readable model there"):
+        vision_config(str(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -1,7 +1,10 @@
 import base64
+import functools
+import http.server
 import io
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,12 +90,55 @@ def test_unreadable_pictures_are_named(tmp_path):
         load_image("http://127.0.0.1:9/x.png")
 
 
+@pytest.fixture
+def site(tmp_path):
+    """The address of a server of the files in `tmp_path`, of `/hidden` (403), and of `/me.png`,
+    a picture for those who say that they are fedllava."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/hidden" or (
+                self.path == "/me.png" and "fedllava" not in self.headers["User-Agent"]
+            ):
+                self.send_error(403)
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_pictures_from_an_address(site, tmp_path, monkeypatch):
+    Image.new("L", (6, 4)).save(tmp_path / "me.png")
+    (tmp_path / "page.html").write_text("<p>no picture")
+    picture = load_image(f"{site}/me.png")
+    assert picture.size == (6, 4) and picture.mode == "RGB"
+    for page, reason in {
+        "none.png": "HTTP Error 404",
+        "hidden": "HTTP Error 403",
+        "page.html": "cannot identify it as a picture",
+    }.items():
+        with pytest.raises(InputError, match=f"^picture {site}/{page} cannot be read: {reason}"):
+            load_image(f"{site}/{page}")
+    monkeypatch.setattr("llava.mm_utils.MOST_BYTES", 8)
+    with pytest.raises(InputError, match="me.png cannot be read: more than"):
+        load_image(f"{site}/me.png")
+
+
 def test_base64_pictures():
     buffer = io.BytesIO()
-    Image.new("RGB", (3, 2), "blue").save(buffer, "PNG")
-    assert load_image_from_base64(base64.b64encode(buffer.getvalue()).decode()).size == (3, 2)
-    with pytest.raises(InputError, match="base64"):
-        load_image_from_base64("bm8gcGljdHVyZQ==")
+    Image.new("RGB", (99, 98), "blue").save(buffer, "PNG")
+    data = buffer.getvalue()
+    assert load_image_from_base64(base64.b64encode(data).decode()).size == (99, 98)
+    for broken in (b"no picture", data[:60], b""):
+        with pytest.raises(InputError, match="the base64 picture cannot be read"):
+            load_image_from_base64(base64.b64encode(broken))
 
 
 def test_squares():

@@ -165,7 +165,7 @@ def vision_config(name: str) -> Any:
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"vision tower {name}: no readable model there ({reason(error)})"

@@ -220,16 +220,18 @@ def test_science_mixes_questions_with_and_without_pictures(ask, tmp_path):
     turns = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A"}]
     rows = [
         {"id": "4", "image": "0.png", "conversations": turns},
-        {"id": "7", "conversations": [{"from": "human", "value": "Why is the sky blue?"}]},
+        {"id": "7", "image": None, "conversations": [{"value": "Why is the sky blue?"}]},
+        {"id": "8", "conversations": [{"from": "human", "value": "Why is the sky blue?"}]},
         {"id": "9", "image": "1.png", "conversations": turns},
     ]
     path.write_text(json.dumps(rows))
     alone = ask(model_vqa_science, question_file=path, single_pred_prompt=True)
-    assert [list(answer) for answer in alone] == [KEYS] * 3
+    assert [list(answer) for answer in alone] == [KEYS] * 4
+    assert texts(alone)[1] == texts(alone)[2]  # no picture, said in two ways
     letter = "\nAnswer with the option's letter from the given choices directly."
     assert alone[0]["prompt"] == "<image>\nWhat is it?" + letter
     assert alone[1]["prompt"] == "Why is the sky blue?" + letter
-    flags = {"question_file": path, "single_pred_prompt": True, "batch_size": 3}
+    flags = {"question_file": path, "single_pred_prompt": True, "batch_size": 4}
     assert texts(ask(model_vqa_science, **flags)) == texts(alone)
 
 
@@ -289,6 +291,9 @@ def test_defaults_are_upstreams():
         ('{"question_id": 1, "image": "0.png", "text": "x"}\n{"question_id"', "line 2: not JSON"),
         ('\n\n{"question_id": 1, "text": "x"}', "line 3: 'image' is missing"),
         ("[1]", "line 1: expected an object, found list"),
+        ('{"question_id": 1, "image": null, "text": "x"}', "line 1: 'image' is None, text is"),
+        ('{"question_id": 1, "image": "0.png", "text": 5}', "line 1: 'text' is 5, text is"),
+        ('{"question_id": 1, "image": "0.png", "text": "\\ud800"}', "'text' is '.ud800', text is"),
         ("\n", "the file is empty"),
         (None, "no such file"),
         ('{"question_id": 17, "image": "no.png", "text": "x"}', "question 17: picture .*no.png"),
@@ -331,6 +336,8 @@ def test_bad_tables_are_one_clear_error(ask, mmbench, spoil, message):
         ('[{"id": 3}]', "question 0: 'conversations' is missing"),
         ('[{"id": 3, "conversations": []}]', "'conversations' is not a list of turns"),
         ('[{"id": 3, "conversations": [{"from": "human"}]}]', "'value' is missing"),
+        ('[{"id": 3, "conversations": [{"value": 7}]}]', "question 0: 'value' is 7, text is"),
+        ('[{"id": 3, "image": [], "conversations": [{"value": "x"}]}]', "'image' is \\[\\], text"),
     ],
 )
 def test_bad_science_files_are_one_clear_error(ask, tmp_path, content, message):
@@ -342,6 +349,30 @@ def test_bad_science_files_are_one_clear_error(ask, tmp_path, content, message):
 def test_an_unknown_template_is_said_before_the_model_loads(ask):
     with pytest.raises(InputError, match="did you mean vicuna_v1"):
         ask(model_vqa, conv_mode="vicuna_v2", model_path="/no/such/model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"max_new_tokens": 0}, "--max_new_tokens 0: at least 1"),
+        ({"num_beams": 0}, "--num_beams 0: at least 1"),
+        ({"temperature": -1}, "--temperature -1.0: a number from 0 on"),
+        ({"temperature": "nan"}, "--temperature nan: a number from 0 on"),
+        ({"temperature": 1, "top_p": 0}, "--top_p 0.0: over 0 and at most 1"),
+        ({"temperature": 1, "top_p": 2}, "--top_p 2.0: over 0 and at most 1"),
+        ({"device": "gpu"}, "--device gpu: cuda, cuda:0, cpu or the like"),
+        ({"device": "cuda:99"}, "--device cuda:99: this machine has "),
+    ],
+)
+def test_flags_that_cannot_be_are_said_before_the_model_loads(ask, flags, message):
+    with pytest.raises(InputError, match=message):
+        ask(model_vqa, **{"model_path": "/no/such/model", **flags})
+
+
+def test_a_folder_in_the_place_of_the_answers_is_refused(ask, tmp_path):
+    with pytest.raises(InputError, match="--answers-file .*: a folder is there"):
+        ask(model_vqa, tmp_path)
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.part*"))
 
 
 def test_a_language_model_without_pictures_is_refused(ask, tiny):

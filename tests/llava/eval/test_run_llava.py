@@ -86,6 +86,17 @@ def test_bad_input_is_one_clear_error(args, change, message):
         run_llava.eval_model(args)
 
 
+def test_pictures_are_loaded_from_where_other_programs_import_it(pictures):
+    from llava.eval.run_llava import load_image, load_images, process_images
+    from llava.serve.cli import load_image as from_the_cli
+
+    assert callable(process_images) and from_the_cli is load_image
+    one, two = load_images([str(pictures / "0.png"), str(pictures / "1.png")])
+    assert (one.size, two.size) == ((80, 60), (80, 61))
+    with pytest.raises(ImportError):
+        from llava.eval.run_llava import nothing_of_the_kind  # noqa: F401
+
+
 def test_an_address_that_does_not_answer_is_named(args):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

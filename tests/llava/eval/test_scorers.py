@@ -225,6 +225,20 @@ def test_science_counts_what_is_not_answered_as_wrong(science, tmp_path, capsys)
     assert [x["question_id"] for x in output["incorrect"]] == ["1", "2", "3"]
 
 
+def test_science_names_what_is_missing(science, tmp_path):
+    args = eval_science_qa.arguments(science)
+    (tmp_path / "problems.json").write_text('{"1": {"choices": []}}')
+    (tmp_path / "pid_splits.json").write_text('{"test": ["1"]}')
+    with pytest.raises(InputError, match="problem 1: 'answer' is missing"):
+        eval_science_qa.main(args)
+    (tmp_path / "pid_splits.json").write_text('{"test": ["2"]}')
+    with pytest.raises(InputError, match="problems.json: '2' is missing"):
+        eval_science_qa.main(args)
+    (tmp_path / "problems.json").unlink()
+    with pytest.raises(InputError, match="^[^(]*problems.json: no such file$"):
+        eval_science_qa.main(args)
+
+
 def test_science_names_a_split_that_does_not_exist(science):
     with pytest.raises(InputError, match="pid_splits.json: 'minitest' is missing"):
         eval_science_qa.main(eval_science_qa.arguments([*science, "--split", "minitest"]))
