@@ -12,7 +12,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHIVE = ROOT / "playground/data/emoji.tar.xz"
@@ -35,7 +35,10 @@ def unpack(archive: Path = ARCHIVE, target: Path = TARGET) -> bool:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as folder:
         fresh, old = Path(folder, "new"), Path(folder, "old")
         with tarfile.open(archive) as tar:
-            tar.extractall(fresh, filter="data")  # refuses links and paths that lead outside
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+            for member in tar:
+                _check(member, archive)
+                tar.extract(member, fresh)
         (fresh / ".sha256").write_text(digest)
         if target.exists():
             os.rename(target, old)
@@ -46,6 +49,13 @@ def unpack(archive: Path = ARCHIVE, target: Path = TARGET) -> bool:
                 raise
         shutil.rmtree(old, ignore_errors=True)
     return True
+
+
+def _check(member: tarfile.TarInfo, archive: Path) -> None:
+    """Refuse links, and paths that lead outside, on any Python."""
+    path = PurePosixPath(member.name)
+    if not (member.isfile() or member.isdir()) or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{archive}: {member.name} is no plain file or folder inside it")
 
 
 if __name__ == "__main__":

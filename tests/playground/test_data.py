@@ -109,13 +109,16 @@ def test_unpack_is_idempotent_and_replaces_another_version(data, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a.tar.xz", "out"}
 
 
-def test_unpack_refuses_paths_that_lead_outside(tmp_path):
+@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "a/../../outside.txt", "link"])
+def test_unpack_refuses_links_and_paths_that_lead_outside(tmp_path, name):
     archive = tmp_path / "bad.tar.xz"
     with tarfile.open(archive, "w:xz") as tar:
-        member = tarfile.TarInfo("../outside.txt")
+        member = tarfile.TarInfo(name)
         member.size = 1
+        if name == "link":
+            member.type, member.linkname, member.size = tarfile.SYMTYPE, "/etc/passwd", 0
         tar.addfile(member, io.BytesIO(b"x"))
-    with pytest.raises(tarfile.FilterError):
+    with pytest.raises(ValueError, match="no plain file or folder inside"):
         script("unpack_data").unpack(archive, tmp_path / "out")
     assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "out").exists()
 
