@@ -26,7 +26,7 @@ from fed.round_state import RoundState
 from fed.rounds import Loop
 from fed.settings import settings_of
 from llava.errors import one_clear_error
-from llava.model.checkpoint import write_config
+from llava.model.checkpoint import gathered, write_config
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import DataCollatorForSupervisedDataset
 from llava.train.session import Session
@@ -94,12 +94,13 @@ def _measure(
         session.model.eval()
         if visit:
             session.model.to(args.device)
-        measures = {
-            data.name: evaluate(
-                session.model, data, collator, args.per_device_eval_batch_size, args.device
-            )
-            for data in sets
-        }
+        with gathered(session.model.parameters()):  # between two clients no engine does it
+            measures = {
+                data.name: evaluate(
+                    session.model, data, collator, args.per_device_eval_batch_size, args.device
+                )
+                for data in sets
+            }
         if visit and args.device.type == "cuda":
             session.model.to("cpu")
             torch.cuda.empty_cache()

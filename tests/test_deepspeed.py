@@ -108,23 +108,40 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
     lora["lora_weight_path"] = tmp_path / "lora-start"
     llava_train(argv=flags(**lora, **one, output_dir=tmp_path / "lora-1"))
 
+    # Pictures beside text alone: at the same step one rank has a picture and the other has none.
+    mixed = json.loads((tiny / "a.json").read_text())
+    for i in range(6):
+        said = [{"from": "human", "value": "Say it"}, {"from": "gpt", "value": "again " * (i + 1)}]
+        mixed.insert(2 * i, {"id": f"text-{i}", "conversations": said})
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    full = {**common, "data_path": tmp_path / "mixed.json", "version": "v1"}
+    full |= {"tune_mm_mlp_adapter": False, "learning_rate": 1e-4}
+    llava_train(argv=flags(**full, **one, output_dir=tmp_path / "full-1"))
+
     two = {
         "per_device_train_batch_size": 1,
+        "gradient_checkpointing": True,
         "deepspeed": ROOT / "scripts" / f"zero{stage}.json",
         "use_cpu": True,
     }
     steps = {"save_strategy": "steps", "save_steps": 2}
     last = {**steps, "save_total_limit": 1}
     whole, cut = tmp_path / "lora-2", tmp_path / "lora-cut"
-    on_two_ranks(
+    printed = on_two_ranks(
         [
             ("llava", flags(**plain, **two, **last, output_dir=tmp_path / "plain-2")),
             ("fed", flags(**federated, **two, output_dir=tmp_path / "fed-2")),
             ("llava", flags(**lora, **two, **steps, output_dir=whole)),
             ("copy", [str(whole / "checkpoint-4"), str(cut / "checkpoint-4")]),
             ("llava", flags(**lora, **two, **steps, output_dir=cut)),
+            ("llava", flags(**full, **two, output_dir=tmp_path / "full-2")),
         ]
     )
+    assert "Warning" not in printed and "mismatch" not in printed
+    a, b = (load_file(tmp_path / f"full-{n}" / "model.safetensors") for n in (1, 2))
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key] - b[key]).abs().max() < 1e-5, key
     for name in ("plain", "fed"):
         a, b = (state.load(tmp_path / f"{name}-{n}" / "mm_projector.bin") for n in (1, 2))
         start = state.load(common["pretrain_mm_mlp_adapter"])

@@ -146,6 +146,12 @@ def release(trainer: LLaVATrainer) -> None:
     engine = getattr(trainer, "deepspeed", None)
     if engine is not None:
         engine.destroy()
+        # What it forgets: that would keep it alive, and at work in the next client's steps.
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        for module in trainer.model.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
     trainer.optimizer = trainer.lr_scheduler = trainer.model_wrapped = trainer.deepspeed = None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import transformers
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -111,10 +113,19 @@ class TrainingArguments(transformers.TrainingArguments):
         default=1, metadata={"help": "Which of --schedule_samples this run is, from 1."}
     )
 
+    @property
+    def n_gpu(self) -> int:
+        """0 or 1. A process takes one GPU: DataParallel would cut a batch whose positions count
+        from its own start, and is the slowest way to several."""
+        return min(super().n_gpu, 1)
+
 
 def modernise(argv: Sequence[str]) -> list[str]:
     """Upstream's command line for today's transformers: renamed flags and dropped ones."""
     renamed = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
+    if hasattr(transformers.TrainingArguments, "activation_checkpointing"):  # since 5.23
+        for end in ("", "_kwargs"):
+            renamed[f"--gradient_checkpointing{end}"] = f"--activation_checkpointing{end}"
     dropped = {"--lazy_preprocess"}
     out: list[str] = []
     argv = list(argv)
@@ -150,10 +161,9 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
         argv = _without(argv, "--tf32")
         if "--use_cpu" not in argv:
             argv += ["--use_cpu", "True"]
-    if "--deepspeed" in argv[:-1]:
-        file = argv[argv.index("--deepspeed") + 1]
-        if not os.path.isfile(file):
-            raise InputError(f"--deepspeed {file}: no such file")
+    files = [value for flag, value in pairwise(argv) if flag == "--deepspeed"]
+    if files:
+        _check_deepspeed(files[-1])
         _start_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parser = _Parser(kinds or (ModelArguments, DataArguments, TrainingArguments))
     try:
@@ -163,7 +173,8 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
     except (ValueError, ImportError, OSError) as error:
         raise InputError(str(error)) from None
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
+        options = [option for action in parser._actions for option in action.option_strings]
+        known = [option for option in options if "_" in option or "-" not in option[2:]]
         close = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise InputError(f"unknown flag {unknown[0]}{hint}")
@@ -184,10 +195,29 @@ class _Parser(transformers.HfArgumentParser):
         raise InputError(message)
 
 
+def _check_deepspeed(file: str) -> None:
+    try:
+        with open(file) as opened:
+            json.load(opened)
+    except OSError as error:
+        raise InputError(f"--deepspeed {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--deepspeed {file}: this is not JSON: {error}") from None
+
+
 def _start_process_group(backend: str) -> None:
+    import logging
     import socket
+    import warnings
 
     import deepspeed
+
+    # What the libraries tell each other: DeepSpeed calls torch by old names, transformers leaves
+    # gradient accumulation to DeepSpeed.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+    logging.getLogger("accelerate.accelerator").addFilter(
+        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
+    )
 
     if "RANK" not in os.environ:  # started without a launcher: a world of one
         with socket.socket() as free:
@@ -233,6 +263,8 @@ def _check(args: TrainingArguments) -> None:
         raise InputError(f"--learning_rate is {args.learning_rate}, a number >= 0 is expected")
     if not 0 <= args.lora_dropout < 1:
         raise InputError(f"--lora_dropout is {args.lora_dropout}, a number in [0, 1) is expected")
+    if args.n_gpu < args._n_gpu:
+        print(f"1 of {args._n_gpu} GPUs is used; start with deepspeed or torchrun to use all")
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 True needs a GPU; a CPU trains in float32 or with --bf16 True")
     if args.bits < 16:

@@ -108,6 +108,18 @@ class LLaVATrainer(Trainer):
         if self.args.should_save:
             save_full(self.model, self.processing_class, output_dir, state_dict)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch.save's word for a full disk
+            if "inline_container" not in str(error):
+                raise
+            free = shutil.disk_usage(self.args.output_dir).free / 1e9
+            raise InputError(
+                f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} "
+                f"cannot be written whole; {free:.1f} GB are free there"
+            ) from None
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         (load_part if self.saves_part else load_full)(self.model, resume_from_checkpoint)
 
@@ -197,7 +209,9 @@ def last_checkpoint(output_dir: str) -> str | None:
             json.loads((folder / "trainer_state.json").read_text())
             complete.append(folder)
         except (OSError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"{folder}: removed, it was not saved whole", flush=True)
+                shutil.rmtree(folder, ignore_errors=True)
     return str(max(complete, key=step)) if complete else None
 
 

@@ -143,11 +143,11 @@ def choose_attention(requested: str | None, device: str) -> str:
         return requested or "sdpa"
     from transformers.utils import is_flash_attn_2_available
 
-    if device == "cuda" and is_flash_attn_2_available():
-        print("attention: flash_attention_2", flush=True)
-        return requested
-    print("attention: sdpa (flash_attention_2 needs a GPU and the flash-attn package)", flush=True)
-    return "sdpa"
+    found = device == "cuda" and is_flash_attn_2_available()
+    if os.environ.get("RANK", "0") == "0":
+        why = "" if found else " (flash_attention_2 needs a GPU and the flash-attn package)"
+        print(f"attention: {requested if found else 'sdpa'}{why}", flush=True)
+    return requested if found else "sdpa"
 
 
 def _training_tokenizer(model_args, training_args, model):
@@ -163,6 +163,8 @@ def _training_tokenizer(model_args, training_args, model):
         tokenizer.pad_token = tokenizer.unk_token
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 

@@ -15,6 +15,7 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
+from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error
 from llava.model.lora import find_all_linear_names
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
@@ -125,6 +126,11 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {training_args.eval_strategy} needs --eval_data_path")
     prepare_output(training_args)
+    get_template(model_args.version)
+    for flag in ("data_path", "eval_data_path"):
+        file = getattr(data_args, flag)
+        if file and not os.path.exists(file):
+            raise InputError(f"--{flag} {file}: no such file")
     session = load_session(model_args, data_args, training_args)
     data = make_supervised_data_module(session.tokenizer, data_args)
     # In memory the features of a picture that is seen once are of no use to anybody.

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.training_args import ParallelMode
 
 from llava.errors import InputError
 from llava.eval.run_llava import arguments, eval_model
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import projector_state, read_config, save_full, write_config
 from llava.state import save
-from llava.train.arguments import ModelArguments, TrainingArguments, modernise, parse
-from llava.train.llava_trainer import last_checkpoint
+from llava.train.arguments import ModelArguments, TrainingArguments, _check, modernise, parse
+from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
 from llava.train.session import (
     choose_attention,
     load_session,
@@ -61,7 +63,7 @@ def test_a_projector_only_run_saves_the_projector_and_upstreams_config(flags, ti
     assert {key: config[key] for key in expected} == expected
 
 
-def test_resume_is_exact_and_passes_over_what_a_killed_save_left(flags, tiny, tmp_path):
+def test_resume_is_exact_and_removes_what_a_killed_save_left(flags, tiny, tmp_path, capsys):
     saving = {"data_path": tiny / "a.json", "save_strategy": "steps", "save_steps": 1}
     train(argv=flags(**saving, output_dir=tmp_path / "whole"))
     for step in (2, 4):
@@ -72,9 +74,20 @@ def test_resume_is_exact_and_passes_over_what_a_killed_save_left(flags, tiny, tm
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step + 1}", half)
         (half / "trainer_state.json").write_text('{"global_step":')
         assert last_checkpoint(str(cut)) == str(cut / f"checkpoint-{step}")
+        assert f"{half}: removed" in capsys.readouterr().out
         train(argv=flags(**saving, output_dir=cut))
         a, b = ((tmp_path / n / "mm_projector.bin").read_bytes() for n in ("whole", cut.name))
         assert a == b
+
+
+def test_a_full_disk_is_one_clear_error(flags, tiny, monkeypatch):
+    def full(trainer, folder):
+        torch.save(trainer.optimizer.state_dict(), "/dev/full")
+
+    monkeypatch.setattr(LLaVATrainer, "_save_optimizer_and_scheduler", full)
+    saving = {"data_path": tiny / "a.json", "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(InputError, match="checkpoint of step 2 cannot be written whole; .* GB"):
+        train(argv=flags(**saving))
 
 
 def test_resume_within_the_second_epoch_of_grouped_samples_is_exact(flags, tiny, tmp_path):
@@ -306,6 +319,49 @@ def test_modernise_knows_both_ways_of_writing_a_flag():
     assert modernise(argv) == ["--warmup_steps", "0.1", "--a", "1"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_gradient_checkpointing_by_its_old_name_is_no_warning():
+    assert parse(["--gradient_checkpointing", "True"])[2].gradient_checkpointing
+    assert not parse([])[2].gradient_checkpointing
+
+
+def test_a_process_takes_one_gpu(capsys):
+    args = parse(["--per_device_train_batch_size", "3"])[2]
+    args._n_gpu = 4  # what transformers counts when there is no launcher
+    _check(args)
+    assert "1 of 4 GPUs" in capsys.readouterr().out
+    assert args.n_gpu == 1 and args.train_batch_size == 3
+    assert args.parallel_mode == ParallelMode.NOT_PARALLEL
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "No such file"), ('{"zero": ', "this is not JSON"), ("", "JSON")]
+)
+def test_the_last_deepspeed_file_is_the_one_that_counts(tmp_path, text, message):
+    good, file = tmp_path / "good.json", tmp_path / "last.json"
+    good.write_text("{}")
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=f"--deepspeed {file}: .*{message}"):
+        parse(["--deepspeed", str(good), "--deepspeed", str(file)])
+
+
+def test_a_near_flag_is_named_once():
+    with pytest.raises(InputError, match="did you mean --mm_projector_type or") as caught:
+        parse(["--mm_projector_tipe", "linear"])
+    assert "mm-projector" not in str(caught.value)
+
+
+def test_the_padding_token_is_set_without_a_word(flags, tiny, caplog):
+    loggers = logging.getLogger("transformers")
+    loggers.addHandler(caplog.handler)
+    try:
+        train(argv=flags(data_path=tiny / "b.json", max_steps=1))
+    finally:
+        loggers.removeHandler(caplog.handler)
+    assert caplog.messages == []
+
+
 def test_upstreams_names_are_there():
     import llava.train.llava_trainer
     import llava.train.train
@@ -350,6 +406,8 @@ def test_attention_falls_back_with_a_word(capsys):
     ("changes", "message"),
     [
         ({"data_path": None}, "data_path"),
+        ({"data_path": "none.json", "model_name_or_path": "no/such/model"}, "none.json: no such"),
+        ({"version": "v7", "model_name_or_path": "no/such/model"}, "'v7' is no conversation"),
         ({"freeze_mm_mlp_adapter": True}, "nothing would train"),
         ({"model_name_or_path": "no/such/model"}, "no/such/model"),
         ({"pretrain_mm_mlp_adapter": "none.bin"}, "none.bin"),
