@@ -200,6 +200,7 @@ def from_pretrained(path: str, config, **kwargs):
 def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
     """The model, and which of the projector's tensors the weights lacked."""
     if Path(path).is_dir():
+        _check_kind(Path(path))
         _check_weights(path, config)
     try:
         with quiet():
@@ -227,6 +228,22 @@ def _fresh_projector(model, newline: bool) -> None:
     if newline:
         with gathered([parts.image_newline], write=True), torch.no_grad():
             parts.image_newline.normal_(std=model.config.hidden_size**-0.5)
+
+
+def _check_kind(folder: Path) -> None:
+    """Say what to do with a folder that is a LLaVA, but has no language model in it."""
+    if has_weights(folder):
+        return
+    if (folder / lora.ADAPTER_CONFIG).is_file():
+        raise InputError(
+            f"{folder}: a LoRA without its language model; merge them with "
+            "scripts/merge_lora_weights.py, or train on with --lora_weight_path"
+        )
+    if (folder / PROJECTOR_FILE).is_file():
+        raise InputError(
+            f"{folder}: a projector without its language model; name that as the model, and "
+            f"{PROJECTOR_FILE} with --pretrain_mm_mlp_adapter"
+        )
 
 
 def _check_weights(path: str, config) -> None:

@@ -194,7 +194,8 @@ def last_checkpoint(output_dir: str) -> str | None:
     """The newest complete `checkpoint-N` of a folder, or None.
 
     A checkpoint's `trainer_state.json` is written last; a folder without a whole one is what a
-    killed run left behind. It is removed, so that it is not counted when old ones are rotated out.
+    killed run left behind (or upstream, which writes none beside a projector). It is put away, so
+    that it is not counted when old ones are rotated out.
     """
 
     def step(folder: Path) -> int:
@@ -210,9 +211,20 @@ def last_checkpoint(output_dir: str) -> str | None:
             complete.append(folder)
         except (OSError, ValueError):
             if int(os.environ.get("RANK", 0)) == 0:
-                print(f"{folder}: removed, it was not saved whole", flush=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                _put_away(folder)
     return str(max(complete, key=step)) if complete else None
+
+
+def _put_away(folder: Path) -> None:
+    """Remove what was not saved whole; upstream's checkpoints of a projector are kept aside."""
+    aside = folder.with_name(f"incomplete-{folder.name}")
+    only_projector = {p.name for p in folder.iterdir()} == {PROJECTOR_FILE, "config.json"}
+    if only_projector and not aside.exists():
+        folder.rename(aside)
+        print(f"{folder}: cannot be continued; now called {aside.name}", flush=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"{folder}: removed, it was not saved whole", flush=True)
 
 
 class _SeedEachEpoch(TrainerCallback):

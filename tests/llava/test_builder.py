@@ -443,6 +443,12 @@ def test_a_projector_whose_config_is_no_llavas(projector_only, copy_of, tiny):
         load(folder, tiny / "llm")
 
 
+def test_a_lora_or_a_projector_is_no_base(adapted, projector_only):
+    for folder, hint in ((adapted[0], "merge_lora_weights"), (projector_only, "pretrain_mm_mlp")):
+        with pytest.raises(InputError, match=hint):
+            load(projector_only, folder)
+
+
 def test_quantising_without_bitsandbytes_says_what_to_install(full, monkeypatch):
     import importlib.util
 

@@ -416,3 +416,18 @@ def test_attention_falls_back_with_a_word(capsys):
 def test_bad_flags(flags, tiny, changes, message):
     with pytest.raises(InputError, match=message):
         train(argv=flags(**{"data_path": tiny / "a.json", **changes}))
+
+
+def test_upstreams_checkpoints_of_a_projector_are_put_aside_and_not_lost(flags, tiny, tmp_path):
+    old = tmp_path / "out" / "checkpoint-1"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{}")
+    (old / "mm_projector.bin").write_bytes(b"of an earlier night")
+    train(argv=flags(data_path=tiny / "a.json", save_strategy="steps", save_steps=3,
+                     save_total_limit=1))  # fmt: skip
+    assert {p.name for p in (tmp_path / "out").glob("*checkpoint*")} == {
+        "checkpoint-6",
+        "incomplete-checkpoint-1",
+    }
+    kept = tmp_path / "out" / "incomplete-checkpoint-1" / "mm_projector.bin"
+    assert kept.read_bytes() == b"of an earlier night"
