@@ -26,19 +26,12 @@ from llava.model.checkpoint import (
     split_tower,
     tower_weights,
 )
+from llava.model.hf_layout import FROM_HF
 from llava.model.quantize import check_4bit_on_cpu, quantization
 from llava.model.quiet import quiet
 from llava.model.shards import Shards, local_folder, read_json
 from llava.model.tokenizer import load_tokenizer
 from llava.state import State, load
-
-# transformers' layout → upstream's, all three dialects; see hf_layout.py.
-FROM_HF = {
-    r"^(model\.)?multi_modal_projector\.linear_1\.": "model.mm_projector.0.",
-    r"^(model\.)?multi_modal_projector\.linear_2\.": "model.mm_projector.2.",
-    r"^language_model\.lm_head\.": "lm_head.",
-    r"^(model\.language_model\.|language_model\.model\.)": "model.",
-}
 
 
 def load_pretrained_model(
@@ -84,9 +77,9 @@ def load_pretrained_model(
     kwargs.setdefault("attn_implementation", "flash_attention_2" if use_flash_attn else "sdpa")
     bits = 4 if load_4bit else 8 if load_8bit else 16
     on_gpu = device.startswith("cuda")
-    where = device_map if on_gpu and device_map != "auto" else {"": device}
-    if on_gpu and device == "cuda" and device_map == "auto":
-        where = "auto"
+    # "auto" spreads over all GPUs, so not when one of them is named.
+    spread = device == "cuda" or (on_gpu and device_map != "auto")
+    where = device_map if spread else {"": device}
 
     folder = local_folder(model_path)
     is_lora = (folder / lora.ADAPTER_CONFIG).is_file()
@@ -143,8 +136,11 @@ def _with_pictures(model, tokenizer, tower: State | None, dtype: torch.dtype):
     image_processor = None
     if hasattr(model, "get_vision_tower"):
         add_picture_tokens(model, tokenizer)
-        place = next(model.get_model().mm_projector.parameters(), model.lm_head.weight).device
-        image_processor = model.load_vision_tower(dtype, place, weights=tower).image_processor
+        weight = next(
+            model.get_model().mm_projector.parameters(), model.get_input_embeddings().weight
+        )
+        tower = model.load_vision_tower(dtype, weight.device, weights=tower)
+        image_processor = tower.image_processor
     context_len = getattr(model.config, "max_sequence_length", None) or 2048
     return tokenizer, model, image_processor, context_len
 

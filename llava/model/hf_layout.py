@@ -29,6 +29,15 @@ _OURS = re.compile(
 )
 
 
+# What `rename_to_llava` says of language model and projector, for `from_pretrained(key_mapping=)`.
+FROM_HF = {
+    r"^(model\.)?multi_modal_projector\.linear_1\.": "model.mm_projector.0.",
+    r"^(model\.)?multi_modal_projector\.linear_2\.": "model.mm_projector.2.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(model\.language_model\.|language_model\.model\.)": "model.",
+}
+
+
 def rename_to_llava(name: str) -> str | None:
     """The upstream name of a tensor of transformers' layout (any dialect); None to drop it.
 

@@ -18,7 +18,7 @@ QUANT_TYPES = ("nf4", "fp4")
 def quantization(
     bits: int,
     dtype: torch.dtype,
-    device: torch.device | str | dict,
+    device_map: str | dict[str, Any],
     quant_type: str = "nf4",
     double_quant: bool = True,
 ) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def quantization(
 
     Args:
         dtype: in which 4-bit layers compute.
-        device: where the model goes; a quantised one cannot be moved later.
+        device_map: where the model goes; a quantised one cannot be moved later.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -44,7 +44,6 @@ def quantization(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_quant_type=quant_type,
     )
-    device_map = device if isinstance(device, dict) else {"": device}
     return {"quantization_config": config, "device_map": device_map}
 
 

@@ -63,7 +63,7 @@ def load_session(
         **quantization(
             training_args.bits,
             compute,
-            training_args.device,
+            {"": training_args.device},
             training_args.quant_type,
             training_args.double_quant,
         ),

@@ -16,6 +16,7 @@ from llava.errors import InputError
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import projector_state, read_config, save_full, write_config
 from llava.model.lora import add_lora, save_lora
+from llava.model.quantize import quantization
 from llava.state import save
 
 IDS = torch.tensor([[1, 40, IMAGE_TOKEN_INDEX, 30, 31, 32]])
@@ -447,6 +448,24 @@ def test_a_lora_or_a_projector_is_no_base(adapted, projector_only):
     for folder, hint in ((adapted[0], "merge_lora_weights"), (projector_only, "pretrain_mm_mlp")):
         with pytest.raises(InputError, match=hint):
             load(projector_only, folder)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cuda:1"}])
+def test_a_quantised_model_is_spread_as_was_asked(device_map):
+    assert quantization(4, torch.float16, device_map)["device_map"] == device_map
+
+
+def test_a_tuned_tower_that_lacks_a_tensor_is_refused(full, copy_of):
+    tuned = load(full)
+    tuned.tune_vision_tower()
+    folder = copy_of(full)
+    save_full(tuned, load_tokenizer(str(full)), folder)
+    lost = "model.vision_tower.vision_tower.vision_model.post_layernorm.bias"
+    change_weights(folder, lambda state: state.pop(lost))
+    with pytest.raises(
+        InputError, match="checkpoint's vision tower: .*post_layernorm.bias is miss"
+    ):
+        load(folder)
 
 
 def test_quantising_without_bitsandbytes_says_what_to_install(full, monkeypatch):
