@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -136,14 +137,37 @@ def gathered(parameters, *, write: bool = False):
         yield
 
 
+def copies(parameters: Mapping[str, nn.Parameter]) -> State:
+    """Whole copies on the CPU, in their own types; under ZeRO-3 every rank must call it."""
+    with gathered(parameters.values()):
+        return {name: p.detach().cpu().clone() for name, p in parameters.items()}
+
+
+def copy_in(tensors: State, parameters: Mapping[str, nn.Parameter], who: str) -> None:
+    """Copy by name into parameters, in their types; under ZeRO-3 every rank must call it.
+
+    Raises:
+        StateError: names or shapes are not those of `parameters`, or a value is not finite; `who`
+            opens the message, and nothing has been copied.
+    """
+    like = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
+        for name, p in parameters.items()
+    }
+    check(tensors, like, who=who)
+    with gathered(parameters.values(), write=True), torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.numel():  # ZeRO-3: only rank 0 holds what it writes
+                parameter.copy_(tensors[name])
+
+
 def projector_state(model: nn.Module) -> State:
     """The projector's tensors on the CPU, named `model.mm_projector.*`, in their training dtype.
 
     The newline token of `spatial_unpad` is one of them. Under ZeRO-3 every rank must call it.
     """
     parameters = _projector_parameters(model)
-    with gathered(parameters.values()):
-        return {name: p.detach().cpu().clone() for name, p in parameters.items()}
+    return copies(parameters)
 
 
 def load_projector(model: nn.Module, tensors: State, source: str) -> None:
@@ -163,15 +187,7 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
         if name.startswith(PROJECTOR_PREFIX) or (name == NEWLINE and name in parameters)
     }
     parameters = {name: p for name, p in parameters.items() if name != NEWLINE or name in own}
-    like = {
-        name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
-        for name, p in parameters.items()
-    }
-    check(own, like, who=source)
-    with gathered(parameters.values(), write=True), torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.numel():  # ZeRO-3: only rank 0 holds what it writes
-                parameter.copy_(own[name])
+    copy_in(own, parameters, source)
 
 
 def _projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

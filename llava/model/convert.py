@@ -222,7 +222,7 @@ def _llava_weights(
     import torch
 
     from llava.model.builder import has_weights, load_pretrained_model
-    from llava.model.checkpoint import PROJECTOR_FILE
+    from llava.model.checkpoint import PROJECTOR_FILE, on_disk
     from llava.model.lora import ADAPTER_CONFIG
     from llava.model.shards import Shards, local_folder, read_json
     from llava.state import load
@@ -248,13 +248,15 @@ def _llava_weights(
     merged = {name: t for name, t in model.state_dict().items() if not name.startswith(TOWER)}
     if config.get("unfreeze_mm_vision_tower") or any(name.startswith(TOWER) for name in weights):
         tower = model.get_vision_tower().vision_tower.state_dict()
-        merged |= {_tower_name(name): tensor for name, tensor in tower.items()}
+        merged |= {on_disk(f"vision_tower.{name}"): tensor for name, tensor in tower.items()}
     return merged, base_folder
 
 
 def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
     from transformers import AutoConfig, AutoModel
+
+    from llava.model.checkpoint import on_disk
 
     try:
         with quiet():
@@ -264,12 +266,7 @@ def _tower_weights(name: str, **kwargs) -> Tensors:
     except (OSError, ValueError, RuntimeError) as error:
         why = reason(error)
         raise InputError(f"vision tower {name}: its weights do not load ({why})") from None
-    return {_tower_name(name): tensor for name, tensor in model.state_dict().items()}
-
-
-def _tower_name(name: str) -> str:
-    """A tower's own name for a tensor → upstream's in a full LLaVA."""
-    return f"{TOWER}vision_model.{name.removeprefix('vision_model.')}"
+    return {on_disk(f"vision_tower.{name}"): tensor for name, tensor in model.state_dict().items()}
 
 
 # -- tensors on their way -------------------------------------------------------------------------
@@ -326,6 +323,8 @@ def _check_same_tower(own: Stream, name: str, who: str) -> None:
     """`InputError` if the tower `name` is on this machine and is not the folder's own."""
     import torch
 
+    from llava.model.checkpoint import on_disk
+
     own = dict(own)
     try:
         other = _tower_weights(name, local_files_only=True)
@@ -333,7 +332,7 @@ def _check_same_tower(own: Stream, name: str, who: str) -> None:
         print(f"{name} is not on this machine: that it is the tower of {who} is taken on trust")
         return
     for key, tensor in own.items():
-        theirs = other.get(_tower_name(key), tensor[:0])
+        theirs = other.get(on_disk(f"vision_tower.{key}"), tensor[:0])
         if not torch.equal(tensor, theirs.to(tensor.dtype)):
             raise InputError(
                 f"--vision-tower {name}: its tensor {key} is not that of {who}, so it is another "

@@ -15,13 +15,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from llava.atomic import write_text
 from llava.errors import InputError
-from llava.model.checkpoint import gathered, on_disk
-from llava.state import State, StateError, check, read_tensors, save
+from llava.model.checkpoint import copies, copy_in, on_disk
+from llava.state import State, StateError, read_tensors, save
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -135,12 +134,12 @@ def is_lora(model: nn.Module) -> bool:
 
 def adapter_state(model: PeftModel) -> State:
     """The adapter's tensors on the CPU under their names on disk; under ZeRO-3 on every rank."""
-    return _copies(_adapter_parameters(model))
+    return copies(_adapter_parameters(model))
 
 
 def non_lora_state(model: PeftModel) -> State:
     """What trains beside the adapter, under upstream's names; under ZeRO-3 on every rank."""
-    return _copies(_other_parameters(model))
+    return copies(_other_parameters(model))
 
 
 def load_adapter(model: PeftModel, tensors: State, source: str) -> None:
@@ -155,7 +154,7 @@ def load_adapter(model: PeftModel, tensors: State, source: str) -> None:
         for name, tensor in tensors.items()
         if ".lora_" in name or not _PICTURE.fullmatch(name)
     }
-    _copy_in(own, _adapter_parameters(model), source, complete=True)
+    _copy_in(own, _adapter_parameters(model), source)
 
 
 def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
@@ -164,8 +163,9 @@ def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
     Raises:
         StateError: a tensor that the model does not have, or of a wrong shape; nothing is copied.
     """
+    own = {on_disk(name): tensor for name, tensor in tensors.items()}
     parameters = {on_disk(_plain(name)): p for name, p in model.named_parameters()}
-    _copy_in({on_disk(n): t for n, t in tensors.items()}, parameters, source, complete=False)
+    _copy_in(own, {name: p for name, p in parameters.items() if name in own}, source)
 
 
 def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -191,29 +191,11 @@ def _other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _copies(parameters: dict[str, nn.Parameter]) -> State:
-    with gathered(parameters.values()):
-        return {name: p.detach().cpu().clone() for name, p in parameters.items()}
-
-
-def _copy_in(
-    tensors: State, parameters: dict[str, nn.Parameter], source: str, complete: bool
-) -> None:
-    """Copy by name after all names, shapes and values have been checked."""
-    like = {
-        name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
-        for name, p in parameters.items()
-        if complete or name in tensors
-    }
+def _copy_in(tensors: State, parameters: dict[str, nn.Parameter], source: str) -> None:
     try:
-        check(tensors, like, who=source)
+        copy_in(tensors, parameters, source)
     except StateError as error:
         raise StateError(f"{error}; was it trained on another base model?") from None
-    chosen = {name: parameters[name] for name in tensors}
-    with gathered(chosen.values(), write=True), torch.no_grad():
-        for name, parameter in chosen.items():
-            if parameter.numel():  # ZeRO-3: only rank 0 holds what it writes
-                parameter.copy_(tensors[name])
 
 
 def _plain(name: str) -> str:
@@ -279,7 +261,7 @@ def load_lora(model: PeftModel, folder: str | os.PathLike) -> None:
     file, tensors = _read_adapter(Path(folder))
     load_adapter(model, tensors, str(file))
     file = Path(folder) / NON_LORA_FILE
-    _copy_in(read_tensors(file), _other_parameters(model), str(file), complete=True)
+    _copy_in(read_tensors(file), _other_parameters(model), str(file))
 
 
 def save_lora(model: PeftModel, folder: str | os.PathLike, write: bool = True) -> None:

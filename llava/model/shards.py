@@ -47,8 +47,8 @@ class Shards(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self._file_of = dict(self._locate())
         self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None
+        self._file_of = dict(self._locate())
 
     def _locate(self) -> Iterator[tuple[str, str]]:
         for stem in STEMS:
@@ -63,7 +63,8 @@ class Shards(Mapping[str, torch.Tensor]):
                 yield from sorted(places, key=lambda place: (place[1], place[0]))
                 return
             if (self.folder / stem).is_file():
-                yield from ((name, stem) for name in self._tensors(stem))
+                self._open = (stem, self._tensors(stem))
+                yield from ((name, stem) for name in self._open[1])
                 return
         raise InputError(
             f"{self.folder}: no weights there, neither safetensors nor pytorch_model.bin"

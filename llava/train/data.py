@@ -168,9 +168,10 @@ class LazySupervisedDataset(Dataset):
         item: dict[str, Any] = {"input_ids": ids, "labels": labels}
         if paths := self.paths(index):
             item["images"] = [self._picture(path) for path in paths]
-            item["image_tokens"] = [self._tokens_of(path) for path in paths]
+            sizes = [self._size_of(path) for path in paths]
+            item["image_tokens"] = [self._tokens_of(size) for size in sizes]
             if self._tiling:
-                item["image_sizes"] = [image_size(path) for path in paths]
+                item["image_sizes"] = sizes
         return item
 
     def _picture(self, path: str) -> torch.Tensor:
@@ -181,12 +182,12 @@ class LazySupervisedDataset(Dataset):
     def _tiling(self) -> Tiling | None:
         return getattr(self.data_args, "tiling", None)
 
-    def _tokens_of(self, path: str) -> int:
-        return (
-            self._tiling.num_tokens(image_size(path))
-            if self._tiling
-            else self.data_args.image_tokens
-        )
+    def _size_of(self, path: str) -> tuple[int, int] | None:
+        """Width and height in pixels, on which the tokens of tiles depend; else None."""
+        return image_size(path) if self._tiling else None
+
+    def _tokens_of(self, size: tuple[int, int] | None) -> int:
+        return self._tiling.num_tokens(size) if self._tiling else self.data_args.image_tokens
 
     def _segments(self, index: int) -> list[Segment]:
         """The record as pieces of text; `InputError` when text and pictures do not fit together."""
@@ -234,7 +235,7 @@ class LazySupervisedDataset(Dataset):
         limit, tokens = self.tokenizer.model_max_length, []
         for path in self.paths(index):
             with contextlib.suppress(InputError):  # a picture that cannot be read is told of later
-                tokens.append(self._tokens_of(path))
+                tokens.append(self._tokens_of(self._size_of(path)))
         # A token is at least a byte of text, but for <s> and the space before the first word:
         # most records are seen to fit without being tokenised.
         at_most = 2 + sum(len(text.encode()) for text, _ in segments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from llava.errors import InputError, reason
 from llava.model.quiet import quiet
+from llava.state import check
 
 
 class CLIPVisionTower(nn.Module):
@@ -52,8 +52,8 @@ class CLIPVisionTower(nn.Module):
     ) -> None:
         """Load picture processor and weights (float32 until `.to(dtype)`); does nothing twice.
 
-        `weights` are a checkpoint's own, named as in `CLIPVisionModel`'s files, in place of those
-        that lie under the tower's name.
+        `weights` are a checkpoint's own, named as in `vision_tower`, in place of those that lie
+        under the tower's name; what it has no place for is passed over.
         """
         if self.is_loaded:
             return
@@ -78,22 +78,10 @@ class CLIPVisionTower(nn.Module):
         return CLIPImageProcessorPil, CLIPVisionModel
 
     def _take(self, weights: Mapping[str, torch.Tensor]) -> None:
-        # Older files say `vision_model.` in front and hold a buffer of position numbers.
-        own = {
-            re.sub(r"^vision_model\.", "", name): tensor
-            for name, tensor in weights.items()
-            if not name.endswith("position_ids")
-        }
-        names = {re.sub(r"^vision_model\.", "", n): n for n in self.vision_tower.state_dict()}
-        for name, full in names.items():
-            expected = tuple(self.vision_tower.state_dict()[full].shape)
-            found = tuple(own[name].shape) if name in own else "nothing"
-            if found != expected:
-                raise InputError(
-                    f"the checkpoint's vision tower: tensor {name} is {found}, "
-                    f"{self.vision_tower_name} has {expected}"
-                )
-        self.vision_tower.load_state_dict({full: own[name] for name, full in names.items()})
+        expected = self.vision_tower.state_dict()
+        own = {name: weights[name] for name in weights if name in expected}
+        check(own, expected, who="the checkpoint's vision tower")
+        self.vision_tower.load_state_dict(own)
 
     @property
     def is_tuned(self) -> bool:
