@@ -21,6 +21,7 @@ from fed.state import State
 LARGE = 1024
 OVERSAMPLE = 16  # further directions that the range finder draws and throws away
 PASSES = 3  # applications of S in the range finder; each sharpens the leading directions
+CHUNK = 2**16  # values that are summed over the clients at once
 _TABLES = (
     "embed_tokens.weight",
     "lm_head.weight",
@@ -87,10 +88,12 @@ def shares(weights: Sequence[float]) -> list[float]:
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_k w_k T_k in float64, whatever the type of the tensors."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.add_(tensor, alpha=weight)
+    """sum_k w_k T_k in float64, whatever the type of the tensors, which may be memory-mapped."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float64, memory_format=torch.contiguous_format)
+    flat, parts = total.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, len(flat), CHUNK):  # a chunk stays in the cache until all were added
+        for part, weight in zip(parts, weights, strict=True):
+            flat[start : start + CHUNK].add_(part[start : start + CHUNK], alpha=weight)
     return total
 
 

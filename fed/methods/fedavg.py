@@ -3,28 +3,47 @@
     A^{t+1} = A^t + server_lr * (sum_k p_k A_k - A^t),    p_k = n_k / sum_j n_j
 
 `server_lr` is the step of the server along the mean update (Reddi et al. 2021, arXiv 2003.00295);
-1 is FedAvg.
+1 is FedAvg. `paper_compat` takes p_k = 1 / K, which is common in research code.
 """
 
 from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
+from fed.methods.blocks import blocks, empty
+from fed.methods.checks import check_option
 from fed.methods.registry import Outcome, method
-from fed.space import shares, weighted_sum
+from fed.space import shares
 from fed.state import State
-from llava.errors import InputError
 
 
 @method("fedavg")
 def fedavg(
-    states: list[State], *, weights: list[float], base: State, memory: dict, server_lr: float = 1.0
+    states: list[State],
+    *,
+    weights: list[float],
+    base: State,
+    memory: dict[str, Tensor],
+    server_lr: float = 1.0,
+    paper_compat: bool = False,
 ) -> Outcome:
-    """The weighted mean in float64, or a step of another length towards it."""
-    if not 0 < server_lr < math.inf:
-        raise InputError(f"fedavg option server_lr: expected a positive number, found {server_lr}")
-    p = shares(weights)
-    state = {name: weighted_sum([s[name] for s in states], p) for name in base}
-    if server_lr != 1:  # with 1 the result is the mean itself, free of the base's rounding
-        state = {name: base[name] + server_lr * (state[name] - base[name]) for name in base}
-    return Outcome(state)
+    """The weighted mean in float64, or a step of another length towards it.
+
+    One client, or identical clients, give that client: to the bit in float32 and narrower types.
+    """
+    check_option("fedavg", "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
+    p = mean_shares(weights, paper_compat)
+    result = empty(base)
+    for block in blocks(states, base):
+        mean = block.mix(p)
+        if server_lr != 1:  # with 1 the result is the mean itself, free of the base's rounding
+            mean = block.base + server_lr * (mean - block.base)
+        block.write(result, mean)
+    return Outcome(result)
+
+
+def mean_shares(weights: list[float], uniform: bool) -> list[float]:
+    """p_k: by samples, or 1 / K."""
+    return shares([1.0] * len(weights) if uniform else weights)

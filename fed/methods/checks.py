@@ -1,0 +1,50 @@
+"""What a method checks by itself: the range of an option, and that its memory is of this model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fed.state import State, StateError, near
+from llava.errors import InputError
+
+
+def check_option(method: str, option: str, value: Any, fits: bool, expected: str) -> None:
+    """Refuse an option's value that is out of range; `expected` ends the sentence."""
+    if not fits:
+        raise InputError(f"{method} option {option}: expected {expected}, found {value}")
+
+
+def memory_shapes(base: State, suffixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a memory that has one tensor per tensor of `base` and suffix."""
+    return {name + s: tuple(tensor.shape) for name, tensor in base.items() for s in suffixes}
+
+
+def check_memory(
+    method: str, memory: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a memory that has not exactly these names and shapes, or is not of finite floats.
+
+    An empty memory is that of the first round, and is let through.
+
+    Raises:
+        StateError: naming the tensor.
+    """
+    if not memory:
+        return
+    for name in shapes:
+        if name not in memory:
+            raise StateError(f"{method} memory: tensor {name} is missing{near(name, memory)}")
+    for name, tensor in memory.items():
+        if name not in shapes:
+            raise StateError(f"{method} memory: tensor {name} is not expected{near(name, shapes)}")
+        if tuple(tensor.shape) != shapes[name]:
+            found, expected = tuple(tensor.shape), shapes[name]
+            raise StateError(f"{method} memory: {name} has shape {found}, expected {expected}")
+        if not tensor.is_floating_point():
+            raise StateError(f"{method} memory: {name} is {tensor.dtype}, expected a float type")
+        if not torch.isfinite(tensor).all():
+            raise StateError(f"{method} memory: {name} holds NaN or infinity")
