@@ -1,4 +1,4 @@
-"""FedExP (Jhunjhunwala et al. 2023, arXiv 2301.09604): the more clients differ, the longer the step.
+"""FedExP (Jhunjhunwala et al. 2023, arXiv 2301.09604): a longer step the more clients differ.
 
     Delta_k = A_k - A^t,    Delta = sum_k p_k Delta_k
     eta = max(1, sum_k p_k |Delta_k|^2 / (2 (|Delta|^2 + eps)))
