@@ -20,6 +20,7 @@ from llava.model.checkpoint import (
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
     load_projector,
+    projector_parameters,
     projector_state,
 )
 from llava.model.lora import (
@@ -27,11 +28,13 @@ from llava.model.lora import (
     ADAPTER_FILE,
     NON_LORA_FILE,
     PEFT_PREFIX,
+    adapter_parameters,
     adapter_state,
     is_lora,
     load_adapter,
     load_non_lora,
     non_lora_state,
+    other_parameters,
     read_non_lora,
     write_adapter_config,
 )
@@ -44,6 +47,7 @@ class Form(Protocol):
     flag: str
     files: tuple[str, ...]
 
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]: ...
     def of_model(self, model: nn.Module) -> State: ...
     def into_model(self, model: nn.Module, state: State, source: str) -> None: ...
     def write(self, state: State, folder: Path) -> None: ...
@@ -56,6 +60,10 @@ class ProjectorForm:
 
     flag = "pretrain_mm_mlp_adapter"
     files = (PROJECTOR_FILE,)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What a state is copied from, by the state's names."""
+        return projector_parameters(model)
 
     def of_model(self, model: nn.Module) -> State:
         """What trains in `model`, float32 on the CPU; under ZeRO-3 every rank must call it."""
@@ -100,6 +108,10 @@ class LoraForm:
         with tempfile.TemporaryDirectory() as folder:
             write_adapter_config(model, folder)
             self.config = (Path(folder) / ADAPTER_CONFIG).read_text()
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        others = {n.removeprefix(PEFT_PREFIX): p for n, p in other_parameters(model).items()}
+        return adapter_parameters(model) | others
 
     def of_model(self, model: nn.Module) -> State:
         others = {n.removeprefix(PEFT_PREFIX): t for n, t in non_lora_state(model).items()}

@@ -83,10 +83,37 @@ def check_flags(
             raise InputError(f"--{flag} is {getattr(fed_args, flag)}, 0 or more is expected")
     _check_driver(fed_args)
     options = methods.parse_options(fed_args.fed_method, fed_args.fed_options)
-    # A rehearsal on next to nothing finds a value that is out of range before anybody trains.
-    tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
-    methods.get(fed_args.fed_method)([tiny, tiny], weights=[1, 1], base=tiny, **options)
+    _rehearse(fed_args.fed_method, options)
+    if methods.get(fed_args.fed_method).client is not None:
+        _check_steps_changed(training_args, fed_args)
     return options
+
+
+def _rehearse(name: str, options: dict) -> None:
+    """A round on next to nothing: finds a value that is out of range before anybody trains."""
+    tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
+    make_rule = methods.client_rule(name, options)
+    sent = make_rule(tiny, {}, {}).end().extras if make_rule else {}
+    methods.get(name)([tiny, tiny], weights=[1, 1], base=tiny, extras=[sent, sent], **options)
+
+
+def _check_steps_changed(training_args: TrainingArguments, fed_args: FedArguments) -> None:
+    """Refuse where a method's rule for the clients' steps would not be heard, or has no sense."""
+    who = f"--fed_method {fed_args.fed_method}"
+    if fed_args.fed_driver == "script":
+        raise InputError(
+            f"{who} changes the clients' own steps, which a script of --fed_driver script does not "
+            "know of; --fed_driver resident does"
+        )
+    if fed_args.fed_pool:
+        raise InputError(
+            f"{who} has no place with --fed_pool: all data in one place is trained as it is"
+        )
+    for flag in ("deepspeed", "fsdp"):
+        if getattr(training_args, flag):
+            raise InputError(
+                f"{who} changes gradients before each step, and --{flag} keeps them to itself"
+            )
 
 
 def _check_driver(fed_args: FedArguments) -> None:

@@ -13,11 +13,17 @@ from llava.errors import InputError
 
 @dataclass
 class Update:
-    """What a client sends back: its state (float32), how many samples it saw, what it measured."""
+    """What a client sends back: its state (float32), how many samples it saw, what it measured.
+
+    `extras` travels beside the state, `kept` is for the client's own next turn, as the method's
+    client rule says.
+    """
 
     state: State
     num_samples: int
     metrics: dict = field(default_factory=dict)
+    extras: State = field(default_factory=dict)
+    kept: State = field(default_factory=dict)
 
 
 @dataclass
@@ -25,8 +31,9 @@ class RoundState:
     """All that the next round needs, in one file.
 
     `shared` is the state that clients start from; `personal` has those of clients whose method
-    gives each its own. Who takes part in a round and which samples it sees follow from the seed
-    and the round's number, so they need no place here.
+    gives each its own, and `kept` what a client keeps from turn to turn. Who takes part in a round
+    and which samples it sees follow from the seed and the round's number, so they need no place
+    here.
     """
 
     round: int
@@ -35,12 +42,14 @@ class RoundState:
     memory: State = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
+    kept: dict[str, State] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         tensors = {f"shared/{name}": t for name, t in self.shared.items()}
         tensors |= {f"memory/{name}": t for name, t in self.memory.items()}
-        for client, state in self.personal.items():
-            tensors |= {f"personal/{client}/{name}": t for name, t in state.items()}
+        for part in ("personal", "kept"):
+            for client, state in getattr(self, part).items():
+                tensors |= {f"{part}/{client}/{name}": t for name, t in state.items()}
         facts = {"round": self.round, "records": self.records, "settings": self.settings}
         _save_with_facts(tensors, facts, path)
 
@@ -50,9 +59,9 @@ class RoundState:
         loaded = cls(shared={}, **facts)
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
-            if part == "personal":
+            if part in ("personal", "kept"):
                 client, name = name.split("/", 1)
-                loaded.personal.setdefault(client, {})[name] = tensor
+                getattr(loaded, part).setdefault(client, {})[name] = tensor
             else:
                 getattr(loaded, part)[name] = tensor
         return loaded
@@ -78,11 +87,19 @@ def _load_with_facts(path: Path) -> tuple[State, dict]:
 
 
 def save_update(update: Update, path: Path) -> None:
-    _save_with_facts(
-        update.state, {"num_samples": update.num_samples, "metrics": update.metrics}, path
-    )
+    tensors = {
+        f"{part}/{name}": tensor
+        for part in ("state", "extras", "kept")
+        for name, tensor in getattr(update, part).items()
+    }
+    facts = {"num_samples": update.num_samples, "metrics": update.metrics}
+    _save_with_facts(tensors, facts, path)
 
 
 def load_update(path: Path) -> Update:
     tensors, facts = _load_with_facts(path)
-    return Update(tensors, **facts)
+    update = Update({}, **facts)
+    for key, tensor in tensors.items():
+        part, name = key.split("/", 1)
+        getattr(update, part)[name] = tensor
+    return update

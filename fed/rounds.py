@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from fed import state as states
 from fed.clients import seed_of
+from fed.methods.client_rule import ClientRule, for_clients
 from fed.record import Stopwatch, curves, line_of_turn, lines_of_measures, round_record
 from fed.round_state import RoundState, Update, save_update
 from fed.state import State
@@ -43,7 +44,9 @@ class Loop:
     Args:
         clients: all clients, in a fixed order.
         fit_many: the driver.
-        method: a bound aggregation method, `method(states, weights=, base=, memory=, clients=)`.
+        method: a bound aggregation method, `method(states, weights=, base=, memory=, clients=,
+            extras=, total=)`.
+        rule: what clients of the method do within their turns, if anything.
         output_dir: gets `rounds.jsonl`, and `fed/` with what resuming needs.
         settings: what must be the same when a run is continued.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
@@ -62,6 +65,7 @@ class Loop:
     seed: int
     clients_per_round: int = 0
     min_clients: int = 0
+    rule: type[ClientRule] | None = None
     evaluate: Callable[[State], dict] | None = None
     evaluate_every: int = 1
     log: Callable[[dict[str, float], int], None] = lambda values, round: None
@@ -122,8 +126,16 @@ class Loop:
     def _round(self, now: RoundState) -> RoundState:
         round = now.round + 1
         folder = self._folder(round)
+        extras = for_clients(now.memory)
         turns = [
-            Turn(client, now.personal.get(client.name, now.shared), round, folder)
+            Turn(
+                client,
+                now.personal.get(client.name, now.shared),
+                round,
+                folder,
+                extras,
+                now.kept.get(client.name, {}),
+            )
             for client in self.chosen(round)
         ]
         updates, failed = self._collect(turns)
@@ -171,7 +183,7 @@ class Loop:
                     if len(failed) <= limit:
                         self._say(f"round {turn.round}/{self.rounds}  goes on without {turn.name}")
                     continue
-                states.check(result.state, like=turn.state, who=f"client {turn.name}")
+                self._check(turn, result)
                 if self.main:
                     save_update(result, turn.update_file)
                 updates[turn.name] = result
@@ -183,11 +195,26 @@ class Loop:
             raise ClientFailed(_why_stopped(failed, self.min_clients))
         return updates, failed
 
+    def _check(self, turn: Turn, update: Update) -> None:
+        """Refuse, by the client's name, what no method should see."""
+        who = f"client {turn.name}"
+        states.check(update.state, like=turn.state, who=who)
+        if self.rule is not None and update.num_samples:
+            sent = turn.state if self.rule.sends else {}
+            kept = turn.state if self.rule.keeps else {}
+            states.check(update.extras, like=sent, who=f"{who}, beside its state")
+            states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
+
     def _aggregate(
         self, now: RoundState, turns: Sequence[Turn], updates: Mapping[str, Update]
     ) -> tuple[RoundState, dict]:
         after = RoundState(
-            now.round + 1, now.shared, dict(now.personal), now.memory, [], now.settings
+            now.round + 1,
+            now.shared,
+            dict(now.personal),
+            now.memory,
+            settings=now.settings,
+            kept=dict(now.kept),
         )
         # In the clients' order, whoever was first to finish.
         done = {t.name: updates[t.name] for t in turns if t.name in updates}
@@ -200,7 +227,10 @@ class Loop:
             base=now.shared,
             memory=now.memory or None,
             clients=list(at_work),
+            extras=[update.extras for update in at_work.values()],
+            total=len(self.clients),
         )
+        after.kept |= {name: update.kept for name, update in at_work.items() if update.kept}
         if isinstance(outcome.state, list):
             after.personal |= dict(zip(at_work, outcome.state, strict=True))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -21,6 +21,7 @@ from fed.drivers.script import ScriptClient, ScriptDriver
 from fed.evaluate import EvaluationSet
 from fed.form import Form, ProjectorForm, form_of
 from fed.logger import RunLogger
+from fed.methods import ClientRule
 from fed.state import State
 from fed.turns import FitMany
 from llava.errors import InputError
@@ -62,8 +63,9 @@ def resident(
     client_args: Sequence[tuple[DataArguments, TrainingArguments]],
     arguments: Arguments,
     logger: RunLogger,
+    rule: Callable[..., ClientRule] | None = None,
 ) -> Setup:
-    """One model, on which clients take turns."""
+    """One model, on which clients take turns; `rule` as `methods.client_rule` gives it."""
     _, data_args, training_args, fed_args = arguments
     session = load_session(*arguments[:3])
     datasets = load_clients_data(specs, data_args, client_args, session)
@@ -73,7 +75,7 @@ def resident(
     else:
         clients = make_clients(specs, client_args, datasets, fed_args)
     collator = DataCollatorForSupervisedDataset(session.tokenizer)
-    driver = ResidentDriver(session, collator, fed_args.fed_lr_schedule, logger.of_client)
+    driver = ResidentDriver(session, collator, fed_args.fed_lr_schedule, logger.of_client, rule)
     form, initial = _trained_part(session)
     return Setup(clients, datasets, driver.fit_many, form, initial, session.model.config, session)
 

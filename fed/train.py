@@ -40,6 +40,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     _, data_args, training_args, fed_args = arguments
     options = inputs.check_flags(*arguments)
     scripted = fed_args.fed_driver == "script"
+    method = methods.get(fed_args.fed_method)
     specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, processes=scripted)
     inputs.check_numbers(specs, fed_args)
     client_args = [inputs.arguments_of(spec, argv, data_args, training_args) for spec in specs]
@@ -48,7 +49,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     if scripted:
         run = setup.scripted(specs, arguments, logger)
     else:
-        run = setup.resident(specs, client_args, arguments, logger)
+        rule = methods.client_rule(fed_args.fed_method, options)
+        run = setup.resident(specs, client_args, arguments, logger, rule)
     evaluation_sets = [
         setup.evaluation_set(path, data_args, fed_args, run.session, training_args)
         for path in fed_args.fed_eval_data_path
@@ -59,7 +61,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     loop = Loop(
         clients=run.clients,
         fit_many=run.fit_many,
-        method=functools.partial(methods.get(fed_args.fed_method), **options),
+        method=functools.partial(method, **options),
+        rule=method.client,
         output_dir=Path(training_args.output_dir),
         settings=settings_of(specs, run.datasets, arguments, options, run.initial),
         rounds=fed_args.fed_rounds,

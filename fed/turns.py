@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -22,12 +22,17 @@ class ClientFailed(InputError):
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """A client, what it is sent, and where its work lies while the round is not over."""
+    """A client, what it is sent, and where its work lies while the round is not over.
+
+    `extras` is what it is sent beside the state, `kept` what it has kept of its last turn.
+    """
 
     client: Any
     state: State
     round: int
     folder: Path
+    extras: State = field(default_factory=dict)
+    kept: State = field(default_factory=dict)
 
     @property
     def name(self) -> str:

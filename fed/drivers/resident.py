@@ -17,7 +17,9 @@ from accelerate.utils import extract_model_from_parallel
 from transformers.trainer_callback import TrainerCallback
 
 from fed.clients import seed_of
+from fed.drivers.client_steps import ClientSteps
 from fed.form import form_of
+from fed.methods import ClientRule
 from fed.round_state import Update
 from fed.state import State
 from fed.turns import Log, Turn
@@ -51,6 +53,7 @@ class ResidentDriver:
 
     Args:
         schedule: `run` lets the learning-rate schedule span the rounds, `round` starts it anew.
+        rule: what makes the method's rule for a turn, None where clients step as they are.
         log_of: a client's name → what takes its logs, `log(step, values)`.
     """
 
@@ -60,12 +63,14 @@ class ResidentDriver:
         collator: DataCollatorForSupervisedDataset,
         schedule: str = "run",
         log_of: Callable[[str], Log] = lambda name: lambda step, values: None,
+        rule: Callable[[State, State, State], ClientRule] | None = None,
     ):
         self.session = session
         self.form = form_of(session.model)
         self.collator = collator
         self.schedule = schedule
         self.log_of = log_of
+        self.rule = rule
         extract_model_from_parallel(session.model)  # imports what the first turn would import
         # Each turn's trainer collects garbage; what lives as long as the run need not be searched.
         gc.collect()
@@ -76,11 +81,16 @@ class ResidentDriver:
     ) -> Iterator[tuple[Turn, Update]]:
         """The driver contract."""
         for turn in turns:
-            log = self.log_of(turn.name)
-            yield (
-                turn,
-                self.fit(turn.client, turn.state, turn.round, work_dir=turn.work_dir, log=log),
+            update = self.fit(
+                turn.client,
+                turn.state,
+                turn.round,
+                extras=turn.extras,
+                kept=turn.kept,
+                work_dir=turn.work_dir,
+                log=self.log_of(turn.name),
             )
+            yield turn, update
 
     def fit(
         self,
@@ -89,11 +99,15 @@ class ResidentDriver:
         round: int,
         *,
         work_dir: Path,
+        extras: State | None = None,
+        kept: State | None = None,
         log: Log = lambda step, logs: None,
     ) -> Update:
         """Train `client` from `state` on its slice of `round`.
 
         Args:
+            extras, kept: for the method's rule: what was sent beside the state, and what the client
+                has kept.
             work_dir: where the trainer's own checkpoints go (with --save_strategy); a turn that was
                 cut short continues from them.
             log: called with the client's step, counted over all its rounds, and the trainer's logs.
@@ -126,19 +140,29 @@ class ResidentDriver:
             progress=False,
         )
         checkpoint = last_checkpoint(args.output_dir)
+        steps = None
+        if self.rule is not None:
+            parameters = self.form.parameters(self.session.model)
+            steps = ClientSteps(self.rule, parameters, extras or {}, kept or {})
+            trainer.add_callback(steps)
+            if checkpoint:
+                steps.go_on_from(checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         loss = result.training_loss
         if checkpoint:  # that was the mean since then; the log goes back to the turn's beginning
             losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
             loss = sum(losses) / len(losses) if losses else loss
-        update = self.form.of_model(self.session.model)
+        trained = self.form.of_model(self.session.model)
         release(trainer)
         metrics = {
             "loss": loss,
             "steps": result.global_step,
             "seconds": watch.seconds,
         }
-        return Update(update, samples, metrics)
+        update = Update(trained, samples, metrics)
+        if steps is not None:
+            steps.finish(update)
+        return update
 
 
 def release(trainer: LLaVATrainer) -> None:

@@ -3,9 +3,11 @@
     outcome = get("fedcmp")(states, weights=[120, 80], base=base, rescale=2.0)
 
 A new method is a new file here with one function under `@method("its-name")`; its keyword-only
-arguments with their types are its options, on the command line and in YAML.
+arguments with their types are its options, on the command line and in YAML. What its clients do
+within their turns, if anything, is a `ClientRule`.
 """
 
-from fed.methods.registry import Outcome, get, method, names, parse_options
+from fed.methods.client_rule import ClientRule
+from fed.methods.registry import Outcome, client_rule, get, method, names, parse_options
 
-__all__ = ["Outcome", "get", "method", "names", "parse_options"]
+__all__ = ["ClientRule", "Outcome", "client_rule", "get", "method", "names", "parse_options"]

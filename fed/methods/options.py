@@ -11,7 +11,8 @@ from typing import Any, Literal
 from fed.state import near
 from llava.errors import InputError
 
-ARGUMENTS = ("states", "weights", "base", "memory")  # of every method; all others are options
+# Of every method, the last two of those that ask for them; all others are options.
+ARGUMENTS = ("states", "weights", "base", "memory", "extras", "total")
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
@@ -29,6 +30,12 @@ def parse(
             has = f"it has {', '.join(known) or 'none'}"
             raise InputError(f"{name} has no option {option!r}{near(option, known)}; {has}")
     return {o: _typed(f"{name} option {o}", value, types[o]) for o, value in options.items()}
+
+
+def defaults(function: Callable) -> dict[str, Any]:
+    """What each option of a method is when it is not given."""
+    parameters = inspect.signature(inspect.unwrap(function)).parameters
+    return {name: p.default for name, p in parameters.items() if name not in ARGUMENTS}
 
 
 def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:

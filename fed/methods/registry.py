@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from fed.methods import options as options_of
+from fed.methods.client_rule import ClientRule
 from fed.state import State, StateError, check, near
 from llava.errors import InputError
 
@@ -34,16 +36,24 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def method(name: str, *, personal: bool = False) -> Callable:
+def method(
+    name: str, *, personal: bool = False, client: type[ClientRule] | None = None
+) -> Callable:
     """Register a function `(states, *, weights, base, memory, <options>) -> Outcome` as `name`.
 
     The function gets arguments that were checked (see `get`), memory as a dict, no client of weight
     0 unless `personal` (one state per client comes back), and may return any floating type.
+
+    A method whose clients step in another way has a rule `client`, made anew for each turn. Its
+    function may ask for `extras`, what each client's rule sent, and `total`, how many clients the
+    run has, in this round or not.
     """
+    sends = client is not None and client.sends
 
     def register(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
         if name in _METHODS:
             raise InputError(f"two methods are called {name}")
+        asked = inspect.signature(function).parameters.keys() & {"extras", "total"}
 
         @functools.wraps(function)
         @torch.no_grad()
@@ -54,17 +64,25 @@ def method(name: str, *, personal: bool = False) -> Callable:
             base: State,
             memory: Mapping[str, torch.Tensor] | None = None,
             clients: Sequence[str] | None = None,
+            extras: Sequence[State] | None = None,
+            total: int | None = None,
             **options: Any,
         ) -> Outcome:
             options = options_of.parse(name, function, options)
             who = list(clients or map(str, range(len(states))))
             weights = _check(states, weights, base, who)
+            extras = _check_extras(name, extras, base if sends else {}, who)
+            total = len(states) if total is None else total
+            if total < len(states):
+                raise InputError(f"{len(states)} client states of {total} clients in total")
             heard = [k for k, weight in enumerate(weights) if personal or weight > 0]
+            beside = {"extras": [extras[k] for k in heard], "total": total}
             outcome = function(
                 [states[k] for k in heard],
                 weights=[weights[k] for k in heard],
                 base=base,
                 memory=dict(memory or {}),
+                **{k: v for k, v in beside.items() if k in asked},
                 **options,
             )
             if personal:
@@ -75,6 +93,7 @@ def method(name: str, *, personal: bool = False) -> Callable:
             outcome.facts["clients"] = [who[k] for k in heard]
             return outcome
 
+        run.client = client
         _METHODS[name] = run
         return run
 
@@ -90,13 +109,15 @@ def names() -> list[str]:
 def get(name: str) -> Callable[..., Outcome]:
     """The method `name`, a callable `(states, *, weights, base, memory=None, **options)`.
 
-    It also takes `clients`, names for messages and facts. It changes none of its arguments.
+    It also takes `clients`, names for messages and facts, `extras`, what each client sent beside
+    its state where clients do, and `total`, how many clients there are (as many as states when not
+    given). It changes none of its arguments.
 
     Raises:
         InputError: no such method; and when it is called: weights that are not sample counts, an
             option that it has not or of another type.
         StateError: when it is called: a state that has not the names and shapes of `base` or is
-            not finite, memory that does not fit.
+            not finite, memory or extras that do not fit.
     """
     _load()
     if name not in _METHODS:
@@ -114,6 +135,20 @@ def parse_options(name: str, options: Sequence[str] | Mapping[str, Any]) -> dict
         InputError: an unknown option, one given twice, or a value that is not of its type.
     """
     return options_of.parse(name, get(name), options)
+
+
+def client_rule(
+    name: str, options: Sequence[str] | Mapping[str, Any]
+) -> Callable[[State, State, State], ClientRule] | None:
+    """What makes a client's rule for a turn, `(start, sent, kept) -> ClientRule`.
+
+    None where clients of method `name` step as their trainer does.
+    """
+    function = get(name)
+    if function.client is None:
+        return None
+    given = options_of.parse(name, function, options)
+    return functools.partial(function.client, **{**options_of.defaults(function), **given})
 
 
 def _load() -> None:
@@ -143,6 +178,20 @@ def _check(
     for client, state in zip(who, states, strict=True):
         check(state, base, who=f"client {client}")
     return weights
+
+
+def _check_extras(
+    name: str, extras: Sequence[State] | None, like: State, who: list[str]
+) -> Sequence[State]:
+    if extras is None:
+        if like:
+            raise InputError(f"{name} needs extras: what each client sent beside its state")
+        return [{}] * len(who)
+    if len(extras) != len(who):
+        raise InputError(f"{len(extras)} extras, expected one of each of {len(who)} clients")
+    for client, extra in zip(who, extras, strict=True):
+        check(extra, like, who=f"client {client}, beside its state")
+    return extras
 
 
 def _as(base: State, state: State, method: str) -> State:

@@ -166,7 +166,7 @@ def projector_state(model: nn.Module) -> State:
 
     The newline token of `spatial_unpad` is one of them. Under ZeRO-3 every rank must call it.
     """
-    parameters = _projector_parameters(model)
+    parameters = projector_parameters(model)
     return copies(parameters)
 
 
@@ -180,7 +180,7 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
         StateError: a name, shape or type that is not the projector's, NaN or infinity; `source`
             opens the message, and nothing has been copied.
     """
-    parameters = _projector_parameters(model)
+    parameters = projector_parameters(model)
     own = {
         name: tensor
         for name, tensor in tensors.items()
@@ -190,7 +190,8 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
     copy_in(own, parameters, source)
 
 
-def _projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The projector's own parameters, named as in `projector_state`."""
     parts = model.get_model()
     found = {PROJECTOR_PREFIX + name: p for name, p in parts.mm_projector.named_parameters()}
     if hasattr(parts, "image_newline"):

@@ -134,12 +134,12 @@ def is_lora(model: nn.Module) -> bool:
 
 def adapter_state(model: PeftModel) -> State:
     """The adapter's tensors on the CPU under their names on disk; under ZeRO-3 on every rank."""
-    return copies(_adapter_parameters(model))
+    return copies(adapter_parameters(model))
 
 
 def non_lora_state(model: PeftModel) -> State:
     """What trains beside the adapter, under upstream's names; under ZeRO-3 on every rank."""
-    return copies(_other_parameters(model))
+    return copies(other_parameters(model))
 
 
 def load_adapter(model: PeftModel, tensors: State, source: str) -> None:
@@ -154,7 +154,7 @@ def load_adapter(model: PeftModel, tensors: State, source: str) -> None:
         for name, tensor in tensors.items()
         if ".lora_" in name or not _PICTURE.fullmatch(name)
     }
-    _copy_in(own, _adapter_parameters(model), source)
+    _copy_in(own, adapter_parameters(model), source)
 
 
 def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
@@ -168,7 +168,7 @@ def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
     _copy_in(own, {name: p for name, p in parameters.items() if name in own}, source)
 
 
-def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """What belongs into the adapter's file, as peft has it: LoRA, and the biases that train."""
     bias = model.peft_config["default"].bias
     found = {}
@@ -181,9 +181,9 @@ def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     return found
 
 
-def _other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+def other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """What belongs into `non_lora_trainables.bin`: whatever else trains."""
-    adapter = {id(parameter) for parameter in _adapter_parameters(model).values()}
+    adapter = {id(parameter) for parameter in adapter_parameters(model).values()}
     return {
         PEFT_PREFIX + on_disk(name.removeprefix(PEFT_PREFIX)): parameter
         for name, parameter in model.named_parameters()
@@ -261,7 +261,7 @@ def load_lora(model: PeftModel, folder: str | os.PathLike) -> None:
     file, tensors = _read_adapter(Path(folder))
     load_adapter(model, tensors, str(file))
     file = Path(folder) / NON_LORA_FILE
-    _copy_in(read_tensors(file), _other_parameters(model), str(file))
+    _copy_in(read_tensors(file), other_parameters(model), str(file))
 
 
 def save_lora(model: PeftModel, folder: str | os.PathLike, write: bool = True) -> None:
