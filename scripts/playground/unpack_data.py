@@ -1,30 +1,43 @@
-"""Unpack playground/data/emoji.tar.xz into playground/data/emoji (ignored by git).
+"""Unpack playground/data/emoji.tar.xz into playground/data/emoji (ignored by git), and cut clients.
 
     python scripts/playground/unpack_data.py
 
-Does nothing when that archive is unpacked already. The folder appears whole or not at all.
+Does nothing when that is done already. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
+import cut_clients
+
+from fed import partition
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHIVE = ROOT / "playground/data/emoji.tar.xz"
+CAPTIONS = ROOT / "playground/data/captions.json"
+CUTS = (Path(cut_clients.__file__), Path(partition.__file__))  # decide who has which picture
 TARGET = ROOT / "playground/data/emoji"
 
 
-def unpack(archive: Path = ARCHIVE, target: Path = TARGET) -> bool:
-    """Make `target` hold what `archive` holds; True if that took any work.
+def unpack(
+    archive: Path = ARCHIVE, target: Path = TARGET, captions: Path | None = CAPTIONS
+) -> bool:
+    """Make `target` hold what `archive` holds, with further clients; True if that took any work.
 
-    A file `.sha256` in the folder says which archive it came from.
+    A file `.sha256` in the folder says what it was made from.
+
+    Args:
+        captions: what the further clients say of the pictures; None: the archive alone.
     """
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    sources = [archive, captions, *CUTS] if captions else [archive]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
     def is_done() -> bool:
         mark = target / ".sha256"
@@ -39,6 +52,8 @@ def unpack(archive: Path = ARCHIVE, target: Path = TARGET) -> bool:
             for member in tar:
                 _check(member, archive)
                 tar.extract(member, fresh)
+        if captions:
+            cut_clients.cut(fresh, json.loads(captions.read_text()))
         (fresh / ".sha256").write_text(digest)
         if target.exists():
             os.rename(target, old)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -12,12 +13,15 @@ import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+HELD_OUT = ("heldout_dev.json", "heldout_test.json")
 STYLES = ("google", "twitter", "openmoji", "fluent")
 
 
 def script(name: str):
     """A file of scripts/playground as a module."""
     path = ROOT / f"scripts/playground/{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # as when it is run
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,8 +35,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def records(data: Path, pattern: str) -> list[dict]:
-    return [r for path in sorted(data.glob(pattern)) for r in json.loads(path.read_text())]
+def records(data: Path, *patterns: str) -> list[dict]:
+    paths = [path for pattern in patterns for path in sorted(data.glob(pattern))]
+    return [r for path in paths for r in json.loads(path.read_text())]
 
 
 def images(rows: list[dict]) -> set[str]:
@@ -43,7 +48,7 @@ def images(rows: list[dict]) -> set[str]:
 
 def test_every_picture_is_private_or_held_out_or_unseen(data):
     private = images(records(data, "clients/topic/*.json"))
-    held = images(records(data, "heldout_*.json"))
+    held = images(records(data, *HELD_OUT))
     unseen = images(records(data, "unseen.json"))
     on_disk = {p.relative_to(data / "images").as_posix() for p in data.glob("images/*/*.webp")}
     assert (len(private), len(held), len(unseen)) == (4362, 1454, 304)
@@ -57,7 +62,7 @@ def test_split_goes_by_concept_and_style(data):
         return Path(record["image"]).stem
 
     private = Counter(concept(r) for r in records(data, "clients/topic/*.json"))
-    held = Counter(concept(r) for r in records(data, "heldout_*.json"))
+    held = Counter(concept(r) for r in records(data, *HELD_OUT))
     unseen = Counter(concept(r) for r in records(data, "unseen.json"))
     assert set(private) == set(held) and set(private.values()) == {3} and set(held.values()) == {1}
     assert not set(unseen) & set(private) and set(unseen.values()) == {4}
@@ -68,7 +73,8 @@ def test_split_goes_by_concept_and_style(data):
 
 def test_records_are_llava_records(data):
     names = {}
-    for row in records(data, "clients/*/*.json") + records(data, "*.json"):
+    plain = ("topic/*.json", "style/*.json", "skew*/*.json", "caption/name.json")
+    for row in records(data, *(f"clients/{p}" for p in plain), *HELD_OUT, "unseen.json"):
         human, gpt = row["conversations"]
         assert human == {"from": "human", "value": "<image>\nWhat is this?"}
         assert gpt["from"] == "gpt" and 1 <= len(gpt["value"].split()) <= 6
@@ -102,9 +108,9 @@ def test_unpack_is_idempotent_and_replaces_another_version(data, tmp_path):
     archive, target = tmp_path / "a.tar.xz", tmp_path / "out"
     build = script("build_data")
     build.pack({"one.json": b"[]"}, archive)
-    assert unpack(archive, target) and not unpack(archive, target)
+    assert unpack(archive, target, None) and not unpack(archive, target, None)
     build.pack({"two.json": b"[]"}, archive)
-    assert unpack(archive, target)
+    assert unpack(archive, target, None)
     assert {p.name for p in target.iterdir()} == {"two.json", ".sha256"}
     assert {p.name for p in tmp_path.iterdir()} == {"a.tar.xz", "out"}
 
@@ -119,7 +125,7 @@ def test_unpack_refuses_links_and_paths_that_lead_outside(tmp_path, name):
             member.type, member.linkname, member.size = tarfile.SYMTYPE, "/etc/passwd", 0
         tar.addfile(member, io.BytesIO(b"x"))
     with pytest.raises(ValueError, match="no plain file or folder inside"):
-        script("unpack_data").unpack(archive, tmp_path / "out")
+        script("unpack_data").unpack(archive, tmp_path / "out", None)
     assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "out").exists()
 
 
@@ -149,3 +155,57 @@ def test_building_is_deterministic(tmp_path):
 )
 def test_names_become_plain_words(cldr, plain):
     assert script("build_data").plain_name(cldr) == plain
+
+
+def test_the_further_cuts_share_out_the_same_pictures(data):
+    private = images(records(data, "clients/topic/*.json"))
+    for cut, clients in (("caption", 4), ("skew", 12), ("skew-dev", 12)):
+        assert images(records(data, f"clients/{cut}/*.json")) == private
+        sizes = [len(json.loads(p.read_text())) for p in data.glob(f"clients/{cut}/*.json")]
+        assert len(sizes) == clients
+        if cut == "caption":
+            assert max(sizes) - min(sizes) <= 1
+        else:
+            assert min(sizes) >= 16 and max(sizes) > 10 * min(sizes)
+    one, other = (records(data, f"clients/{cut}/01.json") for cut in ("skew", "skew-dev"))
+    assert images(one) != images(other)
+
+
+def test_a_skewed_client_has_few_of_the_kinds(data):
+    def largest(rows):  # the share of the most frequent eighth of the 32 kinds
+        kinds = Counter((r["topic"], r["style"]) for r in rows).most_common(4)
+        return sum(n for _, n in kinds) / len(rows)
+
+    shares = [largest(json.loads(p.read_text())) for p in data.glob("clients/skew/*.json")]
+    assert sum(shares) / len(shares) > 1.5 * largest(records(data, "clients/skew/*.json"))
+
+
+def test_each_source_describes_in_its_own_way(data):
+    plain = records(data, "clients/topic/*.json", *HELD_OUT)
+    names = {r["image"]: r["conversations"][1]["value"] for r in plain}
+    said = json.loads((ROOT / "playground/data/captions.json").read_text())
+    for row in records(data, "clients/caption/*.json"):
+        name, text = names[row["image"]], row["conversations"][1]["value"]
+        expected = {
+            "name": name,
+            "keywords": ", ".join([name, *said[row["id"].split("-", 1)[1]]["keywords"]]),
+            "french": said[row["id"].split("-", 1)[1]]["fr"],
+        }
+        assert text == expected.get(row["source"], text)
+        assert row["source"] != "sentence" or text.startswith("among ") and text.endswith(name)
+    for part in ("dev", "test"):
+        held = {r["image"] for r in records(data, f"heldout_{part}.json")}
+        rows = records(data, f"heldout_{part}_caption.json")
+        by_name = [r for r in rows if r["source"] == "name"]
+        others = Counter(r["source"] for r in rows if r["source"] != "name")
+        assert images(by_name) == held == images([r for r in rows if r["source"] != "name"])
+        assert max(others.values()) - min(others.values()) <= 1 and len(others) == 3
+
+
+def test_captions_are_plain_words_that_the_tokenizer_holds(data):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "playground/backbones/llm")
+    for row in records(data, "clients/caption/*.json"):
+        ids = tokenizer(row["conversations"][1]["value"]).input_ids
+        assert tokenizer.unk_token_id not in ids and len(ids) < 64
