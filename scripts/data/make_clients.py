@@ -1,0 +1,194 @@
+"""Federated clients out of one data set: by source, by cluster, by caption style, by Dirichlet.
+
+    python scripts/data/make_clients.py SHAPE --input DATA --output FOLDER …
+
+scripts/data/README.md has the commands for LLaVA-Pretrain and CC12M, and says what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import keys
+
+from llava.errors import InputError, one_clear_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from cutting import Column, Cut
+    from samples import Sample, Source
+
+SHAPES = {
+    "source": "a client for each value of a key",
+    "cluster": "a client for each cluster of pictures",
+    "style": "a client for each style of captions",
+    "dirichlet": "clients that mix a key's values, more or less unlike each other",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes = top.add_subparsers(dest="shape", required=True, metavar="SHAPE")
+    for name, text in SHAPES.items():
+        one = shapes.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add = one.add_argument
+        add("--input", nargs="+", required=True, help="a LLaVA JSON, or tars: a-{000..123}.tar")
+        add("--output", required=True, type=Path, help="a folder that is new or empty")
+        add("--image-folder", help="JSON: where the pictures lie")
+        add("--meta", help="JSON: a list of objects with the same ids, whose keys are used too")
+        add("--caption", default="txt", help="tars: the field that is the caption (txt)")
+        add("--question", default="Describe the picture.", help="tars: what the human asks")
+        add("--skip-bad", action="store_true", help="JSON: leave out records without a picture")
+        add("--decode", action="store_true", help="decode each picture to find broken ones; slow")
+        add("--heldout", type=float, default=0, help="share (below 1) or number held out")
+        add("--seed", type=int, default=0)
+        add(
+            "--styles",
+            nargs="+",
+            default=[],
+            metavar="NAME=FIELD[:FORM]",
+            help="ways to describe, dealt to the samples in equal shares; `answer` is the record's "
+            "own caption; forms are first-sentence and keywords",
+            required=name == "style",
+        )
+        if name in ("source", "dirichlet"):
+            add("--key", nargs="+", required=True, help=keys.HELP)
+        add("--clients", type=int, required=name == "dirichlet", help="how many; else the largest")
+        add("--minimum-size", type=int, default=1, help="samples that a client has at least")
+        if name != "dirichlet":
+            add("--rare", choices=("pool", "drop"), default="pool", help="smaller ones: `other`")
+        else:
+            add("--alpha", type=float, required=True, help="small: a client has few keys")
+            add("--size-alpha", type=float, help="small: sizes differ much; else alpha decides")
+        if name != "style":
+            need = name == "cluster"
+            add("--tower", required=need, help="vision tower of clusters: a path or a hub name")
+            add("--clusters", type=int, help="how many")
+            add("--centroids", help="centroids.safetensors of another cut, instead of new ones")
+            add("--fit-samples", type=int, default=20000, help="pictures that k-means is fitted on")
+            add("--batch-size", type=int, default=64)
+            add("--device", default="cpu")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    keys_of = {"cluster": ["cluster"], "style": ["style"]}
+    wanted: list[str] = keys_of.get(args.shape) or args.key
+    _check(args, wanted)
+
+    import cutting
+    import writing
+    from styles import read_styles, restyle
+
+    from llava.atomic import write_text
+    from llava.model.shards import new_folder
+
+    styles = read_styles(args.styles)
+    source = open_source(args)
+    command = shlex.join(["python", "scripts/data/make_clients.py", *argv]).replace("\n", " ")
+    inputs = "\n".join(f"Input: {line}" for line in source.describe())
+    header = f"Made by: {command}\nSeed: {args.seed}\n{inputs}"
+    if _is_done(args.output, writing.comment(header)):
+        print(f"{args.output}: is there already, made by this command")
+        return
+    with new_folder(args.output) as folder:
+        *columns, used = cutting.survey(
+            source, [k for k in wanted if k not in keys.COMPUTED], styles
+        )
+        named = dict(zip([k for k in wanted if k not in keys.COMPUTED], columns, strict=True))
+        if "cluster" in wanted:
+            named["cluster"] = _clusters(args, source, used.codes >= 0, folder)
+            used = named["cluster"]
+        dealt = (
+            cutting.deal(used.codes >= 0, [s.name for s in styles], args.seed) if styles else None
+        )
+        if dealt:
+            named["style"] = dealt
+        cut = _cut(args, cutting.product([named[key] for key in wanted]))
+
+        def record_of(number: int, sample: Sample) -> dict:
+            return restyle(sample, styles[dealt.codes[number]]) if dealt else sample.record
+
+        writing.write_records(folder, source, cut, record_of)
+        text = writing.report(header, cut, source.left_out)
+        write_text(folder / "clients.md", text)
+        document = writing.clients_yaml(header, cut, source.image_folder, args.output)
+        write_text(folder / "clients.yaml", document)
+    print(text)
+    print(f"--fed_clients {args.output / 'clients.yaml'}")
+    if (args.output / "heldout.json").exists():
+        images = source.image_folder or args.output / "heldout/images"
+        print(f"--fed_eval_data_path {args.output / 'heldout.json'}")
+        print(f"--fed_eval_image_folder {images}")
+
+
+def _check(args: argparse.Namespace, wanted: list[str]) -> None:
+    """What is wrong with the flags, before anything is read."""
+    if "style" in wanted and not args.styles:
+        raise InputError("--key style needs --styles")
+    if len(set(wanted)) < len(wanted):
+        raise InputError("--key: the same key twice")
+    if "cluster" in wanted:
+        if not args.tower:
+            raise InputError("--key cluster needs --tower")
+        if (args.clusters is None) == (args.centroids is None):
+            raise InputError("clusters need either --clusters or --centroids")
+
+
+def _is_done(output: Path, head: str) -> bool:
+    try:
+        return (output / "clients.yaml").read_text(encoding="utf-8").startswith(head)
+    except OSError:
+        return False
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The input that the flags name: tar files, or one JSON."""
+    from reading import LlavaJson
+    from shards import Shards, expand
+
+    paths = expand(args.input)
+    tars = [path.endswith(".tar") for path in paths]
+    if all(tars):
+        for flag in ("image_folder", "meta"):
+            if getattr(args, flag):
+                raise InputError(f"--{flag.replace('_', '-')} is for a JSON, not for tar files")
+        return Shards(paths, args.caption, args.question, args.decode)
+    if len(paths) > 1:
+        raise InputError("--input: one JSON, or files that end in .tar, are expected")
+    if not args.image_folder:
+        raise InputError("--image-folder is missing: where the pictures of the JSON lie")
+    return LlavaJson(paths[0], args.image_folder, args.meta, args.skip_bad, args.decode)
+
+
+def _clusters(args: argparse.Namespace, source: Source, used: np.ndarray, folder: Path) -> Column:
+    import clusters
+
+    encoder = clusters.Encoder(args.tower, args.device, args.batch_size)
+    if args.centroids:
+        centroids = clusters.Centroids.load(args.centroids)
+    else:
+        centroids = clusters.fit(encoder, source, used, args.clusters, args.fit_samples, args.seed)
+    centroids.save(folder / "centroids.safetensors")
+    return clusters.assign(encoder, source, used, centroids)
+
+
+def _cut(args: argparse.Namespace, column: Column) -> Cut:
+    import cutting
+
+    held = cutting.hold_out(column.codes >= 0, args.heldout, args.seed)
+    if args.shape == "dirichlet":
+        sizes = (args.size_alpha, args.minimum_size)
+        return cutting.by_dirichlet(column, held, args.clients, args.alpha, *sizes, args.seed)
+    return cutting.by_value(column, held, args.minimum_size, args.clients, args.rare)
+
+
+if __name__ == "__main__":
+    with one_clear_error():
+        main()
