@@ -426,6 +426,23 @@ def test_scaffold_with_a_part_of_the_clients(flags, tiny, tmp_path):
         assert same(mean, memory, atol=1e-6)
 
 
+def test_a_client_without_a_sample_is_absent_and_joins_late(flags, tiny, tmp_path):
+    records = json.loads((tiny / "a.json").read_text())
+    (tmp_path / "single.json").write_text(json.dumps(records[:1]))
+    names = {"a": tiny / "a.json", "single": tmp_path / "single.json"}
+    clients = [
+        {"name": name, "data_path": str(path), "image_folder": str(tiny / "images")}
+        for name, path in names.items()
+    ]
+    (tmp_path / "c.yaml").write_text(json.dumps({"clients": clients}))
+    common = {**PLAIN, "fed_method": "scaffold", "fed_rounds": 3}
+    records = run(flags, tmp_path / "x", tmp_path / "c.yaml", **common)
+    assert [record["facts"]["share"] for record in records] == [0.5, 0.5, 1]
+    now = RoundState.load(tmp_path / "x/fed/state.safetensors")
+    mean = {n: (now.kept["a"][n] + t) / 2 for n, t in now.kept["single"].items()}
+    assert same(mean, for_clients(now.memory), atol=1e-6)
+
+
 def test_an_update_comes_back_from_the_disk_as_it_was(tmp_path):
     update = Update(one(1.0), 3, {"loss": 2.0}, extras=one(4.0), kept=one(5.0))
     save_update(update, tmp_path / "u.safetensors")
@@ -467,17 +484,26 @@ class Stop(Exception):
 def test_a_turn_cut_short_goes_on_with_what_was_summed(
     flags, tiny, tmp_path, monkeypatch, method, options, step
 ):
+    changes = {"save_strategy": "steps", "save_steps": 2, "fed_rounds": 2}
+    cut_short(flags, tiny, tmp_path, monkeypatch, method, options, step, every=2, **changes)
+
+
+def test_a_turn_cut_short_in_its_second_epoch(flags, tiny, tmp_path, monkeypatch):
+    changes = {"save_strategy": "epoch", "num_train_epochs": 2, "fed_rounds": 1}
+    cut_short(flags, tiny, tmp_path, monkeypatch, "scaffold", [], 9, every=6, **changes)
+
+
+def cut_short(flags, tiny, tmp_path, monkeypatch, method, options, step, every, **changes):
+    """Stop before a step, go on; that must begin at a multiple of `every` and end in the bits."""
     from llava.train.llava_trainer import LLaVATrainer
 
     common = {
         **PLAIN,
         "fed_clients": tiny / "clients.yaml",
-        "fed_rounds": 2,
         "fed_method": method,
-        "fed_options": options,
-        "save_strategy": "steps",
-        "save_steps": 2,
+        "fed_options": options or None,
         "save_total_limit": 1,
+        **changes,
     }
     one_step, begun, stops = LLaVATrainer.training_step, [], [step]
 
@@ -494,7 +520,7 @@ def test_a_turn_cut_short_goes_on_with_what_was_summed(
     begun.clear()
     stops.clear()
     train(flags(**common, output_dir=tmp_path / "x"))
-    assert begun[0] == left - left % 2  # it went on from the checkpoint, not from the beginning
+    assert begun[0] == left - left % every  # it went on from the checkpoint, not from the beginning
     train(flags(**common, output_dir=tmp_path / "y"))
     assert result(tmp_path / "x") == result(tmp_path / "y")
     x, y = (RoundState.load(tmp_path / name / "fed/state.safetensors") for name in "xy")
@@ -517,18 +543,27 @@ def test_a_turn_cut_short_goes_on_with_what_was_summed(
             "scaffold changes .*--fed_driver",
         ),
         ({"fed_method": "fedprox", "fed_pool": True}, "fedprox has no place with --fed_pool"),
-        ({"fed_method": "fedprox", "deepspeed": "zero2.json"}, "--deepspeed keeps them to itself"),
-        ({"fed_method": "scaffold", "fsdp": "full_shard"}, "--fsdp keeps them to itself"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
     flags, tiny, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr(setup, "load_session", None)
-    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         train(flags(fed_clients=tiny / "clients.yaml", **changes))
+
+
+@pytest.mark.parametrize("flag", ["deepspeed", "fsdp"])
+def test_gradients_that_are_elsewhere_are_refused(flags, tiny, flag):
+    for method in ("fedprox", "fedavg"):
+        argv = flags(fed_clients=tiny / "clients.yaml", fed_method=method)
+        arguments = parse(argv, ModelArguments, DataArguments, TrainingArguments, FedArguments)
+        setattr(arguments[2], flag, "zero2.json")  # on the command line it would start DeepSpeed
+        if method == "fedavg":
+            inputs.check_flags(*arguments)
+            continue
+        with pytest.raises(InputError, match=f"--fed_method fedprox .*--{flag} keeps them"):
+            inputs.check_flags(*arguments)
 
 
 def test_a_run_is_not_continued_with_another_mu(flags, tiny, tmp_path):

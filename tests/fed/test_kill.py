@@ -15,6 +15,9 @@ import sys
 
 import pytest
 
+from fed.round_state import RoundState
+from fed.state import fingerprint
+
 RUNNER = r"""
 import functools, io, json, os, random, signal, sys
 
@@ -106,15 +109,19 @@ print(json.dumps({"events": total, "kills": kills}))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_strategy", ["no", "steps"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("fedcmp", ["beta=0.5", "rank=8", "tau=1"]), ("scaffold", ["server_lr=0.9"])],
+)
 def test_killed_anywhere_and_started_again_ends_in_the_same_bits(
-    flags, tiny, tmp_path, save_strategy
+    flags, tiny, tmp_path, method, options, save_strategy
 ):
     runs = 6
     argv = flags(
         fed_clients=tiny / "clients.yaml",
         fed_rounds=3,
-        fed_method="fedcmp",
-        fed_options=["beta=0.5", "rank=8", "tau=1"],
+        fed_method=method,
+        fed_options=options,
         fed_eval_data_path=[tiny / "heldout.json"],
         save_strategy=save_strategy,
         save_steps=1,
@@ -138,6 +145,15 @@ def test_killed_anywhere_and_started_again_ends_in_the_same_bits(
         assert (folder / "mm_projector.bin").read_bytes() == whole
         assert heldout(folder) == heldout(tmp_path / "whole")
         assert [p.name for p in (folder / "fed").iterdir()] == ["state.safetensors"]
+        assert left_for_later(folder) == left_for_later(tmp_path / "whole")
+
+
+def left_for_later(folder) -> dict[str, str]:
+    """The method's memory and what clients keep, which the last projector does not show."""
+    state = RoundState.load(folder / "fed" / "state.safetensors")
+    return {"memory": fingerprint(state.memory)} | {
+        name: fingerprint(own) for name, own in state.kept.items()
+    }
 
 
 def heldout(folder) -> list[dict]:
