@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fed.space import CHUNK
 from fed.state import State, StateError, near
 from llava.errors import InputError
 
@@ -46,5 +47,5 @@ def check_memory(
             raise StateError(f"{method} memory: {name} has shape {found}, expected {expected}")
         if not tensor.is_floating_point():
             raise StateError(f"{method} memory: {name} is {tensor.dtype}, expected a float type")
-        if not torch.isfinite(tensor).all():
+        if not all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(CHUNK)):
             raise StateError(f"{method} memory: {name} holds NaN or infinity")

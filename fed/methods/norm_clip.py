@@ -6,9 +6,9 @@
 Lengths are over all tensors as one vector. With no `bound` it is `multiple` times the plain median
 of the clients' lengths of this round (the median of an even number is the mean of the two in the
 middle), which needs no tuning to the model: our choice, near to the adaptive clipping of Andrew et
-al. 2021 (arXiv 1905.03871) that follows such a quantile over the rounds. Then one client gives that
-client, of two the longer one is shortened to their mean length, and where more than half did not
-move nobody does. Nothing clipped is FedAvg. The paper's noise is left out.
+al. 2021 (arXiv 1905.03871) that follows such a quantile over the rounds. With a `multiple` of 1 one
+client gives that client, and of two the longer one is shortened to their mean length. Where more
+than half did not move, nobody does. Nothing clipped is FedAvg. The paper's noise is left out.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fed import methods
 from fed.methods.blocks import blocks, empty
+from fed.space import CHUNK, weighted_sum
 from fed.state import StateError
 from llava.errors import InputError
 
@@ -377,30 +378,43 @@ def test_blocks_hold_every_value_once(clients):
         close(copy, {n: t.double() for n, t in state.items()}, rtol=0, atol=0)
 
 
-class Largest(TorchDispatchMode):
-    """Notes how many values the largest tensor has that is made, by floating type."""
+def test_sums_in_chunks_are_those_of_whole_tensors_to_the_bit():
+    torch.manual_seed(0)
+    parts = [torch.randn(300, 700).bfloat16(), torch.randn(700, 300).T, torch.randn(300, 700)]
+    weights = [0.3, 0.1, 0.6]
+    expected = torch.zeros(300, 700, dtype=torch.float64)
+    for part, weight in zip(parts, weights, strict=True):
+        expected.add_(part, alpha=weight)
+    assert parts[0].numel() > 3 * CHUNK
+    for order in (parts, parts[1:] + parts[:1]):  # the first need not be contiguous
+        found = weighted_sum(order, [weights[[p is q for q in parts].index(True)] for p in order])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if order is parts else 1e-15)
+
+
+class Made(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are made with more than 2^18 values, by type."""
 
     def __init__(self):
         super().__init__()
-        self.numel = {}
+        self.large = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = isinstance(out, torch.Tensor) and out.is_floating_point() and not func.is_view
-        if made and out.data_ptr() not in {a.data_ptr() for a in args if torch.is_tensor(a)}:
-            self.numel[out.dtype] = max(self.numel.get(out.dtype, 0), out.numel())
+        if isinstance(out, torch.Tensor) and not func.is_view and out.numel() > 2**18:
+            if out.data_ptr() not in {a.data_ptr() for a in args if torch.is_tensor(a)}:
+                self.large[out.dtype] = self.large.get(out.dtype, 0) + out.nbytes
         return out
 
 
 @pytest.mark.parametrize("name", AVERAGES + ROBUST)
-def test_no_state_is_copied_whole_however_many_clients_there_are(name):
+def test_beside_blocks_no_method_makes_more_than_three_states_in_float32(name):
     values, clients = 300_000, 10
     base, states = draw(0, clients, torch.bfloat16, {"a": (values,)})
-    with Largest() as largest, torch.no_grad():
-        # Without what is common to all methods, which checks and copies.
-        raw = inspect.unwrap(methods.get(name))
-        raw(states, weights=[1.0] * clients, base=base, memory={})
-    # The result, and in float32 memory or a mean, have a state's size; in float64 only blocks.
-    assert largest.numel.get(torch.bfloat16, 0) <= values
-    assert largest.numel.get(torch.float32, 0) <= values
-    assert 0 < largest.numel[torch.float64] <= 2**18 < values
+    # Without what is common to all methods, which checks and copies.
+    raw = inspect.unwrap(methods.get(name))
+    memory = {}
+    for _ in range(2):
+        with Made() as made, torch.no_grad():
+            memory = raw(states, weights=[1.0] * clients, base=base, memory=memory).memory or {}
+        assert made.large and torch.float64 not in made.large
+        assert sum(made.large.values()) <= 3 * 4 * values
