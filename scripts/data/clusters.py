@@ -66,8 +66,6 @@ class Encoder:
     def __init__(self, tower: str, device: str, batch_size: int) -> None:
         from llava.model.multimodal_encoder.builder import build_vision_tower
 
-        if batch_size < 1:
-            raise InputError(f"--batch-size {batch_size}: 1 or more is expected")
         choice = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
         self.tower: CLIPVisionTower = build_vision_tower(
             SimpleNamespace(mm_vision_tower=tower, **choice)
@@ -162,8 +160,6 @@ def fit(
 
 def assign(encoder: Encoder, source: Source, used: np.ndarray, centroids: Centroids) -> Column:
     """The nearest centroid of every sample; one whose picture does not decode is left out."""
-    if centroids.tower != encoder.fingerprint:
-        raise InputError("--centroids: they are of another tower than --tower")
     codes = np.full(len(used), LEFT_OUT, dtype=np.int32)
     stream = tqdm(encoder.stream(source, used, True), desc="clustering", disable=None)
     for numbers, features in stream:

@@ -101,8 +101,6 @@ def product(columns: Sequence[Column]) -> Column:
 def hold_out(used: np.ndarray, amount: float, seed: int) -> np.ndarray:
     """(samples,) bool: which are held out, a share (below 1) or a number of those used."""
     there = np.flatnonzero(used)
-    if amount < 0 or (amount >= 1 and amount != int(amount)):
-        raise InputError(f"--heldout {amount}: a share below 1, or a whole number, is expected")
     number = round(amount * len(there)) if amount < 1 else int(amount)
     if number >= len(there):
         raise InputError(f"--heldout {number}: there are {len(there)} samples")
@@ -123,8 +121,6 @@ def by_value(
     Values with fewer than `minimum` samples, or beyond the `most` largest, are pooled in a client
     `other` or dropped, as `rare` says. A sample held out counts to the domain of its client.
     """
-    if minimum < 1 or (most is not None and most < 1):
-        raise InputError("--minimum-size and --clients: 1 or more is expected")
     free = (column.codes >= 0) & ~held
     sizes = np.bincount(column.codes[free], minlength=len(column.names))
     order = np.argsort(-sizes, kind="stable")

@@ -12,11 +12,9 @@ from llava.errors import InputError
 HELP = (
     "what clients differ in: a field of the record, of --meta or of a shard's .json; "
     "`image-folder` or `image-folder:N`, the first (N) folders of the picture's path; `url-host` "
-    "or `url-host:FIELD`, the host of the address in FIELD (`url`); `shard`, the tar; `style`, of "
-    "--styles; `cluster`, of --tower. Several: their product"
+    "or `url-host:FIELD`, the host of the address in FIELD (`url`); `shard`, the tar; with "
+    "--styles `style`; with --tower `cluster`. Several: their product"
 )
-COMPUTED = ("style", "cluster")
-"""Keys that a sample does not have by itself."""
 
 
 def reader(key: str) -> Callable[[Sample], str]:

@@ -8,6 +8,7 @@ scripts/data/README.md has the commands for LLaVA-Pretrain and CC12M, and says w
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     keys_of = {"cluster": ["cluster"], "style": ["style"]}
     wanted: list[str] = keys_of.get(args.shape) or args.key
+    tower = getattr(args, "tower", None)
+    computed = {key for key, flag in (("style", args.styles), ("cluster", tower)) if flag}
+    own = [key for key in wanted if key not in computed]
     _check(args, wanted)
 
     import cutting
@@ -97,14 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     if _is_done(args.output, writing.comment(header)):
         print(f"{args.output}: is there already, made by this command")
         return
+    clusters = Clusters(args) if "cluster" in computed else None
     with new_folder(args.output) as folder:
-        *columns, used = cutting.survey(
-            source, [k for k in wanted if k not in keys.COMPUTED], styles
-        )
-        named = dict(zip([k for k in wanted if k not in keys.COMPUTED], columns, strict=True))
-        if "cluster" in wanted:
-            named["cluster"] = _clusters(args, source, used.codes >= 0, folder)
-            used = named["cluster"]
+        *columns, used = cutting.survey(source, own, styles)
+        named = dict(zip(own, columns, strict=True))
+        if clusters:
+            used = named["cluster"] = clusters.of(source, used.codes >= 0, folder)
         dealt = (
             cutting.deal(used.codes >= 0, [s.name for s in styles], args.seed) if styles else None
         )
@@ -129,16 +131,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace, wanted: list[str]) -> None:
-    """What is wrong with the flags, before anything is read."""
-    if "style" in wanted and not args.styles:
-        raise InputError("--key style needs --styles")
+    """What is wrong with the flags by themselves: found before hours of reading."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("alpha", "size_alpha") and value is not None and not 0 < value < math.inf:
+            raise InputError(f"{flag} {value}: a number over 0 is expected")
+        counts = ("clients", "minimum_size", "clusters", "fit_samples", "batch_size")
+        if name in counts and value is not None and value < 1:
+            raise InputError(f"{flag} {value}: 1 or more is expected")
+    if not 0 <= args.heldout < 1 and not (args.heldout >= 1 and args.heldout.is_integer()):
+        raise InputError(
+            f"--heldout {args.heldout}: a share below 1, or a whole number, is expected"
+        )
     if len(set(wanted)) < len(wanted):
         raise InputError("--key: the same key twice")
-    if "cluster" in wanted:
-        if not args.tower:
-            raise InputError("--key cluster needs --tower")
+    if getattr(args, "tower", None):
+        if "cluster" not in wanted:
+            raise InputError("--tower is for --key cluster")
         if (args.clusters is None) == (args.centroids is None):
-            raise InputError("clusters need either --clusters or --centroids")
+            raise InputError("--tower needs either --clusters or --centroids")
 
 
 def _is_done(output: Path, head: str) -> bool:
@@ -167,16 +178,28 @@ def open_source(args: argparse.Namespace) -> Source:
     return LlavaJson(paths[0], args.image_folder, args.meta, args.skip_bad, args.decode)
 
 
-def _clusters(args: argparse.Namespace, source: Source, used: np.ndarray, folder: Path) -> Column:
-    import clusters
+class Clusters:
+    """The clusters that the flags name; what is wrong with them is found before any reading."""
 
-    encoder = clusters.Encoder(args.tower, args.device, args.batch_size)
-    if args.centroids:
-        centroids = clusters.Centroids.load(args.centroids)
-    else:
-        centroids = clusters.fit(encoder, source, used, args.clusters, args.fit_samples, args.seed)
-    centroids.save(folder / "centroids.safetensors")
-    return clusters.assign(encoder, source, used, centroids)
+    def __init__(self, args: argparse.Namespace) -> None:
+        from clusters import Centroids, Encoder
+
+        self.args = args
+        self.encoder = Encoder(args.tower, args.device, args.batch_size)
+        self.given = Centroids.load(args.centroids) if args.centroids else None
+        if self.given and self.given.tower != self.encoder.fingerprint:
+            raise InputError(f"--centroids {args.centroids}: they are of another tower")
+
+    def of(self, source: Source, used: np.ndarray, folder: Path) -> Column:
+        """The cluster of every sample that is used (a bool for each); `folder` gets the means."""
+        from clusters import assign, fit
+
+        args = self.args
+        centroids = self.given or fit(
+            self.encoder, source, used, args.clusters, args.fit_samples, args.seed
+        )
+        centroids.save(folder / "centroids.safetensors")
+        return assign(self.encoder, source, used, centroids)
 
 
 def _cut(args: argparse.Namespace, column: Column) -> Cut:

@@ -41,7 +41,9 @@ def stream_json(path: str | os.PathLike) -> Iterator[Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON, or cut short, after {count} records") from error
+        raise InputError(
+            f"{path}: not JSON, or cut short, after {count} records ({reason(error)})"
+        ) from None
 
 
 class LlavaJson:

@@ -101,7 +101,8 @@ def clients_yaml(header: str, cut: Cut, image_folder: str | None, output: Path) 
     for name in cut.clients:
         images = f"{name}/images"
         if image_folder is not None:
-            images = os.path.relpath(image_folder, output)
+            # Real paths, for ".." out of a linked folder leads elsewhere.
+            images = os.path.relpath(os.path.realpath(image_folder), os.path.realpath(output))
         entries.append({"name": name, "data_path": f"{name}/captions.json", "image_folder": images})
     body = yaml.safe_dump({"clients": entries}, sort_keys=False, allow_unicode=True, width=1000)
     return comment(header) + body

@@ -128,6 +128,18 @@ def test_styles(make):
             assert int(re.search(r"\d+", caption)[0]) == int(row["id"])
 
 
+def test_style_and_cluster_may_be_the_records_own(tmp_path, pretrain):
+    from make_clients import main
+
+    rows = json.loads((pretrain / "blip_laion_cc_sbu_558k.json").read_text())
+    rows = [{**row, "style": "ab"[i % 2], "cluster": i % 3} for i, row in enumerate(rows)]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    flags = ["--input", tmp_path / "in.json", "--image-folder", pretrain / "images"]
+    flags += ["--key", "style", "cluster", "--output", tmp_path / "out"]
+    main(["source", *map(str, flags)])
+    assert {f"{a}-x-{b}" for a in "ab" for b in range(3)} == set(clients(tmp_path / "out"))
+
+
 def test_dirichlet_of_a_product(make):
     flags = ["--styles", "a=answer", "b=blip_caption", "--key", "url-host", "style"]
     flags += ["--clients", 5, "--alpha", 0.3, "--size-alpha", 1, "--heldout", 0.1, "--seed", 4]
@@ -171,6 +183,12 @@ def test_clusters_are_of_like_pictures_and_repeat(make, tiny, data):
 def colour(row: dict) -> int:
     """Red, green or blue."""
     return int(row["id"][-4:]) % 3  # a shard has 30
+
+
+def test_pictures_are_found_from_a_linked_folder(make, tmp_path):
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far/away")
+    clients(make("source", "--key", "image-folder", output="near/out"))
 
 
 def test_the_same_command_finds_its_result_and_another_is_refused(make, capsys):
