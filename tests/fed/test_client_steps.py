@@ -41,6 +41,7 @@ def test_fedprox_adds_the_pull_to_the_start():
     assert rule.step(one(9.0, 9.0), one(1.0, 2.0))["w"].tolist() == [0, 0]
     assert rule.step(one(9.0, 9.0), one(3.0, 1.0))["w"].tolist() == [1, -0.5]
     assert rule.end() == ({}, {}) and rule.running == {}
+    assert methods.client_rule("fedprox", {"mu": 0})(one(1.0), {}, {}).step({}, one(2.0)) == {}
     by_default = methods.client_rule("fedprox", {})(one(1.0), {}, {})
     assert by_default.step({}, one(2.0))["w"].item() == pytest.approx(0.01)
 
@@ -272,6 +273,7 @@ def test_one_step_by_hand_with_accumulated_batches(bench):
     turn = b.turn("scaffold", common, own)
     gradient = {n: (b.start[n] - t) / 0.1 for n, t in plain.state.items()}
     assert same(turn.kept, gradient, atol=1e-6)
+    assert not list((b.folder / "turn").glob("*"))  # no checkpoint is due
     assert max(float(g.abs().max()) for g in gradient.values()) > 1e-2
     assert same(turn.extras, {n: gradient[n] - own[n] for n in own}, atol=1e-6)
     by_hand = {n: t - 0.1 * (common[n] - own[n]) for n, t in plain.state.items()}
@@ -402,6 +404,27 @@ def test_scaffold_in_rounds(flags, tiny, tmp_path, optim):
     assert apart[0]["clients"]["a"]["samples"] != apart[0]["clients"]["b"]["samples"]
 
 
+def test_a_turn_gets_what_the_server_has_and_what_the_client_kept(
+    flags, tiny, tmp_path, monkeypatch
+):
+    begin, got = ClientSteps.__init__, []
+
+    def seen(self, rule, parameters, sent, kept):
+        got.append((sent, kept))
+        begin(self, rule, parameters, sent, kept)
+
+    monkeypatch.setattr(ClientSteps, "__init__", seen)
+    common = {**PLAIN, "fed_method": "scaffold", "fed_one_pass": False, "fed_lr_schedule": "round"}
+    run(flags, tmp_path / "one", tiny / "clients.yaml", fed_rounds=1, **common)
+    assert got == [({}, {})] * 2
+    got.clear()
+    run(flags, tmp_path / "two", tiny / "clients.yaml", fed_rounds=2, **common)
+    now = RoundState.load(tmp_path / "one/fed/state.safetensors")  # after the first of the two
+    for (sent, kept), name in zip(got[2:], "ab", strict=True):
+        assert same(sent, for_clients(now.memory), rtol=0, atol=0)
+        assert same(kept, now.kept[name], rtol=0, atol=0)
+
+
 def test_scaffold_with_a_part_of_the_clients(flags, tiny, tmp_path):
     common = {**PLAIN, "fed_method": "scaffold", "fed_clients_per_round": 1, "seed": 22}
     names, kept, memories = [], [], []
@@ -480,7 +503,7 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     ("method", "options"), [("scaffold", ["server_lr=0.7"]), ("fedprox", ["mu=3"])]
 )
-@pytest.mark.parametrize("step", range(1, 12, 3))
+@pytest.mark.parametrize("step", [1, 3, 4, 8, 11])  # 3, 8 and 11 come after a checkpoint
 def test_a_turn_cut_short_goes_on_with_what_was_summed(
     flags, tiny, tmp_path, monkeypatch, method, options, step
 ):
