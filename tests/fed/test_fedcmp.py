@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fed import methods
-from fed.methods.fedcmp import agreement, merge_rows, reliability
+from fed.fusion import agreement, merge_rows, reliability
 from fed.state import StateError
 from llava.errors import InputError
 
@@ -18,13 +18,14 @@ SHAPES = {
     "model.mm_projector.2.weight": (8, 10),
     "model.mm_projector.2.bias": (8,),
 }
-PLAIN = dict(rescale=1.0, tau=math.inf, energy=1.0, beta=0.0)
+PLAIN = dict(rescale=1.0, flatten=0.0, tau=math.inf, energy=1.0, beta=0.0)
 # Options far from FedAvg, under which the properties must hold all the same.
 SETTINGS = [
     {},
     dict(tau=0.2, rescale=1.0),
     dict(tau=0.5, rescale=3.0, space="weights"),
     dict(tau=1.0, basis="randomised"),
+    dict(rank=2, flatten=0.7),
 ]
 
 
@@ -96,7 +97,9 @@ def test_it_is_fedavg_above_the_side_where_float32_begins():
     base, states = draw(0, 2, torch.float32, {"a.weight": (1100, 700), "a.bias": (1100,)})
     found = fedcmp(states, [3, 1], base, **PLAIN)
     assert_same(found.state, fedavg(states, [3, 1], base), rtol=1e-5, atol=1e-5)
-    assert found.facts["layers"]["a"]["rank"] == 1100
+    facts = found.facts["layers"]["a"]
+    assert (facts["basis"], facts["rank"]) == ("randomised", 128)
+    assert 0.5 < facts["rest"]["share"] < 1 and facts["rest"]["gain"] == 1
 
 
 @pytest.mark.parametrize("options", SETTINGS)
@@ -176,15 +179,15 @@ def test_rows_get_their_length_back():
     base, states = one_layer([[1, 0], [0, 0]], [[0, 1], [0, 0]])  # orthogonal rows, one direction
     half = math.sqrt(0.5)
     for rescale, row in [(1.0, 0.5), (1.2, 0.6), (4.0, half)]:
-        found = fedcmp(states, None, base, rescale=rescale).state["a.weight"]
+        found = fedcmp(states, None, base, rescale=rescale, flatten=0.0).state["a.weight"]
         assert found[0].tolist() == pytest.approx([row, row])
         assert found[1].tolist() == pytest.approx([0, 0])
 
 
 def test_a_low_tau_follows_those_who_agree():
     base, states = one_layer([[1, 0.1]], [[1, -0.1]], [[-1, 0]])
-    mean = fedcmp(states, None, base, rescale=1.0)
-    firm = fedcmp(states, None, base, rescale=1.0, tau=0.1)
+    mean = fedcmp(states, None, base, rescale=1.0, flatten=0.0)
+    firm = fedcmp(states, None, base, rescale=1.0, flatten=0.0, tau=0.1)
     assert mean.state["a.weight"].tolist()[0] == pytest.approx([1 / 3, 0])
     assert firm.state["a.weight"].tolist()[0] == pytest.approx([1, 0], abs=0.01)
     facts = firm.facts["layers"]["a"]
@@ -224,7 +227,7 @@ def test_three_sums_over_clients_are_all_the_server_needs(seed, options):
     clients = 3
     base, states = draw(seed, clients, torch.float64, {"a.weight": (6, 5), "a.bias": (6,)})
     weights = [5, 2, 9]
-    expected = fedcmp(states, weights, base, **options).state
+    expected = fedcmp(states, weights, base, flatten=0.0, rest="drop", **options).state
     tau, rescale = options.get("tau", math.inf), options.get("rescale", 4.0)
 
     def added(of_client):  # all that leaves the clients, as secure aggregation would give it
@@ -247,10 +250,10 @@ def test_three_sums_over_clients_are_all_the_server_needs(seed, options):
     def third(k):
         c = u.T @ x[k]
         rho = reliability(agreement(c, p[k], mean), p[k], tau)
-        return rho[:, None] * c, rho * c.norm(dim=1), rho
+        return rho[:, None] * c, rho * c.square().sum(1), rho
 
-    rows, lengths, rho = added(third)
-    found = affine(base) + u @ merge_rows(rows, lengths, rho, rescale)[0]
+    rows, squares, rho = added(third)
+    found = affine(base) + u @ merge_rows(rows, squares, rho, rescale)[0]
     torch.testing.assert_close(found, affine(expected))
 
 
@@ -269,6 +272,131 @@ def test_clients_that_did_not_move(options):
     assert_same(found.state, base, rtol=0, atol=0)
     assert found.memory is None
     json.dumps(found.facts, allow_nan=False)
+
+
+# What lies outside the basis, and how lengths are evened out.
+
+
+@pytest.mark.parametrize("options", [dict(rank=2), dict(energy=0.5), dict(rank=1, basis="exact")])
+def test_with_the_rest_kept_a_small_basis_is_fedavg_too(options):
+    base, states = draw(0, 4)
+    found = fedcmp(states, [1, 2, 3, 4], base, **{**PLAIN, **options}).state
+    assert_same(found, fedavg(states, [1, 2, 3, 4], base), rtol=1e-6, atol=1e-7)
+    dropped = fedcmp(states, [1, 2, 3, 4], base, **{**PLAIN, **options}, rest="drop").state
+    name = f"{LAYERS[0]}.weight"
+    assert float((dropped[name] - found[name]).norm()) > 0.01
+
+
+def test_the_rest_has_one_gain():
+    # Two clients agree on the first output; on the second and third they are at right angles.
+    rows = (
+        [[9.0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 2, 0]],
+        [[9.0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 2]],
+    )
+    base, states = one_layer(*rows)
+    found = fedcmp(states, None, base, rank=1, flatten=0.0)
+    half = math.sqrt(0.5)  # the mean of two at right angles has this much of their length
+    expected = [[9.0, 0, 0, 0, 0], [0, half, half, 0, 0], [0, 0, 0, 2 * half, 2 * half]]
+    torch.testing.assert_close(found.state["a.weight"], torch.tensor(expected).double())
+    said = found.facts["layers"]["a"]["rest"]
+    assert said == pytest.approx({"share": 5 / 86, "kappa": 0.5, "gain": math.sqrt(2)})
+
+
+def test_lengths_are_evened_out_where_clients_do_not_agree():
+    # All agree on the first output; on the others they are at right angles, lengths 4 and 1.
+    rows = [[3.0, 0, 0], [0, 4, 0], [0, 1, 0]], [[3.0, 0, 0], [0, 0, 4], [0, 0, 1]]
+    base, states = one_layer(*rows)
+    plain = fedcmp(states, None, base, flatten=0.0).state["a.weight"]
+    assert plain.norm(dim=1).tolist() == pytest.approx([3, 4, 1])
+    found = fedcmp(states, None, base, flatten=0.5).state["a.weight"]
+    # The two lie in one direction of the shared space, sqrt(17) long, whose kappa is 1/2.
+    level = math.sqrt((9 + 17) / 3)
+    bent = (level / math.sqrt(17)) ** (0.5 * 0.5)
+    assert found.norm(dim=1).tolist() == pytest.approx([3, 4 * bent, bent])
+
+
+def test_a_rank_above_the_size_is_all_of_the_layer():
+    base, states = draw(0, 4)
+    whole = fedcmp(states, None, base)
+    found = fedcmp(states, None, base, rank=1000)
+    assert_same(found.state, whole.state, rtol=0, atol=0)
+    assert found.facts["layers"][LAYERS[0]]["rank"] == 10
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.97])
+def test_the_randomised_basis_gives_what_the_exact_one_gives(decay):
+    """Where energy falls so fast that what is left outside the 128 directions weighs little."""
+    side, width, clients = 1100, 400, 3
+    torch.manual_seed(0)
+    left = orthonormal(0, side, 260, torch.float32)
+    energies = decay ** torch.arange(260.0)
+    base = {"a.weight": torch.zeros(side, width), "a.bias": torch.zeros(side)}
+    states = []
+    for _ in range(clients):
+        moved = left @ (energies[:, None] * torch.randn(260, width + 1))
+        states.append({"a.weight": moved[:, :-1], "a.bias": moved[:, -1]})
+    fast = fedcmp(states, [1, 2, 3], base)
+    slow = fedcmp(states, [1, 2, 3], base, basis="exact")
+    said = fast.facts["layers"]["a"], slow.facts["layers"]["a"]
+    assert [facts["basis"] for facts in said] == ["randomised", "exact"]
+    error = (fast.state["a.weight"] - slow.state["a.weight"]).norm() / slow.state["a.weight"].norm()
+    # What is outside may be wrong altogether, and is no longer than this.
+    bound = 1e-4 + math.sqrt(said[0]["rest"]["share"])
+    assert float(error) < (1e-3 if decay == 0.9 else bound)
+
+
+# Clients that misbehave, or are not there.
+
+
+@pytest.mark.parametrize("options", [{}, dict(tau=0.3), dict(rank=3, beta=0.5)])
+def test_a_client_scaled_by_a_million_is_defined_and_finite(options):
+    base, states = draw(0, 5)
+    states[2] = {n: base[n] + 1e6 * (t - base[n]) for n, t in states[2].items()}
+    found = fedcmp(states, None, base, **options)
+    loud = math.sqrt(sum(float((states[2][n] - base[n]).square().sum()) for n in base))
+    moved = math.sqrt(sum(float((found.state[n] - base[n]).square().sum()) for n in base))
+    assert 0 < moved < loud  # it is loud, as in every mean: norm_clip or krum are against that
+
+
+def test_a_copy_counts_like_a_client_of_twice_the_size():
+    base, states = draw(0, 3)
+    twice = fedcmp([*states, states[0]], [1, 2, 3, 1], base, tau=0.5, flatten=0.0, rescale=1.0)
+    once = fedcmp(states, [2, 2, 3], base, tau=math.inf, flatten=0.0, rescale=1.0)
+    plain = fedcmp([*states, states[0]], [1, 2, 3, 1], base, flatten=0.0, rescale=1.0)
+    assert_same(plain.state, once.state, rtol=1e-5, atol=1e-6)
+    # With reliability two copies agree, and have more say than one of their size.
+    reliability = twice.facts["layers"][LAYERS[0]]["reliability"]
+    assert reliability[0] == pytest.approx(reliability[3])
+    assert reliability[0] + reliability[3] > 2 / 7
+
+
+def test_a_client_that_sends_its_start_takes_its_share_of_nothing():
+    base, states = draw(0, 2)
+    found = fedcmp([*states, base], [1, 1, 2], base, **PLAIN).state
+    assert_same(found, fedavg([*states, base], [1, 1, 2], base), rtol=1e-6, atol=1e-7)
+
+
+def test_clients_come_and_go_over_rounds_with_momentum():
+    options = dict(rank=4, beta=0.5, tau=0.5)
+    base, states = draw(0, 5)
+    memory = None
+    for there in ([0, 1, 2], [3], [0, 4], [1, 2, 3, 4, 0]):
+        found = fedcmp([states[k] for k in there], None, base, memory=memory, **options)
+        memory, base = found.memory, found.state
+        assert all(torch.isfinite(t).all() for t in found.state.values())
+        assert len(found.facts["layers"][LAYERS[0]]["agreement"]) == len(there)
+
+
+def test_memory_of_another_round_is_a_history_as_good_as_any():
+    base, states = draw(0)
+    options = dict(rank=3, beta=0.5, align="signs")
+    old = fedcmp(states, None, base, **options).memory
+    other, moved = draw(5)
+    found = fedcmp(moved, None, other, memory=old, **options)
+    fresh = fedcmp(moved, None, other, **options)
+    name = f"{LAYERS[0]}.weight"
+    assert float((found.state[name] - fresh.state[name]).norm()) > 1e-3
+    assert eye_error(found.memory[f"{LAYERS[0]}.basis"]) < 1e-5
 
 
 # Orthogonality-preserved momentum.
@@ -305,7 +433,7 @@ def test_momentum_as_defined_turning_the_new_basis_to_the_old(seed):
     base, states = draw(seed, 4, torch.float64, {"a.weight": (9, 7)})
     old = orthonormal(seed, 9, 3).float()
     beta = 0.6
-    options = dict(rank=3, rescale=1.0)
+    options = dict(rank=3, rescale=1.0, flatten=0.0, rest="drop")
     found = fedcmp(states, None, base, memory={"a.basis": old}, beta=beta, **options)
 
     # In a space of rank 3 and without gains, U C is the projection of the mean update on U.
@@ -373,7 +501,8 @@ def test_memory_that_does_not_fit(memory, said):
     "option",
     [
         dict(energy=0.0), dict(energy=1.1), dict(rank=0), dict(tau=0.0), dict(tau=-1.0),
-        dict(rescale=0.5), dict(rescale=math.inf), dict(beta=1.0), dict(beta=-0.1),
+        dict(rescale=0.5), dict(rescale=math.inf), dict(flatten=1.5), dict(flatten=-0.1),
+        dict(rest="all"), dict(beta=1.0), dict(beta=-0.1),
         dict(space="weight"), dict(align="sign"), dict(basis="fast"), dict(rank=1.5),
     ],
 )  # fmt: skip
@@ -393,5 +522,8 @@ def test_facts_of_a_layer():
     kappa = facts["kappa"]
     assert 0 <= kappa["min"] <= kappa["median"] <= kappa["max"] <= 1
     assert kappa["min"] <= kappa["mean"] <= kappa["max"]
-    assert sum(facts["reliability"]) == pytest.approx(1) and 1 <= facts["gain"] <= 4
+    assert sum(facts["reliability"]) == pytest.approx(1)
+    assert 0 < facts["gain"]["min"] <= facts["gain"]["mean"] <= facts["gain"]["max"] <= 8
+    assert facts["rest"]["share"] == pytest.approx(1 - facts["energy_kept"])
+    assert facts["chance"] == pytest.approx(0.3)
     assert len(facts["agreement"]) == 4

@@ -23,45 +23,6 @@ def projector(u):
     return u @ u.T
 
 
-def test_layers_and_what_belongs_to_none():
-    names = {
-        "model.mm_projector.0.weight": (4, 3),
-        "model.mm_projector.0.bias": (4,),
-        "model.mm_projector.1.weight": (4,),  # a norm
-        "model.mm_projector.1.bias": (4,),
-        "model.mm_projector.2.weight": (5, 4),  # no bias
-        "model.mm_projector.3.weight": (4, 1, 3, 3),  # a convolution
-        "model.mm_projector.scale": (),
-        "model.embed_tokens.weight": (9, 4),
-    }
-    state = {name: torch.randn(shape) for name, shape in names.items()}
-    found, rest = space.layers(state)
-    assert [layer.name.removeprefix("model.mm_projector.") for layer in found] == ["0", "2", "3"]
-    assert [layer.bias for layer in found] == ["model.mm_projector.0.bias", None, None]
-    assert [n.split(".", 2)[-1] for n in rest] == ["1.weight", "1.bias", "scale", "weight"]
-    back = {name: state[name] for name in rest}
-    for layer in found:
-        back |= space.from_matrix(space.to_matrix(state, layer), layer, state)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[n], state[n].to(back[n].dtype)) for n in state)
-
-
-def test_a_layer_without_index_is_found_too():
-    state = {
-        "model.mm_projector.weight": torch.ones(2, 3),
-        "model.mm_projector.bias": torch.zeros(2),
-    }
-    (layer,), rest = space.layers(state)
-    assert (layer.name, rest) == ("model.mm_projector", [])
-    assert space.to_matrix(state, layer).tolist() == [[1, 1, 1, 0]] * 2
-
-
-@pytest.mark.parametrize(("out", "dtype"), [(1024, torch.float64), (1025, torch.float32)])
-def test_precision_by_side(out, dtype):
-    state = {"a.weight": torch.ones(out, 2, dtype=torch.bfloat16)}
-    assert space.to_matrix(state, space.layers(state)[0][0]).dtype == dtype
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("shape", [(6, 9), (20, 3), (20, 10)])  # stack wide, tall, square
 def test_joint_basis_is_the_left_basis_of_the_stack(seed, shape):
@@ -126,12 +87,6 @@ def test_random_numbers_elsewhere_are_untouched():
     after = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(3))
-
-
-def test_consensus_of_agreeing_unrelated_and_cancelling_rows():
-    a = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
-    b = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0], [0, 0, 0]])
-    assert space.consensus([a, b], [0.5, 0.5]).tolist() == [1, 0.5, 0, 0]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
