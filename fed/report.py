@@ -66,7 +66,7 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
     body = [
         [row["model"], *(cell for name in sets for cell in _cells(row.get(name)))] for row in rows
     ]
-    parts = [_markdown(head, body)]
+    parts = [markdown(head, body)]
     domains = sorted({d for row in rows for d in _domains(row, sets[0])})
     for what, title in (("exact", "Exact names"), ("loss", "Caption loss")):
         if domains:
@@ -74,9 +74,7 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
                 [row["model"], *(_cell(_domains(row, sets[0]).get(d), what) for d in domains)]
                 for row in rows
             ]
-            parts.append(
-                f"{title} per domain, {sets[0]}:\n\n{_markdown(['model', *domains], body)}"
-            )
+            parts.append(f"{title} per domain, {sets[0]}:\n\n{markdown(['model', *domains], body)}")
     return "\n".join(parts)
 
 
@@ -94,7 +92,7 @@ def _cell(measures: dict | None, what: str) -> str:
     return f"{measures[what]:.3f}" if what == "loss" else f"{100 * measures[what]:.1f} %"
 
 
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -140,7 +138,7 @@ def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_cosines(run: Run, path: Path) -> None:
@@ -171,10 +169,10 @@ def draw_cosines(run: Run, path: Path) -> None:
                 colour = "white" if abs(value) > 0.6 else "black"
                 axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=all_axes, shrink=0.8, label="cosine of the clients' updates")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _write(figure, path: Path) -> None:
+def write_figure(figure, path: Path) -> None:
     from matplotlib import pyplot
 
     with atomic_write(path) as file:
