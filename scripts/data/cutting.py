@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import keys
 import numpy as np
-from samples import Source
+from samples import LeftOut, Sample, Source
 from styles import Style
 from tqdm import tqdm
 
@@ -55,14 +55,20 @@ def survey(source: Source, wanted: Sequence[str], styles: Sequence[Style]) -> li
     readers = [keys.reader(key) for key in wanted]
     numbers: list[dict[str, int]] = [{} for _ in wanted]
     codes = [array("i") for _ in range(len(wanted) + 1)]
+    seen_good = False
     for sample in tqdm(source.read(check=True), desc="reading", unit="samples", disable=None):
-        if sample is not None and (empty := [s for s in styles if s.caption(sample) is None]):
-            source.left_out.add(sample.name, f"no text for style {empty[0].name}")
-            sample = None
-        codes[-1].append(LEFT_OUT if sample is None else 0)
-        for column, read, known in zip(codes, readers, numbers, strict=False):
-            missing = sample is None
-            column.append(LEFT_OUT if missing else known.setdefault(read(sample), len(known)))
+        row = [LEFT_OUT] * len(codes)
+        try:
+            if sample is not None and _has_styles(sample, styles, source.left_out):
+                values = [read(sample) for read in readers]
+                row = [n.setdefault(v, len(n)) for n, v in zip(numbers, values, strict=True)] + [0]
+                seen_good = True
+        except InputError as error:
+            if not seen_good:  # a key that no sample has is the command's fault, not the sample's
+                raise
+            source.left_out.add(sample.name, str(error).removeprefix(f"{sample.name}: "))
+        for column, code in zip(codes, row, strict=True):
+            column.append(code)
     columns = [
         Column(np.array(column, dtype=np.int32), list(known))
         for column, known in zip(codes, numbers, strict=False)
@@ -71,6 +77,14 @@ def survey(source: Source, wanted: Sequence[str], styles: Sequence[Style]) -> li
     if not (used.codes >= 0).any():
         raise InputError(f"no sample is left of {len(used.codes)}")
     return [*columns, used]
+
+
+def _has_styles(sample: Sample, styles: Sequence[Style], left_out: LeftOut) -> bool:
+    """Whether the sample has a caption for every style; `left_out` is told if not."""
+    empty = [style.name for style in styles if style.caption(sample) is None]
+    if empty:
+        left_out.add(sample.name, f"no text for style {empty[0]}")
+    return not empty
 
 
 def deal(used: np.ndarray, names: Sequence[str], seed: int) -> Column:

@@ -43,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
         add("--meta", help="JSON: a list of objects with the same ids, whose keys are used too")
         add("--caption", default="txt", help="tars: the field that is the caption (txt)")
         add("--question", default="Describe the picture.", help="tars: what the human asks")
-        add("--skip-bad", action="store_true", help="JSON: leave out records without a picture")
+        add(
+            "--skip-bad",
+            action="store_true",
+            help="JSON: leave out records without picture, key or style",
+        )
         add("--decode", action="store_true", help="decode each picture to find broken ones; slow")
         add("--heldout", type=float, default=0, help="share (below 1) or number held out")
         add("--seed", type=int, default=0)

@@ -224,6 +224,23 @@ def test_bad_members_of_shards_are_counted_and_named(make, tmp_path):
     assert (tmp_path / "out/a/images/a/dir/web.webp").read_bytes() == picture(1, "WEBP")
 
 
+def test_samples_of_shards_without_the_key_are_counted_unless_none_has_it(make, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, fields in (("a", {"url": "http://x/1"}), ("b", {}), ("c", {"url": "nothing"})):
+            add(tar, f"{key}.jpg", picture(0))
+            add(tar, f"{key}.txt", "a thing")
+            add(tar, f"{key}.json", json.dumps(fields))
+    flags = ["--input", tmp_path / "a.tar", "--key"]
+    report = make("source", *flags, "url-host")
+    assert "| x | 1 |" in report and "Left out for a fault: 2 samples." in report
+    assert "a.tar: b: has no `url`; it has answer, shard, txt" in report
+    assert "a.tar: c: `url` is 'nothing', an address is expected" in report
+    with pytest.raises(
+        InputError, match="a.tar: a: has no `topic`; it has answer, shard, txt, url"
+    ):
+        make("source", *flags, "topic")
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
