@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fed.space import CHUNK
-from fed.state import State, StateError, near
+from fed.state import State, StateError, is_finite, near
 from llava.errors import InputError
 
 
@@ -47,5 +45,5 @@ def check_memory(
             raise StateError(f"{method} memory: {name} has shape {found}, expected {expected}")
         if not tensor.is_floating_point():
             raise StateError(f"{method} memory: {name} is {tensor.dtype}, expected a float type")
-        if not all(torch.isfinite(part).all() for part in tensor.reshape(-1).split(CHUNK)):
+        if not is_finite(tensor):
             raise StateError(f"{method} memory: {name} holds NaN or infinity")

@@ -48,7 +48,7 @@ from fed.methods.checks import check_option
 from fed.methods.registry import Outcome, method
 from fed.momentum import turn
 from fed.space import Basis, joint_basis, shares
-from fed.state import State, StateError
+from fed.state import State, StateError, is_finite
 
 MIN_TAU = 0.01  # exp(-2 / tau) must stay a float
 
@@ -155,5 +155,5 @@ def _check_memory(memory: dict[str, Tensor], sides: dict[str, int]) -> None:
                 f"fedcmp memory: {name} has shape {tuple(tensor.shape)}, expected "
                 f"({sides[name]}, r) with r from 1 to {sides[name]}"
             )
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise StateError(f"fedcmp memory: {name} holds NaN or infinity")

@@ -15,7 +15,7 @@ import torch
 
 from fed.methods import options as options_of
 from fed.methods.client_rule import ClientRule
-from fed.state import State, StateError, check, near
+from fed.state import State, StateError, check, is_finite, near
 from llava.errors import InputError
 
 _METHODS: dict[str, Callable[..., Outcome]] = {}
@@ -86,9 +86,9 @@ def method(
                 **options,
             )
             if personal:
-                outcome.state = [_as(base, state, name) for state in outcome.state]
+                outcome.state = [_as(base, state, name, copy=True) for state in outcome.state]
             else:
-                outcome.state = _as(base, outcome.state, name)
+                outcome.state = _as(base, outcome.state, name, copy=False)
             outcome.memory = outcome.memory or None
             outcome.facts["clients"] = [who[k] for k in heard]
             return outcome
@@ -175,9 +175,19 @@ def _check(
     if not 0 < sum(weights) < math.inf:
         raise InputError(f"the clients' weights sum to {sum(weights)}, expected some samples")
     check(base, base, who="the base")
+    zero = not _any(base)
     for client, state in zip(who, states, strict=True):
         check(state, base, who=f"client {client}")
+        if state and not zero and not _any(state):
+            raise StateError(
+                f"client {client}: all {len(state)} tensors are zero, those of the base not"
+            )
     return weights
+
+
+def _any(state: State) -> bool:
+    """Whether any value is not zero."""
+    return any(bool(tensor.any()) for tensor in state.values())
 
 
 def _check_extras(
@@ -194,10 +204,10 @@ def _check_extras(
     return extras
 
 
-def _as(base: State, state: State, method: str) -> State:
-    """A copy in `base`'s dtypes and order."""
-    cast = {name: state[name].to(base[name].dtype, copy=True) for name in base}
+def _as(base: State, state: State, method: str, copy: bool) -> State:
+    """In `base`'s dtypes and order; `copy` where the tensors may be those of a client."""
+    cast = {name: state[name].to(base[name].dtype, copy=copy) for name in base}
     for name, tensor in cast.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise StateError(f"{method}: the result's {name} does not fit into {tensor.dtype}")
     return cast

@@ -16,7 +16,16 @@ SHAPES = {
     "model.mm_projector.2.weight": (6, 7),
     "model.mm_projector.2.bias": (6,),
 }
-SHARED = ["fedavg", "fedcmp"]
+ALL = methods.names()
+SHARED = [name for name in ALL if name != "local"]
+
+
+def call(name, states, **arguments):
+    """A method, with what its clients would send beside their states if it asks for that."""
+    function = methods.get(name)
+    if function.client is not None and function.client.sends and "extras" not in arguments:
+        arguments["extras"] = [{n: 0.01 * t.float() for n, t in s.items()} for s in states]
+    return function(states, **arguments)
 
 
 def draw(seed, clients=3, dtype=torch.float32):
@@ -116,14 +125,14 @@ def test_wrong_options(toy, given, said):
     assert said in str(caught.value) and "toy" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+@pytest.mark.parametrize("name", ALL)
 def test_wrong_options_in_a_direct_call(name):
     base, states = draw(0)
     with pytest.raises(InputError, match="no option 'server_rl'"):
-        methods.get(name)(states, weights=[1, 1, 1], base=base, server_rl=1.0)
+        call(name, states, weights=[1, 1, 1], base=base, server_rl=1.0)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -141,17 +150,17 @@ def test_arguments_that_do_not_fit(name, change, said):
     base, states = draw(0)
     arguments = dict(states=states, weights=[1, 1, 1], base=base) | change
     with pytest.raises(InputError, match=said):
-        methods.get(name)(arguments.pop("states"), **arguments)
+        call(name, arguments.pop("states"), **arguments)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+@pytest.mark.parametrize("name", ALL)
 def test_bad_states_name_client_and_tensor(name):
     base, states = draw(0)
     tensor = "model.mm_projector.2.weight"
 
     def said(**arguments):
         with pytest.raises(StateError) as caught:
-            methods.get(name)(states, weights=[1, 1, 1], **{"base": base, **arguments})
+            call(name, states, weights=[1, 1, 1], **{"base": base, **arguments})
         return str(caught.value)
 
     good = states[1]
@@ -161,16 +170,60 @@ def test_bad_states_name_client_and_tensor(name):
     assert "client hill: tensor" in said(clients=["sea", "hill", "town"])
     states[1] = {**good, tensor: good[tensor] * math.nan}
     assert "client 1" in said() and tensor in said()
+    states[1] = {n: 0 * t for n, t in good.items()}
+    assert "client 1: all 4 tensors are zero" in said()
     states[1] = good
     assert "the base" in said(base={**base, tensor: base[tensor] / 0})
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+@pytest.mark.parametrize("name", SHARED)
+def test_all_may_be_zero_where_the_base_is(name):
+    base, states = draw(0)
+    zero = {n: 0 * t for n, t in base.items()}
+    found = call(name, [zero, *states[1:]], weights=[1, 1, 1], base=zero)
+    assert all(torch.isfinite(t).all() for t in found.state.values())
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_copies_and_loud_clients_give_finite_states(name):
+    base, states = draw(0, 5)
+    copies = call(name, [*states[:4], states[0]], weights=[1] * 5, base=base).state
+    states[2] = {n: base[n] + 1e6 * (t - base[n]) for n, t in states[2].items()}
+    loud = call(name, states, weights=[1] * 5, base=base).state
+    for state in (copies, loud):
+        assert all(torch.isfinite(t).all() for t in state.values())
+    longest = max(float((loud[n] - base[n]).norm()) for n in base)
+    if name in ("median", "trimmed_mean", "krum", "geometric_median", "norm_clip"):
+        assert longest < 2
+    elif name in ("fedavg", "fedprox", "scaffold", "fedavgm"):
+        assert longest > 1e4  # a mean has no defence
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_memory_of_another_model_is_refused(name):
+    base, states = draw(0)
+    memory = call(name, states, weights=[1, 1, 1], base=base).memory
+    if name == "fedcmp":
+        options = dict(beta=0.5, rank=2)
+        memory = call(name, states, weights=[1, 1, 1], base=base, **options).memory
+    if not memory:
+        pytest.skip("keeps none")
+    other = {f"{n}x": t for n, t in base.items()}
+    theirs = [{f"{n}x": t for n, t in s.items()} for s in states]
+    with pytest.raises(StateError, match=f"{name} memory"):
+        call(name, theirs, weights=[1, 1, 1], base=other, memory=memory)
+    tall = {n: torch.cat([t, t]) for n, t in base.items()}
+    taller = [{n: torch.cat([t, t]) for n, t in s.items()} for s in states]
+    with pytest.raises(StateError, match=f"{name} memory"):
+        call(name, taller, weights=[1, 1, 1], base=tall, memory=memory)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_arguments_are_left_as_they_were(name):
     base, states = draw(0)
     memory = {}
     before = [{n: t.clone() for n, t in s.items()} for s in [base, *states]]
-    outcome = methods.get(name)(states, weights=[1, 1, 1], base=base, memory=memory)
+    outcome = call(name, states, weights=[1, 1, 1], base=base, memory=memory)
     for state in outcome.state if name == "local" else [outcome.state]:
         for tensor in state.values():
             tensor.fill_(9)
@@ -196,11 +249,11 @@ def test_what_a_method_is_given_and_what_comes_back(toy):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "local"])
+@pytest.mark.parametrize("name", ALL)
 def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
     base, states = draw(0, dtype=dtype)
     states[0] = {n: torch.nn.Parameter(t.float()) for n, t in states[0].items()}
-    outcome = methods.get(name)(states, weights=torch.tensor([1, 2, 3]), base=base)
+    outcome = call(name, states, weights=torch.tensor([1, 2, 3]), base=base)
     for state in outcome.state if name == "local" else [outcome.state]:
         assert list(state) == list(base)
         for n, tensor in state.items():
@@ -211,7 +264,7 @@ def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_an_identity_connector_has_nothing_to_aggregate(name):
-    assert methods.get(name)([{}, {}], weights=[1, 2], base={}).state == {}
+    assert call(name, [{}, {}, {}], weights=[1, 2, 3], base={}).state == {}
 
 
 def test_fedavg_by_hand():
