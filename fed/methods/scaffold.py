@@ -12,7 +12,8 @@ and ends with y_k and a new c_k. From the clients S that took part, of N that th
     c   += |S| / N * mean_S(c_k^new - c_k)
 
 The paper's mean_S is the plain mean; `weighting` samples takes both by samples instead, which is
-for the objective that FedAvg has. Clients that are not in S keep their c_k.
+for the objective that FedAvg has. Clients that are not in S keep their c_k. Twice as much travels
+as with FedAvg, both ways, and the run keeps a c_k of every client.
 
 Our reading: c_k^new = sum_i g_i / K, the mean of the client's gradients over its steps. For plain
 SGD of rate lr that is the paper's option II, c_k - c + (x - y_k) / (K lr), of which the

@@ -475,20 +475,31 @@ def test_an_update_comes_back_from_the_disk_as_it_was(tmp_path):
     assert RoundState.load(tmp_path / "s.safetensors") == now
 
 
-@pytest.mark.parametrize("part", ["extras", "kept"])
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("extras", lambda bias: bias.fill_(math.nan), "0.bias has .*NaN"),
+        ("kept", lambda bias: bias.fill_(math.inf), "0.bias has .*NaN or inf"),
+        ("extras", None, "tensor .* is missing"),
+        ("kept", None, "tensor .* is missing"),
+    ],
+)
 def test_bad_tensors_beside_a_state_stop_the_run_by_name_and_are_not_kept(
-    flags, tiny, tmp_path, monkeypatch, part
+    flags, tiny, tmp_path, monkeypatch, part, change, said
 ):
     finish = ClientSteps.finish
 
     def broken(self, update):
         finish(self, update)
-        getattr(update, part)["model.mm_projector.0.bias"][1] = math.nan
+        if change is None:
+            setattr(update, part, {})
+        else:
+            change(getattr(update, part)["model.mm_projector.0.bias"])
 
     common = {"fed_clients": tiny / "clients.yaml", "fed_method": "scaffold", "fed_rounds": 2}
     monkeypatch.setattr(ClientSteps, "finish", broken)
     where = {"extras": "beside its state", "kept": "in what it keeps"}[part]
-    with pytest.raises(StateError, match=f"client a, {where}: .*0.bias .*NaN"):
+    with pytest.raises(StateError, match=f"client a, {where}: .*{said}"):
         train(flags(**common, output_dir=tmp_path / "x"))
     monkeypatch.setattr(ClientSteps, "finish", finish)
     for name in "xy":
