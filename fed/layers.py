@@ -13,7 +13,7 @@ from fed.state import State
 # Up to this side float64 costs next to nothing; above it eigh takes tens of seconds in float32.
 LARGE = 1024
 _TABLES = ("embed_tokens.weight", "lm_head.weight")  # rows are words there
-_ROWS = 256  # cast at once, so that no second copy of a layer is made
+_ROWS = 128  # cast at once: they stay in the cache, and no second copy of a layer is made
 
 
 @dataclass(frozen=True)
@@ -42,48 +42,63 @@ def layers(state: State) -> tuple[list[Layer], list[str]]:
     return found, [name for name in state if name not in taken]
 
 
-def to_matrix(state: State, layer: Layer, less: State | None = None) -> Tensor:
+def to_matrix(
+    state: State, layer: Layer, less: State | None = None, out: Tensor | None = None
+) -> Tensor:
     """The layer as [W | b], (out, in + 1), less that of another state.
 
-    Float64 up to an `out` of 1024, float32 above.
+    Float64 up to an `out` of 1024, float32 above. Written into `out` if it is given.
     """
     weight = state[layer.weight].flatten(1)
-    out, width = weight.shape
-    dtype = torch.float64 if out <= LARGE else torch.float32
-    matrix = torch.empty(out, width + bool(layer.bias), dtype=dtype, device=weight.device)
-    matrix[:, :width].copy_(weight)
+    side, width = weight.shape
+    if out is None:
+        dtype = torch.float64 if side <= LARGE else torch.float32
+        out = torch.empty(side, width + bool(layer.bias), dtype=dtype, device=weight.device)
+    other = None if less is None else less[layer.weight].flatten(1)
+    for start in range(0, side, _ROWS):
+        rows = slice(start, start + _ROWS)
+        if other is None:
+            out[rows, :width] = weight[rows]
+        else:
+            parts = weight[rows].to(out.dtype), other[rows].to(out.dtype)
+            torch.sub(*parts, out=out[rows, :width])
     if layer.bias:
-        matrix[:, width].copy_(state[layer.bias])
-    if less is not None:
-        other = less[layer.weight].flatten(1)
-        for rows in range(0, out, _ROWS):
-            matrix[rows : rows + _ROWS, :width] -= other[rows : rows + _ROWS]
-        if layer.bias:
-            matrix[:, width] -= less[layer.bias]
-    return matrix
+        out[:, width] = state[layer.bias]
+        if less is not None:
+            out[:, width] -= less[layer.bias].to(out.dtype)
+    return out
 
 
-def from_matrix(matrix: Tensor, layer: Layer, like: State) -> State:
-    """Inverse of `to_matrix`: tensors with the shapes of `like`, in the matrix's dtype."""
-    shape = like[layer.weight].shape
-    if not layer.bias:
-        return {layer.weight: matrix.reshape(shape)}
-    return {layer.weight: matrix[:, :-1].reshape(shape), layer.bias: matrix[:, -1]}
+def write_matrix(matrix: Tensor, layer: Layer, state: State, plus: State | None = None) -> None:
+    """Inverse of `to_matrix`: fill a state's tensors with [W | b], plus those of another state."""
+    width = matrix.shape[1] - bool(layer.bias)
+    names = {layer.weight: matrix[:, :width]}
+    if layer.bias:
+        names[layer.bias] = matrix[:, width]
+    for name, values in names.items():
+        into = state[name].view(values.shape)
+        other = None if plus is None else plus[name].reshape(values.shape)
+        for start in range(0, len(values), _ROWS):
+            rows = slice(start, start + _ROWS)
+            added = values[rows] if other is None else values[rows] + other[rows].to(values.dtype)
+            into[rows] = added
 
 
-@dataclass(frozen=True)
 class Parts:
     """The matrices X_1..X_K of one layer, (out, in + 1) each, less those of an origin.
 
-    They are made one at a time, whenever they are gone through: no two need be in memory.
+    They are made one at a time, whenever they are gone through, in one piece of memory: each is
+    overwritten by the next.
     """
 
-    states: Sequence[State]
-    layer: Layer
-    origin: State | None = None
+    def __init__(self, states: Sequence[State], layer: Layer, origin: State | None = None):
+        self.states, self.layer, self.origin = states, layer, origin
+        self._matrix: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (to_matrix(state, self.layer, self.origin) for state in self.states)
+        for state in self.states:
+            self._matrix = to_matrix(state, self.layer, self.origin, self._matrix)
+            yield self._matrix

@@ -21,7 +21,14 @@ from typing import Any, Protocol
 from fed import state as states
 from fed.clients import seed_of
 from fed.methods.client_rule import ClientRule, for_clients
-from fed.record import Stopwatch, curves, line_of_turn, lines_of_measures, round_record
+from fed.record import (
+    Stopwatch,
+    curves,
+    line_of_turn,
+    lines_of_measures,
+    round_record,
+    suspicions,
+)
 from fed.round_state import RoundState, Update, save_update
 from fed.state import State
 from fed.turns import ClientFailed, FitMany, Turn, failures, finished, keep_failure, may_fail
@@ -158,6 +165,8 @@ class Loop:
             self._write_records(after)
             shutil.rmtree(folder, ignore_errors=True)
         self.log(curves(record), round)
+        for doubt in suspicions(record):
+            self._say(f"round {round}/{self.rounds}  look: {doubt}")
         for line in lines_of_measures(record, self.rounds):
             self._say(line)
         self.barrier()

@@ -3,7 +3,8 @@
 The matrices X_1..X_K of a layer, with shares p_k that sum to one, are written in one orthonormal
 basis U of the output space, the leading eigenvectors of S = sum_k p_k X_k X_k^T, with one
 coefficient matrix C_k = U^T X_k each. Pure functions, on tensors only. Matrices may be any
-collection that can be gone through again, as `fed.layers.Parts`, which makes them one at a time.
+collection that can be gone through again, as `fed.layers.Parts`, which makes them one at a time
+and overwrites each with the next.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from fed.layers import LARGE
 
-LEADING = 128  # directions that are looked for in a large layer when no rank is asked for
+LEADING = 64  # directions that are looked for in a large layer when no rank is asked for
 OVERSAMPLE = 16  # further directions that the range finder draws and throws away
-PASSES = 3  # applications of S in the range finder; each sharpens the leading directions
+PASSES = 2  # applications of S in the range finder; each sharpens the leading directions
 CHUNK = 2**16  # values that are summed over the clients at once
 
 
@@ -80,7 +81,7 @@ def joint_basis(
             as are looked for.
         rank: at most so many directions; None for no bound.
         how: `auto` takes the range finder where the side is above 1024 and `rank` a quarter of it
-            or less, or none, which then is 128. `randomised` without a rank saves nothing.
+            or less, or none, which then is 64. `randomised` without a rank saves nothing.
     """
     side, width = next(iter(mats)).shape
     columns = width * len(mats)
@@ -93,7 +94,7 @@ def joint_basis(
     if how == "randomised":
         frame = _range(mats, shares, min(rank + OVERSAMPLE, full), seed)
     elif columns < side:
-        frame = torch.linalg.qr(torch.cat(list(mats), dim=1)).Q
+        frame = torch.linalg.qr(torch.cat([m.clone() for m in mats], dim=1)).Q
     else:
         frame = None
 

@@ -28,7 +28,7 @@ whatever beta is: momentum needs r < out. Aligning U to B^{t-1} and turning C wi
 X; this way round, the memory of another rank is no special case: directions without history stand
 as they are.
 
-Up to 1024 rows every direction is found, in float64; above, the leading 128 by a range finder, in
+Up to 1024 rows every direction is found, in float64; above, the leading 64 by a range finder, in
 float32, and the others are the rest. Norms, scales and other tensors that are no layer are averaged
 by samples. fed/fusion.py has the sums over clients that the server needs.
 """
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from fed.fusion import Fused, fuse
-from fed.layers import Parts, from_matrix, layers, to_matrix
+from fed.layers import Parts, layers, write_matrix
 from fed.methods.blocks import blocks, empty
 from fed.methods.checks import check_option
 from fed.methods.registry import Outcome, method
@@ -101,13 +101,9 @@ def fedcmp(
         )
         key = f"{layer.name}.basis"
         turned, history = turn(shared, memory.get(key), beta, align)
-        same = turned is shared.vectors
         facts["layers"][layer.name] = {**describe(shared, fused, p), "momentum": history}
-        moved = fused.matrix(turned, None if same else shared.vectors)
-        if space == "updates":
-            moved += to_matrix(base, layer)
-        for name, tensor in from_matrix(moved, layer, base).items():
-            result[name].copy_(tensor)
+        moved = fused.matrix(turned, None if turned is shared.vectors else shared.vectors)
+        write_matrix(moved, layer, result, mats.origin)
         if beta > 0 and shared.total > 0:
             kept[key] = turned.float()
         elif beta > 0 and key in memory:  # nobody moved: U means nothing, the history stays

@@ -98,7 +98,7 @@ def test_it_is_fedavg_above_the_side_where_float32_begins():
     found = fedcmp(states, [3, 1], base, **PLAIN)
     assert_same(found.state, fedavg(states, [3, 1], base), rtol=1e-5, atol=1e-5)
     facts = found.facts["layers"]["a"]
-    assert (facts["basis"], facts["rank"]) == ("randomised", 128)
+    assert (facts["basis"], facts["rank"]) == ("randomised", 64)
     assert 0.5 < facts["rest"]["share"] < 1 and facts["rest"]["gain"] == 1
 
 
@@ -323,9 +323,9 @@ def test_a_rank_above_the_size_is_all_of_the_layer():
     assert found.facts["layers"][LAYERS[0]]["rank"] == 10
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.97])
+@pytest.mark.parametrize("decay", [0.8, 0.97])
 def test_the_randomised_basis_gives_what_the_exact_one_gives(decay):
-    """Where energy falls so fast that what is left outside the 128 directions weighs little."""
+    """Where energy falls so fast that what is left outside the 64 directions weighs little."""
     side, width, clients = 1100, 400, 3
     torch.manual_seed(0)
     left = orthonormal(0, side, 260, torch.float32)
@@ -342,7 +342,7 @@ def test_the_randomised_basis_gives_what_the_exact_one_gives(decay):
     error = (fast.state["a.weight"] - slow.state["a.weight"]).norm() / slow.state["a.weight"].norm()
     # What is outside may be wrong altogether, and is no longer than this.
     bound = 1e-4 + math.sqrt(said[0]["rest"]["share"])
-    assert float(error) < (1e-3 if decay == 0.9 else bound)
+    assert float(error) < (1e-3 if decay == 0.8 else bound)
 
 
 # Clients that misbehave, or are not there.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fed.layers import Parts, from_matrix, layers, to_matrix
+from fed.layers import Parts, layers, to_matrix, write_matrix
 
 
 def test_layers_and_what_belongs_to_none():
@@ -22,7 +22,8 @@ def test_layers_and_what_belongs_to_none():
     assert [n.split(".", 2)[-1] for n in rest] == ["1.weight", "1.bias", "scale", "weight"]
     back = {name: state[name] for name in rest}
     for layer in found:
-        back |= from_matrix(to_matrix(state, layer), layer, state)
+        back |= {n: torch.empty_like(state[n]) for n in (layer.weight, layer.bias) if n}
+        write_matrix(to_matrix(state, layer), layer, back)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[n], state[n].to(back[n].dtype)) for n in state)
 
@@ -55,4 +56,7 @@ def test_parts_are_the_clients_less_the_origin(out, dtype):
     for _ in range(2):  # as often as one likes
         for part, state in zip(parts, states[1:], strict=True):
             assert torch.equal(part, to_matrix(state, layer) - to_matrix(states[0], layer))
+        whole = {n: torch.empty_like(t) for n, t in states[0].items()}
+        write_matrix(part, layer, whole, states[0])
+        torch.testing.assert_close(whole, states[-1])
     assert torch.equal(next(iter(Parts(states, layer))), to_matrix(states[0], layer))
