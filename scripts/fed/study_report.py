@@ -44,7 +44,7 @@ class Found:
             if all((title, scenario, seed) in self.cells for title in self.methods)
         ]
         self.scenarios = list(dict.fromkeys(scenario for scenario, _ in self.places))
-        if not self.places:
+        if not (self.methods and self.places):
             raise InputError("no seed of any scenario is finished for every method")
 
     def seeds(self, scenario: str) -> list[int]:
@@ -281,14 +281,14 @@ def draw_gains(found: Found, path: Path) -> None:
     write_figure(figure, path)
 
 
-def page(found: Found, rows: Sequence[dict]) -> str:
+def page(found: Found, rows: Sequence[dict], name: str = "fedcmp") -> str:
     plan, best = found.plan, found.best_baseline()
     seeds = {scenario: found.seeds(scenario) for scenario in found.scenarios}
     settings = {len(plan.settings(title)) for title in found.methods}
     development = [row for row in rows if row["job"]["part"] == "development"]
     return f"""# Fed-CMP and its baselines on the playground
 
-Made by `bash scripts/fed/study.sh` from the {len(rows)} runs in `fedcmp.jsonl`, each one of
+Made by `bash scripts/fed/study.sh` from the {len(rows)} runs in `{name}.jsonl`, each one of
 `fed.train`, whose flags stand in its line. One pass over the data, the projector alone trains.
 Held-out pictures (`heldout_test`), mean ± standard deviation over seeds
 ({", ".join(f"{s}: {', '.join(map(str, of))}" for s, of in seeds.items())}). Loss: caption loss in
@@ -296,7 +296,7 @@ nats a token, lower is better. Exact: share of pictures whose whole name is the 
 choice, token by token; in the caption scenario of those captions that are names.
 
 {main_table(found)}
-![held-out loss over rounds](fedcmp-curves.png)
+![held-out loss over rounds]({name}-curves.png)
 
 ## {plan.ours} against {plan.reference}, pair by pair
 
@@ -309,7 +309,7 @@ of a two-sided sign-flip test over all pairs.
 Best by the mean loss over scenarios, on these very runs: the comparison favours the baseline.
 
 {paired_table(found, best)}
-![each method less FedAvg](fedcmp-gains.png)
+![each method less FedAvg]({name}-gains.png)
 
 ## On the way
 
@@ -350,7 +350,7 @@ def main() -> None:
         matplotlib.use("Agg")
         draw_curves(found, folder / f"{name}-curves.png")
         draw_gains(found, folder / f"{name}-gains.png")
-        write_text(folder / f"{name}.md", page(found, rows))
+        write_text(folder / f"{name}.md", page(found, rows, name))
         print(f"wrote {folder / name}.md from {len(rows)} runs")
 
 

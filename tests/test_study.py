@@ -1,0 +1,205 @@
+"""The study: which runs it asks for, what it chooses, what it says of them, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts/fed"))
+
+import study  # noqa: E402
+import study_plan  # noqa: E402
+import study_report  # noqa: E402
+
+from fed.arguments import FedArguments  # noqa: E402
+from llava.errors import InputError  # noqa: E402
+from llava.train.arguments import (  # noqa: E402
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse,
+)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return study_plan.Plan()
+
+
+def test_every_method_has_as_many_settings(plan):
+    assert len({len(plan.settings(title)) for title in plan.methods}) == 1
+    for title in plan.methods:
+        assert len(set(plan.settings(title))) == len(plan.settings(title))
+
+
+def test_development_and_report_have_nothing_in_common_but_the_private_pictures(plan):
+    assert not set(plan.seeds("development")) & set(plan.seeds("report"))
+    assert len(plan.seeds("report")) >= 5
+    for job in plan.tuning():
+        assert plan.heldout(job).startswith("heldout_dev")
+    chosen = {title: plan.settings(title)[0] for title in plan.methods}
+    reports = list(plan.reporting(chosen))
+    assert len(reports) == len(plan.methods) * 4 * len(plan.seeds("report"))
+    for job in reports:
+        assert plan.heldout(job).startswith("heldout_test")
+        assert "skew-dev" not in shlex.join(plan.flags(job))
+
+
+def test_every_run_has_flags_that_fed_train_knows(plan):
+    from fed import inputs
+
+    chosen = {title: plan.settings(title)[-1] for title in plan.methods}
+    jobs = [*plan.tuning(), *plan.reporting(chosen), *plan.ablating(chosen[plan.ours])]
+    seen = set()
+    for job in jobs:
+        flags = [*study.playground_flags(), *plan.flags(job), "--output_dir", "unused"]
+        shown = shlex.join(flag for flag in flags)
+        if (job.title, job.setting, job.scenario) in seen:
+            continue
+        seen.add((job.title, job.setting, job.scenario))
+        kinds = (ModelArguments, DataArguments, TrainingArguments, FedArguments)
+        arguments = parse(flags, *kinds)
+        options = inputs.check_flags(*arguments)
+        setting = json.loads(job.setting)
+        assert arguments[2].learning_rate == setting.pop("learning_rate"), shown
+        assert options == setting
+        assert (ROOT / arguments[3].fed_clients).is_file()
+
+
+def row(part, title, setting, scenario, seed, losses, exact=0.5):
+    job = study_plan.Job(part, title, setting, scenario, seed)
+    rounds = list(range(1, len(losses) + 1))
+    return {"job": vars(job), "rounds": rounds, "loss": losses, "exact": [exact] * len(losses),
+            "drift": [0.9] * len(losses), "seconds": 1.0, "flags": ""}  # fmt: skip
+
+
+def rows_of(plan, offsets):
+    """A study in which each method ends at 1 plus its offset, and the second setting is best."""
+    rows = []
+    for job in plan.tuning():
+        place = plan.settings(job.title).index(job.setting)
+        loss = 1 + abs(place - 1) / 10
+        rows.append(row(job.part, job.title, job.setting, job.scenario, job.seed, [loss]))
+    for job in plan.reporting(plan.chosen(rows)):
+        end = 1 + offsets.get(job.title, 0.3) + job.seed / 1000
+        losses = [end + 1, end + 0.05, end + 0.1, end]
+        rows.append(row("report", job.title, job.setting, job.scenario, job.seed, losses))
+    return rows
+
+
+def test_the_setting_with_the_least_development_loss_is_chosen(plan):
+    rows = rows_of(plan, {})
+    assert plan.chosen(rows) == {title: plan.settings(title)[1] for title in plan.methods}
+    first = next(iter(plan.methods))
+    assert first not in plan.chosen(rows[1:])  # not tuned through: not chosen
+
+
+def test_the_report_says_what_was_measured(plan):
+    offsets = {"Fed-CMP": -0.2, "FedAvg": 0.0, "FedExP": -0.1, "centralised": -0.5}
+    rows = rows_of(plan, offsets)
+    found = study_report.Found(plan, rows)
+    assert found.best_baseline() == "FedExP"
+    assert found.over_scenarios("Fed-CMP", study_report.final_loss) == pytest.approx(0.823)
+    text = study_report.page(found, rows)
+    assert "| all " in text and "20 of 20" in text
+    line = next(li for li in text.splitlines() if li.startswith("| Fed-CMP ") and "±" in li)
+    assert "0.823 ± 0.002" in line and line.rstrip(" |").endswith("50.0")
+    losses = study_report.paired_table(found, "FedAvg")
+    assert "-0.200 ± 0.000" in losses
+    dynamics = study_report.dynamics_table(found)
+    assert "0.050" in dynamics  # the loss rose once, by that much
+    reached = study_report._rounds_to_reference(found, "Fed-CMP", "topic")
+    assert reached == "2.0"
+    assert study_report._rounds_to_reference(found, "FedProx", "topic") == "never"
+    assert " ←" in study_report.tuning_table(found, rows)
+
+
+def test_only_seeds_that_all_methods_have_count(plan):
+    rows = rows_of(plan, {})
+    missing = [r for r in rows if r["job"] == {**r["job"], "part": "report", "title": "FedAvg",
+                                               "scenario": "skew", "seed": 21}]  # fmt: skip
+    assert len(missing) == 1
+    found = study_report.Found(plan, [r for r in rows if r not in missing])
+    assert found.seeds("skew") == [22, 23, 24, 25] and found.seeds("topic")[0] == 21
+    with pytest.raises(InputError, match="no seed"):
+        study_report.Found(plan, [r for r in rows if r["job"]["part"] != "report"])
+
+
+def test_the_sign_flip_test_by_hand():
+    # Three pairs, all of one sign: two of eight sign patterns are as extreme.
+    assert study_report.sign_flip_p([1.0, 2.0, 3.0]) == 0.25
+    assert study_report.sign_flip_p([1.0, -1.0]) == 1.0
+    many = study_report.sign_flip_p([1.0] * 20)
+    assert 0 < many < 1e-4  # never nought: the pattern that was seen is one of them
+
+
+@pytest.mark.slow
+def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_path):
+    """The real thing on the tiny model: tuning, choosing, reporting, the page and its pictures."""
+    flags = {
+        "fed_clients": str(tiny / "clients.yaml"),
+        "fed_eval_data_path": str(tiny / "heldout.json"),
+        "fed_eval_image_folder": str(tiny / "images"),
+        "model_name_or_path": str(tiny / "llm"),
+        "vision_tower": str(tiny / "vision_tower"),
+        "per_device_train_batch_size": 2,
+    }
+    part = {"part": "test", "scenarios": ["only"], "seeds": [1]}
+    document = {
+        "flags": {},
+        "scenarios": {
+            "only": {
+                "clients": "x",
+                "rounds": 2,
+                "heldout": "heldout",
+                "domain": "domain",
+                "flags": flags,
+            }
+        },
+        "development": part,
+        "report": {**part, "seeds": [2, 3]},
+        "ours": "Fed-CMP",
+        "reference": "FedAvg",
+        "not_compared": [],
+        "methods": {
+            "FedAvg": {"flags": {"fed_method": "fedavg"},
+                       "settings": [{"learning_rate": 0.01}, {"learning_rate": 0.02}]},
+            "Fed-CMP": {"flags": {"fed_method": "fedcmp"},
+                        "settings": [{"learning_rate": 0.01}, {"learning_rate": 0.02, "tau": 0.5}]},
+        },
+        "ablation": {**part, "seeds": [1], "variants": {"no gain": {"rescale": 1.0}}},
+    }  # fmt: skip
+    file, results = tmp_path / "plan.yaml", tmp_path / "found.jsonl"
+    file.write_text(yaml.safe_dump(document))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(hours):
+        command = [sys.executable, "scripts/fed/study.py", "--plan", file, "--results", results]
+        subprocess.run([*command, "--hours", hours, "--workers", "2"], cwd=ROOT, env=environment,
+                       check=True, capture_output=True)  # fmt: skip
+        return study_plan.read_rows(results)
+
+    assert run("0") == []
+    rows = run("1")
+    parts = [r["job"]["part"] for r in rows]
+    assert (parts.count("development"), parts.count("report"), parts.count("ablation")) == (4, 4, 1)
+    kept, lost = rows[:3], rows[3:]
+    results.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    again = run("1")
+    assert again[:3] == kept and len(again) == len(rows)
+    measured = {json.dumps(r["job"]): (r["loss"], r["exact"], r["drift"]) for r in lost}
+    for r in again[3:]:  # the same seeds, the same numbers
+        assert measured[json.dumps(r["job"])] == (r["loss"], r["exact"], r["drift"])
+    command = [sys.executable, "scripts/fed/study_report.py", "--plan", file, "--results", results]
+    subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
+    assert "Fed-CMP against FedAvg" in (tmp_path / "found.md").read_text()
+    for picture in ("found-curves.png", "found-gains.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
