@@ -43,7 +43,7 @@ class FedArguments:
     fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run."})
     fed_method: str = field(default="fedavg", metadata={"help": "How updates become one state."})
     fed_options: list[str] = field(
-        default_factory=list, metadata={"help": "The method's options: name=value …"}
+        default_factory=list, metadata={"help": "The method's options: [FILE.yaml] name=value …"}
     )
     fed_clients_per_round: int = field(
         default=0, metadata={"help": "How many clients take part in a round, drawn anew; 0: all."}

@@ -82,19 +82,49 @@ def check_flags(
         if not getattr(fed_args, flag) >= 0:
             raise InputError(f"--{flag} is {getattr(fed_args, flag)}, 0 or more is expected")
     _check_driver(fed_args)
-    options = methods.parse_options(fed_args.fed_method, fed_args.fed_options)
-    _rehearse(fed_args.fed_method, options)
+    options = methods.parse_options(
+        fed_args.fed_method, _options(fed_args.fed_method, fed_args.fed_options)
+    )
     if methods.get(fed_args.fed_method).client is not None:
         _check_steps_changed(training_args, fed_args)
     return options
 
 
-def _rehearse(name: str, options: dict) -> None:
+def _options(method: str, words: Sequence[str]) -> list[str]:
+    """The words of --fed_options as name=value, a leading file read: its section of the method.
+
+    What is given beside a file is stronger.
+    """
+    if not words or "=" in words[0] or not words[0].endswith((".yaml", ".yml")):
+        return list(words)
+    import yaml
+
+    file, *words = words
+    try:
+        sections = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--fed_options {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--fed_options {file}: not YAML ({error})") from None
+    if not isinstance(sections, dict) or not isinstance(sections.get(method), dict):
+        there = ", ".join(map(str, sections)) if isinstance(sections, dict) else "none"
+        raise InputError(
+            f"--fed_options {file}: options under the key {method!r} are expected, "
+            f"there are the keys {there}"
+        )
+    given = {word.partition("=")[0] for word in words}
+    own = {name: value for name, value in sections[method].items() if name not in given}
+    return [*(f"{name}={value}" for name, value in own.items()), *words]
+
+
+def _rehearse(name: str, options: dict, clients: int) -> None:
     """A round on next to nothing: finds a value that is out of range before anybody trains."""
     tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
     make_rule = methods.client_rule(name, options)
     sent = make_rule(tiny, {}, {}).end().extras if make_rule else {}
-    methods.get(name)([tiny, tiny], weights=[1, 1], base=tiny, extras=[sent, sent], **options)
+    methods.get(name)(
+        [tiny] * clients, weights=[1] * clients, base=tiny, extras=[sent] * clients, **options
+    )
 
 
 def _check_steps_changed(training_args: TrainingArguments, fed_args: FedArguments) -> None:
@@ -137,8 +167,8 @@ def _check_driver(fed_args: FedArguments) -> None:
             raise InputError(f"--{flag} is for --fed_driver script")
 
 
-def check_numbers(specs: Sequence[ClientSpec], fed_args: FedArguments) -> None:
-    """Refuse to ask for more clients than there are."""
+def check_round(specs: Sequence[ClientSpec], fed_args: FedArguments, options: dict) -> None:
+    """Refuse to ask for more clients than there are, and a method that so many are no use to."""
     asked, there = fed_args.fed_clients_per_round, len(specs)
     if asked > there:
         raise InputError(
@@ -148,6 +178,7 @@ def check_numbers(specs: Sequence[ClientSpec], fed_args: FedArguments) -> None:
         raise InputError(
             f"--fed_min_clients is {fed_args.fed_min_clients}, a round has {asked or there} clients"
         )
+    _rehearse(fed_args.fed_method, options, 1 if fed_args.fed_pool else asked or there)
 
 
 def arguments_of(

@@ -42,7 +42,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     scripted = fed_args.fed_driver == "script"
     method = methods.get(fed_args.fed_method)
     specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, processes=scripted)
-    inputs.check_numbers(specs, fed_args)
+    inputs.check_round(specs, fed_args, options)
     client_args = [inputs.arguments_of(spec, argv, data_args, training_args) for spec in specs]
     logger = RunLogger(training_args, prepare_output(training_args))
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fed import state
+from fed import inputs, state
+from fed.arguments import FedArguments
 from fed.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
 
 def run(flags, output_dir, clients, **changes) -> list[dict]:
@@ -421,12 +423,33 @@ def test_the_pool_goes_by_the_command_line_not_by_the_first_client(flags, tiny, 
     assert moved.norm() > 1e-2
 
 
+def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text(
+        "fedcmp: {tau: 0.5, rank: none, rescale: 2}\nfedavg: {server_lr: 1.5, paper_compat: true}\n"
+    )
+
+    def options(method, *more):
+        arguments = parse(
+            flags(fed_clients=tiny / "clients.yaml", fed_method=method, fed_options=[file, *more]),
+            *(ModelArguments, DataArguments, TrainingArguments, FedArguments),
+        )
+        return inputs.check_flags(*arguments)
+
+    assert options("fedcmp") == {"tau": 0.5, "rank": None, "rescale": 2.0}
+    assert options("fedavg", "server_lr=2") == {"server_lr": 2.0, "paper_compat": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"fed_method": "fedcmp", "fed_options": ["energy=7"]}, "energy.*7"),
         ({"fed_method": "fedcmp", "fed_options": ["rank"]}, "name=value"),
         ({"fed_options": ["server_lr=-1"]}, "server_lr"),
+        ({"fed_options": ["none.yaml"]}, "none.yaml: No such file"),
+        ({"fed_options": ["a-file.yaml"]}, "a-file.yaml: .*'fedavg' .*there are the keys fedcmp"),
+        ({"fed_method": "fedcmp", "fed_options": ["a-file.yaml"]}, "fedcmp has no option 'tua'"),
+        ({"fed_method": "krum"}, "krum.*2"),  # a round has two clients: found before they train
         ({"data_path": "x.json"}, "--data_path"),
         ({"report_to": "carrier-pigeon"}, "--report_to"),
         ({"output_dir": "a-file"}, "--output_dir"),
@@ -450,6 +473,7 @@ def test_bad_flags_are_found_before_anything_trains(
 ):
     monkeypatch.chdir(tmp_path)
     Path("a-file").write_text("")
+    Path("a-file.yaml").write_text("fedcmp: {tua: 1}")
     stop_after(monkeypatch, 0)
     changes = {"fed_clients": tiny / "clients.yaml", "output_dir": "x", **changes}
     with pytest.raises(InputError, match=message):
