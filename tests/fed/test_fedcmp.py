@@ -345,6 +345,23 @@ def test_the_randomised_basis_gives_what_the_exact_one_gives(decay):
     assert float(error) < (1e-3 if decay == 0.8 else bound)
 
 
+def test_lora_and_other_connectors_are_layers_too():
+    lora = "base_model.model.model.layers.0.q_proj.lora_{}.weight"
+    shapes = {
+        lora.format("A"): (4, 20),
+        lora.format("B"): (20, 4),
+        "model.mm_projector.weight": (9, 5),  # a linear connector
+        "model.mm_projector.bias": (9,),
+        "model.image_newline": (9,),
+    }
+    base, states = draw(0, 3, shapes=shapes)
+    plain = fedcmp(states, [1, 2, 3], base, **PLAIN)
+    assert_same(plain.state, fedavg(states, [1, 2, 3], base), rtol=1e-6, atol=1e-7)
+    found = fedcmp(states, [1, 2, 3], base)
+    assert len(found.facts["layers"]) == 3 and found.facts["averaged"] == ["model.image_newline"]
+    assert all(facts["gain"]["max"] > 1.1 for facts in found.facts["layers"].values())
+
+
 # Clients that misbehave, or are not there.
 
 
