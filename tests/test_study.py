@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts/fed"))
 
 import study  # noqa: E402
+import study_found  # noqa: E402
 import study_plan  # noqa: E402
 import study_report  # noqa: E402
+import study_tables  # noqa: E402
 
 from fed.arguments import FedArguments  # noqa: E402
 from llava.errors import InputError  # noqa: E402
@@ -105,21 +107,21 @@ def test_the_setting_with_the_least_development_loss_is_chosen(plan):
 def test_the_report_says_what_was_measured(plan):
     offsets = {"Fed-CMP": -0.2, "FedAvg": 0.0, "FedExP": -0.1, "centralised": -0.5}
     rows = rows_of(plan, offsets)
-    found = study_report.Found(plan, rows)
+    found = study_found.Found(plan, rows)
     assert found.best_baseline() == "FedExP"
-    assert found.over_scenarios("Fed-CMP", study_report.final_loss) == pytest.approx(0.823)
+    assert found.over_scenarios("Fed-CMP", study_found.final_loss) == pytest.approx(0.823)
     text = study_report.page(found, rows)
     assert "| all " in text and "20 of 20" in text
     line = next(li for li in text.splitlines() if li.startswith("| Fed-CMP ") and "±" in li)
     assert "0.823 ± 0.002" in line and line.rstrip(" |").endswith("50.0")
-    losses = study_report.paired_table(found, "FedAvg")
+    losses = study_tables.paired_table(found, "FedAvg")
     assert "-0.200 ± 0.000" in losses
-    dynamics = study_report.dynamics_table(found)
+    dynamics = study_tables.dynamics_table(found)
     assert "0.050" in dynamics  # the loss rose once, by that much
-    reached = study_report._rounds_to_reference(found, "Fed-CMP", "topic")
+    reached = study_tables._rounds_to_reference(found, "Fed-CMP", "topic")
     assert reached == "2.0"
-    assert study_report._rounds_to_reference(found, "FedProx", "topic") == "never"
-    assert " ←" in study_report.tuning_table(found, rows)
+    assert study_tables._rounds_to_reference(found, "FedProx", "topic") == "never"
+    assert " ←" in study_tables.tuning_table(found, rows)
 
 
 def test_only_seeds_that_all_methods_have_count(plan):
@@ -127,17 +129,17 @@ def test_only_seeds_that_all_methods_have_count(plan):
     missing = [r for r in rows if r["job"] == {**r["job"], "part": "report", "title": "FedAvg",
                                                "scenario": "skew", "seed": 21}]  # fmt: skip
     assert len(missing) == 1
-    found = study_report.Found(plan, [r for r in rows if r not in missing])
+    found = study_found.Found(plan, [r for r in rows if r not in missing])
     assert found.seeds("skew") == [22, 23, 24, 25] and found.seeds("topic")[0] == 21
     with pytest.raises(InputError, match="no seed"):
-        study_report.Found(plan, [r for r in rows if r["job"]["part"] != "report"])
+        study_found.Found(plan, [r for r in rows if r["job"]["part"] != "report"])
 
 
 def test_the_sign_flip_test_by_hand():
     # Three pairs, all of one sign: two of eight sign patterns are as extreme.
-    assert study_report.sign_flip_p([1.0, 2.0, 3.0]) == 0.25
-    assert study_report.sign_flip_p([1.0, -1.0]) == 1.0
-    many = study_report.sign_flip_p([1.0] * 20)
+    assert study_tables.sign_flip_p([1.0, 2.0, 3.0]) == 0.25
+    assert study_tables.sign_flip_p([1.0, -1.0]) == 1.0
+    many = study_tables.sign_flip_p([1.0] * 20)
     assert 0 < many < 1e-4  # never nought: the pattern that was seen is one of them
 
 
