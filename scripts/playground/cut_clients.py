@@ -61,10 +61,10 @@ def cut(folder: Path, captions: dict[str, dict]) -> None:
     for part in ("dev", "test"):
         heldout = json.loads((folder / f"heldout_{part}.json").read_text())
         random.Random(f"{SEED} caption {part}").shuffle(heldout)
-        # Every picture by name, and once more as one of the other sources describes it.
-        records = [_described(record, "name", captions) for record in heldout]
-        records += [
-            _described(record, SOURCES[1 + i % 3], captions) for i, record in enumerate(heldout)
+        # Half of the pictures by name, the others as the other sources describe them, in turns.
+        records = [
+            _described(record, "name" if i % 2 == 0 else SOURCES[1 + i // 2 % 3], captions)
+            for i, record in enumerate(heldout)
         ]
         _write(folder / f"heldout_{part}_caption.json", records)
     keys = [(record["topic"], record["style"]) for record in private]
