@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from fed import state as states
 from fed.clients import seed_of
+from fed.methods.checks import check_not_zero
 from fed.methods.client_rule import ClientRule, for_clients
 from fed.record import (
     Stopwatch,
@@ -208,6 +209,7 @@ class Loop:
         """Refuse, by the client's name, what no method should see."""
         who = f"client {turn.name}"
         states.check(update.state, like=turn.state, who=who)
+        check_not_zero(update.state, turn.state, who)
         if self.rule is not None and update.num_samples:
             sent = turn.state if self.rule.sends else {}
             kept = turn.state if self.rule.keeps else {}

@@ -21,7 +21,6 @@ from fed.layers import LARGE
 LEADING = 64  # directions that are looked for in a large layer when no rank is asked for
 OVERSAMPLE = 16  # further directions that the range finder draws and throws away
 PASSES = 2  # applications of S in the range finder; each sharpens the leading directions
-CHUNK = 2**16  # values that are summed over the clients at once
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,6 @@ def shares(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum."""
     total = sum(weights)
     return [weight / total for weight in weights]
-
-
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_k w_k T_k in float64, whatever the type of the tensors, which may be memory-mapped."""
-    total = torch.zeros_like(tensors[0], dtype=torch.float64, memory_format=torch.contiguous_format)
-    flat, parts = total.view(-1), [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, len(flat), CHUNK):  # a chunk stays in the cache until all were added
-        for part, weight in zip(parts, weights, strict=True):
-            flat[start : start + CHUNK].add_(part[start : start + CHUNK], alpha=weight)
-    return total
 
 
 def mean_matrix(mats: Collection[Tensor], shares: Sequence[float]) -> Tensor:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fed.space import CHUNK
 from fed.state import State
 
 # A block has CHUNK values of few clients and fewer of many, so that all clients fit into a cache.
+CHUNK = 2**16
 _ALL = 2**18
 _LEAST = 2**12
 

@@ -17,6 +17,20 @@ def check_option(method: str, option: str, value: Any, fits: bool, expected: str
         raise InputError(f"{method} option {option}: expected {expected}, found {value}")
 
 
+def check_not_zero(state: State, base: State, who: str) -> None:
+    """Refuse a state that is zero throughout where `base` is not: something was never filled.
+
+    Raises:
+        StateError: `who` opens the message.
+    """
+    if state and not _any(state) and _any(base):
+        raise StateError(f"{who}: all {len(state)} tensors are zero, those of the base are not")
+
+
+def _any(state: State) -> bool:
+    return any(bool(tensor.any()) for tensor in state.values())
+
+
 def memory_shapes(base: State, suffixes: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a memory that has one tensor per tensor of `base` and suffix."""
     return {name + s: tuple(tensor.shape) for name, tensor in base.items() for s in suffixes}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fed.methods import options as options_of
+from fed.methods.checks import check_not_zero
 from fed.methods.client_rule import ClientRule
 from fed.state import State, StateError, check, is_finite, near
 from llava.errors import InputError
@@ -175,19 +176,10 @@ def _check(
     if not 0 < sum(weights) < math.inf:
         raise InputError(f"the clients' weights sum to {sum(weights)}, expected some samples")
     check(base, base, who="the base")
-    zero = not _any(base)
     for client, state in zip(who, states, strict=True):
         check(state, base, who=f"client {client}")
-        if state and not zero and not _any(state):
-            raise StateError(
-                f"client {client}: all {len(state)} tensors are zero, those of the base not"
-            )
+        check_not_zero(state, base, f"client {client}")
     return weights
-
-
-def _any(state: State) -> bool:
-    """Whether any value is not zero."""
-    return any(bool(tensor.any()) for tensor in state.values())
 
 
 def _check_extras(

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fed import methods
 from fed.methods.blocks import blocks, empty
-from fed.space import CHUNK, weighted_sum
 from fed.state import StateError
 from llava.errors import InputError
 
@@ -89,7 +88,7 @@ def test_fedavgm_by_hand():
 
 def test_fedavgm_as_an_average_of_updates():
     options = dict(momentum=0.75, paper_compat=True)
-    base, states = one(0.0, 8.0)
+    base, states = one(2.0, 6.0)
     first = call("fedavgm", states, [3, 1], base, **options)
     assert first.state["a"].item() == 1  # a quarter of 4, the plain mean
     second = call("fedavgm", states, [3, 1], first.state, first.memory, **options)
@@ -378,19 +377,6 @@ def test_blocks_hold_every_value_once(clients):
         close(copy, {n: t.double() for n, t in state.items()}, rtol=0, atol=0)
 
 
-def test_sums_in_chunks_are_those_of_whole_tensors_to_the_bit():
-    torch.manual_seed(0)
-    parts = [torch.randn(300, 700).bfloat16(), torch.randn(700, 300).T, torch.randn(300, 700)]
-    weights = [0.3, 0.1, 0.6]
-    expected = torch.zeros(300, 700, dtype=torch.float64)
-    for part, weight in zip(parts, weights, strict=True):
-        expected.add_(part, alpha=weight)
-    assert parts[0].numel() > 3 * CHUNK
-    for order in (parts, parts[1:] + parts[:1]):  # the first need not be contiguous
-        found = weighted_sum(order, [weights[[p is q for q in parts].index(True)] for p in order])
-        torch.testing.assert_close(found, expected, rtol=0, atol=0 if order is parts else 1e-15)
-
-
 class Made(TorchDispatchMode):
     """Adds up the bytes of all tensors that are made with more than 2^18 values, by type."""
 
@@ -418,3 +404,17 @@ def test_beside_blocks_no_method_makes_more_than_three_states_in_float32(name):
             memory = raw(states, weights=[1.0] * clients, base=base, memory=memory).memory or {}
         assert made.large and torch.float64 not in made.large
         assert sum(made.large.values()) <= 3 * 4 * values
+
+
+def test_fedcmp_makes_as_much_for_many_clients_as_for_few():
+    shapes = {"a.weight": (1100, 600), "a.bias": (1100,)}
+    base, states = draw(0, 12, torch.bfloat16, shapes)
+    made = []
+    for clients in (3, 12):
+        with Made() as found, torch.no_grad():
+            raw = inspect.unwrap(methods.get("fedcmp"))
+            outcome = raw(states[:clients], weights=[1.0] * clients, base=base, memory={})
+        assert outcome.facts["layers"]["a"]["basis"] == "randomised"
+        assert torch.float64 not in found.large
+        made.append(sum(found.large.values()))
+    assert made[0] == made[1] <= 3 * 4 * 1100 * 601

@@ -133,8 +133,8 @@ def test_alignment_of_another_rank(how):
     torch.testing.assert_close(fewer, torch.cat([u[:, :3], 0 * u[:, 3:]], 1))
 
 
-def test_weighted_sum_and_shares():
+def test_shares_and_mean():
     assert space.shares([1, 3, 0]) == [0.25, 0.75, 0]
-    ones = torch.ones(2, dtype=torch.bfloat16)
-    total = space.weighted_sum([ones, ones * 2], [0.25, 0.75])
-    assert total.dtype == torch.float64 and total.tolist() == [1.75, 1.75]
+    mats = draw(0, (4, 3), (4, 3))
+    expected = 0.25 * mats[0] + 0.75 * mats[1]
+    torch.testing.assert_close(space.mean_matrix(mats, [0.25, 0.75]), expected)

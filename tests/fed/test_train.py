@@ -327,8 +327,16 @@ def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path):
     assert (tmp_path / "x" / "mm_projector.bin").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s["model.mm_projector.2.bias"][0].fill_(torch.inf), "2.bias .*NaN|infinit"),
+        (lambda s: [tensor.zero_() for tensor in s.values()], "all 4 tensors are zero"),
+    ],
+    ids=["infinite", "zero"],
+)
 def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
-    flags, tiny, tmp_path, monkeypatch
+    flags, tiny, tmp_path, monkeypatch, spoil, message
 ):
     from fed.drivers.resident import ResidentDriver
 
@@ -337,11 +345,11 @@ def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
     def diverge(self, client, sent, round, **kwargs):
         update = fit(self, client, sent, round, **kwargs)
         if client.name == "b" and round == 2:
-            update.state["model.mm_projector.2.bias"][0] = torch.inf
+            spoil(update.state)
         return update
 
     monkeypatch.setattr(ResidentDriver, "fit", diverge)
-    with pytest.raises(InputError, match="client b: .*2.bias .*NaN|infinit"):
+    with pytest.raises(InputError, match=f"client b: .*{message}"):
         run(flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=3)
     assert RoundState.load(tmp_path / "x/fed/state.safetensors").round == 1
     monkeypatch.setattr(ResidentDriver, "fit", fit)
