@@ -466,6 +466,11 @@ def test_a_client_without_a_sample_is_absent_and_joins_late(flags, tiny, tmp_pat
     assert same(mean, for_clients(now.memory), atol=1e-6)
 
 
+def test_only_what_is_for_clients_is_sent_to_them():
+    assert for_clients({**one(1.0), "w.m": torch.ones(1)}) == {}
+    assert for_clients({"w.m": torch.ones(1), "w" + FOR_CLIENTS: torch.zeros(1)}) == one(0.0)
+
+
 def test_an_update_comes_back_from_the_disk_as_it_was(tmp_path):
     update = Update(one(1.0), 3, {"loss": 2.0}, extras=one(4.0), kept=one(5.0))
     save_update(update, tmp_path / "u.safetensors")
