@@ -69,19 +69,18 @@ def run(job: Job, plan_file: Path, results: Path) -> None:
 
 
 def summary(job: Job, plan: Plan, records: list[dict]) -> dict:
-    """A line of the results: by measured round the held-out loss and share of exact names.
+    """A line of the results: by measured round the held-out loss and share of exact captions.
 
     Where clients keep models of their own, the mean over clients.
     """
-    name, names = plan.heldout(job), plan.names_domain(job)
+    name = plan.heldout(job)
     measured = [record for record in records if record["heldout"]]
     models = [[sets[name] for sets in record["heldout"].values()] for record in measured]
-    exact = [[m["domains"][names] if names else m for m in of_round] for of_round in models]
     return {
         "job": vars(job),
         "rounds": [record["round"] for record in measured],
         "loss": [_mean([m["loss"] for m in of_round]) for of_round in models],
-        "exact": [_mean([m["exact"] for m in of_round]) for of_round in exact],
+        "exact": [_mean([m["exact"] for m in of_round]) for of_round in models],
         "drift": [record["drift"] for record in records],
     }
 

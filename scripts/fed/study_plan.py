@@ -100,10 +100,6 @@ class Plan:
         part = self._part(job)
         return self.document["scenarios"][job.scenario]["heldout"].format(part=part)
 
-    def names_domain(self, job: Job) -> str | None:
-        """The domain whose captions are names, where not all are."""
-        return self.document["scenarios"][job.scenario].get("names")
-
     def flags(self, job: Job) -> list[str]:
         """The flags of scripts/fed/pretrain_playground.sh that make this run."""
         scenario = self.document["scenarios"][job.scenario]

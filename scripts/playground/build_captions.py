@@ -2,9 +2,8 @@
 
     python scripts/playground/build_captions.py [--cache FOLDER]
 
-For each concept of the unpacked playground: its CLDR keywords in English, and its CLDR name in
-French, reduced to plain lower-case words as the names are. The shipped tokenizer, made for English,
-cuts a French name into 6.7 pieces on average and an English one into 2.6; none is unknown to it.
+For each concept of the unpacked playground its CLDR keywords in English, reduced to plain
+lower-case words as the names are.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from llava.atomic import write_text
 TARGET = ROOT / "playground/data/captions.json"
 DATA = ROOT / "playground/data/emoji"
 CLDR = ("cldr-annotations-full", "cldr-annotations-derived-full")
-KEYWORDS = 3  # of each concept, at the most
 
 
 def keywords_of(name: str, words: list[str]) -> list[str]:
-    """The first keywords that say what the name does not.
+    """The keywords that say what the name does not.
 
     >>> keywords_of("diya lamp", ["diya", "lamp", "light", "oil"])
     ['light', 'oil']
     """
     plain = dict.fromkeys(plain_name(word.lower()) for word in words)
-    return [w for w in plain if w and w not in name.split() and w != name][:KEYWORDS]
+    return [w for w in plain if w and w not in name.split() and w != name]
 
 
 def main() -> None:
@@ -38,16 +36,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "build/playground")
     args = parser.parse_args()
     packages = fetch(args.cache, CLDR)
-    english, french = annotations(packages, "en"), annotations(packages, "fr")
+    english = annotations(packages, "en")
     captions = {}
     for file in sorted(DATA.glob("clients/topic/*.json")) + sorted(DATA.glob("heldout_*.json")):
         for record in json.loads(file.read_text()):
             code, name = record["id"].split("-", 1)[1], record["conversations"][1]["value"]
             emoji = "".join(chr(int(point, 16)) for point in code.split("-")).replace("\ufe0f", "")
-            captions[code] = {
-                "keywords": keywords_of(name, english[emoji].get("default", [])),
-                "fr": plain_name(french[emoji]["tts"][0].lower()),
-            }
+            captions[code] = keywords_of(name, english[emoji].get("default", []))
     lines = ",\n".join(f"{json.dumps(c)}: {json.dumps(captions[c])}" for c in sorted(captions))
     write_text(TARGET, f"{{\n{lines}\n}}\n")
     print(f"{TARGET}: {len(captions)} concepts")

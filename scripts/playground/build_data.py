@@ -67,7 +67,7 @@ def fetch(cache: Path, only: Sequence[str] = ()) -> dict[str, dict[str, bytes]]:
     """
     wanted = re.compile(
         r"emoji\.json$|/img/(google|twitter)/64/|icons/modern/|openmoji/svg/[^/]+\.svg$"
-        r"|/(en|fr)/annotations\.json$"
+        r"|/en/annotations\.json$"
     )
     cache.mkdir(parents=True, exist_ok=True)
     packages = {}

@@ -16,54 +16,60 @@ from fed.partition import dirichlet
 SEED = 2024
 SKEW = {"skew-dev": 1, "skew": 2}  # the seeds of the two Dirichlet cuts
 SKEW_CLIENTS, ALPHA, SIZE_ALPHA, SMALLEST = 12, 0.3, 1.0, 16
-TOPICS = {
-    "smileys": "smileys and emotion",
-    "people": "people and body",
-    "animals": "animals and nature",
-    "food": "food and drink",
-    "travel": "travel and places",
-    "activities": "activities",
-    "objects": "objects",
-    "symbols": "symbols",
+KINDS = {  # as the language model learnt to say them
+    "smileys": "a smiley or an emotion",
+    "people": "a person or a part of the body",
+    "animals": "an animal or a plant",
+    "food": "food or drink",
+    "travel": "a place or a vehicle",
+    "activities": "an activity",
+    "objects": "an object",
+    "symbols": "a symbol",
 }
-SOURCES = ("name", "keywords", "sentence", "french")
+SOURCES = ("name", "keyword", "short", "kind")
 
 
-def caption(source: str, name: str, topic: str, said: dict) -> str:
+def caption(source: str, name: str, topic: str, keywords: list[str], words: set[str]) -> str:
     """A picture's caption as one source gives it.
 
-    >>> said = {"keywords": ["light", "oil"], "fr": "diya"}
-    >>> [caption(s, "diya lamp", "objects", said) for s in SOURCES]
-    ['diya lamp', 'diya lamp, light, oil', 'among objects: diya lamp', 'diya']
+    By keyword: the first one that the playground's language model has the words of, which are those
+    of all names; where there is none, the name.
+
+    >>> known = {"light", "oil", "lamp"}
+    >>> [caption(s, "diya lamp", "objects", ["clay light", "oil"], known) for s in SOURCES]
+    ['diya lamp', 'oil', 'lamp', 'an object']
     """
-    if source == "keywords":
-        return ", ".join([name, *said["keywords"]])
-    if source == "sentence":
-        return f"among {TOPICS[topic]}: {name}"
-    return said["fr"] if source == "french" else name
+    if source == "keyword":
+        return next((k for k in keywords if set(k.split()) <= words), name)
+    if source == "short":
+        return name.split()[-1]
+    return KINDS[topic] if source == "kind" else name
 
 
-def cut(folder: Path, captions: dict[str, dict]) -> None:
+def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
     """Write `clients/{caption,skew-dev,skew}/*.json` and `heldout_{dev,test}_caption.json`.
 
     Args:
         folder: the unpacked playground.
-        captions: `playground/data/captions.json`: concept → its keywords and its French name.
+        keywords: `playground/data/captions.json`: of every concept.
     """
     private = []
     for file in sorted((folder / "clients/topic").glob("*.json")):
         private += json.loads(file.read_text())
+    words = {word for record in private for word in record["conversations"][1]["value"].split()}
     order = private[:]
     random.Random(f"{SEED} caption").shuffle(order)
     for i, source in enumerate(SOURCES):
-        records = [_described(record, source, captions) for record in order[i :: len(SOURCES)]]
+        records = [
+            _described(record, source, keywords, words) for record in order[i :: len(SOURCES)]
+        ]
         _write(folder / f"clients/caption/{source}.json", records)
     for part in ("dev", "test"):
         heldout = json.loads((folder / f"heldout_{part}.json").read_text())
         random.Random(f"{SEED} caption {part}").shuffle(heldout)
         # Half of the pictures by name, the others as the other sources describe them, in turns.
         records = [
-            _described(record, "name" if i % 2 == 0 else SOURCES[1 + i // 2 % 3], captions)
+            _described(record, "name" if i % 2 == 0 else SOURCES[1 + i // 2 % 3], keywords, words)
             for i, record in enumerate(heldout)
         ]
         _write(folder / f"heldout_{part}_caption.json", records)
@@ -76,12 +82,11 @@ def cut(folder: Path, captions: dict[str, dict]) -> None:
             _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
 
 
-def _described(record: dict, source: str, captions: dict[str, dict]) -> dict:
+def _described(record: dict, source: str, keywords: dict[str, list[str]], words: set[str]) -> dict:
     question, answer = record["conversations"]
-    said = captions[record["id"].split("-", 1)[1]]
-    text = caption(source, answer["value"], record["topic"], said)
-    turns = [question, {**answer, "value": text}]
-    return {**record, "source": source, "conversations": turns}
+    own = keywords[record["id"].split("-", 1)[1]]
+    text = caption(source, answer["value"], record["topic"], own, words)
+    return {**record, "source": source, "conversations": [question, {**answer, "value": text}]}
 
 
 def _write(path: Path, records: list[dict]) -> None:
