@@ -21,20 +21,20 @@ def draw_curves(found: Found, path: Path) -> None:
     figure, panels = pyplot.subplots(
         1, columns, figsize=(3.6 * columns + 1.6, 3.8), layout="constrained", squeeze=False
     )
-    colours = itertools.cycle(PALETTE[1:])
-    colour = {t: PALETTE[0] if t == found.plan.ours else next(colours) for t in shown}
+    looks = itertools.product(("-", "--", ":"), PALETTE[1:])
+    look = {t: ("-", PALETTE[0]) if t == found.plan.ours else next(looks) for t in shown}
     for axes, scenario in zip(panels[0], found.scenarios, strict=True):
         lowest, highest = float("inf"), 0.0
-        for i, title in enumerate(shown):
+        for title in shown:
+            line, colour = look[title]
             runs = [found.cells[title, scenario, seed] for seed in found.seeds(scenario)]
             losses = numpy.array([row["loss"] for row in runs])
             mean, deviation = losses.mean(0), losses.std(0)
             ours = title == found.plan.ours
-            axes.plot(runs[0]["rounds"], mean, color=colour[title], lw=2.6 if ours else 1.2,
-                      ls="-" if ours else ("-", "--", ":")[i // len(PALETTE)],
+            axes.plot(runs[0]["rounds"], mean, color=colour, ls=line, lw=2.6 if ours else 1.2,
                       label=title, zorder=3 if ours else 2)  # fmt: skip
             axes.fill_between(runs[0]["rounds"], mean - deviation, mean + deviation,
-                              color=colour[title], alpha=0.12, lw=0)  # fmt: skip
+                              color=colour, alpha=0.12, lw=0)  # fmt: skip
             lowest, highest = min(lowest, mean.min()), max(highest, float(numpy.median(mean)))
         if "centralised" in found.methods:
             level = statistics.mean(found.values("centralised", scenario, final_loss))

@@ -30,8 +30,8 @@ def page(found: Found, rows: Sequence[dict], name: str = "fedcmp") -> str:
 Made by `bash scripts/fed/study.sh` from the {len(rows)} runs in `{name}.jsonl`, each one of
 `fed.train`, whose flags stand in its line. One pass over the data, the projector alone trains.
 Held-out pictures (`heldout_test`), mean ± standard deviation over seeds
-({", ".join(f"{s}: {', '.join(map(str, of))}" for s, of in seeds.items())}). Loss: caption loss in
-nats a token, lower is better. Exact: share of pictures whose whole caption is the model's first
+({"; ".join(f"{s}: {', '.join(map(str, of))}" for s, of in seeds.items())}).
+Loss: caption loss in nats a token, lower is better. Exact: share of pictures whose whole caption is the model's first
 choice, token by token; captions are names, but in the caption scenario, where a picture has four
 right captions and only one counts.
 
