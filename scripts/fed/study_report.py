@@ -24,16 +24,17 @@ def page(found: Found, rows: Sequence[dict], name: str = "fedcmp") -> str:
     plan, best = found.plan, found.best_baseline()
     seeds = {scenario: found.seeds(scenario) for scenario in found.scenarios}
     settings = {len(plan.settings(title)) for title in found.methods}
-    development = [row for row in rows if row["job"]["part"] == "development"]
+    wanted = plan.document["ablation"]["seeds"]
     return f"""# Fed-CMP and its baselines on the playground
 
 Made by `bash scripts/fed/study.sh` from the {len(rows)} runs in `{name}.jsonl`, each one of
 `fed.train`, whose flags stand in its line. One pass over the data, the projector alone trains.
 Held-out pictures (`heldout_test`), mean ± standard deviation over seeds
 ({"; ".join(f"{s}: {', '.join(map(str, of))}" for s, of in seeds.items())}).
-Loss: caption loss in nats a token, lower is better. Exact: share of pictures whose whole caption is the model's first
-choice, token by token; captions are names, but in the caption scenario, where a picture has four
-right captions and only one counts.
+
+Loss: caption loss in nats a token, lower is better. Exact: share of pictures whose whole caption is
+the model's first choice, token by token; captions are names, but in the caption scenario, where a
+picture has four right captions and only one counts.
 
 {main_table(found)}
 ![held-out loss over rounds]({name}-curves.png)
@@ -61,17 +62,16 @@ mean squares; 0 alike, 1 cancelling), the mean over rounds and seeds.
 {dynamics_table(found)}
 ## How settings were chosen
 
-{"/".join(map(str, sorted(settings)))} settings a method ({len(development)} runs), by the mean
-final loss on the development part: pictures `heldout_dev`, scenarios
-{" and ".join(plan.scenarios("development"))}, seed {plan.seeds("development")[0]}. The scenarios
-{" and ".join(s for s in found.scenarios if s not in plan.scenarios("development"))} and the seeds
-and pictures above had no part in it. The chosen ones are marked.
+{"/".join(map(str, sorted(settings)))} settings a method, by the mean final loss on the development
+part: pictures `heldout_dev`, scenarios {" and ".join(plan.scenarios("development"))}, seed
+{plan.seeds("development")[0]}. The chosen ones are marked. The other scenarios, and the seeds and
+pictures above, had no part in it.
 
 {tuning_table(found, rows)}
 ## Ablations of {plan.ours}
 
-On the development part (pictures `heldout_dev`, seeds {plan.document["ablation"]["seeds"]}), the
-learning rate as chosen above.
+On the development part (pictures `heldout_dev`, seeds {wanted[0]} to {wanted[-1]}), the learning
+rate as chosen above.
 
 {ablation_table(found, rows)}"""
 
