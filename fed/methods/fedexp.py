@@ -25,7 +25,7 @@ from fed.methods.registry import Outcome, method
 from fed.state import State
 
 
-@method("fedexp")
+@method("fedexp", whole=True)
 def fedexp(
     states: list[State],
     *,

@@ -31,7 +31,7 @@ from fed.state import State
 _STILL = 1e-5
 
 
-@method("geometric_median")
+@method("geometric_median", whole=True)
 def geometric_median(
     states: list[State],
     *,

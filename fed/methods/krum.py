@@ -26,7 +26,7 @@ from fed.state import State
 from llava.errors import InputError
 
 
-@method("krum")
+@method("krum", whole=True)
 def krum(
     states: list[State],
     *,

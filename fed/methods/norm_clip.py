@@ -26,7 +26,7 @@ from fed.space import shares
 from fed.state import State
 
 
-@method("norm_clip")
+@method("norm_clip", whole=True)
 def norm_clip(
     states: list[State],
     *,

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from fed.state import near
 from llava.errors import InputError
 
-# Of every method, the last two of those that ask for them; all others are options.
-ARGUMENTS = ("states", "weights", "base", "memory", "extras", "total")
+# Of every method, the last three of those that ask for them; all others are options.
+ARGUMENTS = ("states", "weights", "base", "memory", "extras", "total", "calibration")
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fed.methods import options as options_of
+from fed.methods.calibration import Calibration
 from fed.methods.checks import check_not_zero
 from fed.methods.client_rule import ClientRule
 from fed.state import State, StateError, check, is_finite, near
@@ -38,12 +39,21 @@ class Outcome:
 
 
 def method(
-    name: str, *, personal: bool = False, client: type[ClientRule] | None = None
+    name: str,
+    *,
+    personal: bool = False,
+    whole: bool = False,
+    client: type[ClientRule] | None = None,
 ) -> Callable:
     """Register a function `(states, *, weights, base, memory, <options>) -> Outcome` as `name`.
 
     The function gets arguments that were checked (see `get`), memory as a dict, no client of weight
-    0 unless `personal` (one state per client comes back), and may return any floating type.
+    0 unless `personal` (one state per client comes back), and may return any floating type. Unless
+    `whole` says otherwise, a layer's result must depend on nothing but its own weight and bias: a
+    merge of whole models goes layer by layer.
+
+    A function may ask for `calibration`, what there is to measure of each client's state on data;
+    where it gives that no default, the method cannot do without.
 
     A method whose clients step in another way has a rule `client`, made anew for each turn. Its
     function may ask for `extras`, what each client's rule sent, and `total`, how many clients the
@@ -54,7 +64,10 @@ def method(
     def register(function: Callable[..., Outcome]) -> Callable[..., Outcome]:
         if name in _METHODS:
             raise InputError(f"two methods are called {name}")
-        asked = inspect.signature(function).parameters.keys() & {"extras", "total"}
+        parameters = inspect.signature(function).parameters
+        asked = parameters.keys() & {"extras", "total", "calibration"}
+        own = parameters.get("calibration")
+        calibrated = own is not None and own.default is own.empty
 
         @functools.wraps(function)
         @torch.no_grad()
@@ -67,6 +80,7 @@ def method(
             clients: Sequence[str] | None = None,
             extras: Sequence[State] | None = None,
             total: int | None = None,
+            calibration: Sequence[Calibration] | None = None,
             **options: Any,
         ) -> Outcome:
             options = options_of.parse(name, function, options)
@@ -76,8 +90,14 @@ def method(
             total = len(states) if total is None else total
             if total < len(states):
                 raise InputError(f"{len(states)} client states of {total} clients in total")
+            if calibrated and calibration is None:
+                raise InputError(
+                    f"{name} needs data to calibrate on, which a merge has "
+                    "(--calibration_data) and a round has not"
+                )
             heard = [k for k, weight in enumerate(weights) if personal or weight > 0]
-            beside = {"extras": [extras[k] for k in heard], "total": total}
+            measures = None if calibration is None else [calibration[k] for k in heard]
+            beside = {"extras": [extras[k] for k in heard], "total": total, "calibration": measures}
             outcome = function(
                 [states[k] for k in heard],
                 weights=[weights[k] for k in heard],
@@ -94,7 +114,8 @@ def method(
             outcome.facts["clients"] = [who[k] for k in heard]
             return outcome
 
-        run.client = client
+        run.client, run.whole, run.personal = client, whole, personal
+        run.calibrated = calibrated
         _METHODS[name] = run
         return run
 
@@ -111,8 +132,11 @@ def get(name: str) -> Callable[..., Outcome]:
     """The method `name`, a callable `(states, *, weights, base, memory=None, **options)`.
 
     It also takes `clients`, names for messages and facts, `extras`, what each client sent beside
-    its state where clients do, and `total`, how many clients there are (as many as states when not
-    given). It changes none of its arguments.
+    its state where clients do, `total`, how many clients there are (as many as states when not
+    given), and `calibration`, one a client. It changes none of its arguments.
+
+    Its attributes: `client` (the `ClientRule`, or None), `whole`, `personal`, and `calibrated`
+    (whether it needs `calibration`).
 
     Raises:
         InputError: no such method; and when it is called: weights that are not sample counts, an

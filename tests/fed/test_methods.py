@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fed import methods
+from fed.layers import layers, to_matrix
 from fed.methods import Outcome, registry
 from fed.state import StateError
 from llava.errors import InputError
@@ -25,7 +26,26 @@ def call(name, states, **arguments):
     function = methods.get(name)
     if function.client is not None and function.client.sends and "extras" not in arguments:
         arguments["extras"] = [{n: 0.01 * t.float() for n, t in s.items()} for s in states]
+    if function.calibrated:
+        arguments.setdefault("calibration", [Measured()] * len(states))
     return function(states, **arguments)
+
+
+class Measured:
+    """A calibration whose numbers come from a state's own values: symmetric, positive, fixed."""
+
+    def loss(self, state):
+        return float(sum(t.double().square().sum() for t in state.values()))
+
+    def gram(self, state):
+        found = {}
+        for layer in layers(state)[0]:
+            x = to_matrix(state, layer).double()
+            found[layer.name] = x.T @ x / len(x)
+        return found
+
+    def fisher(self, state):
+        return {n: t.float().square() + 0.1 for n, t in state.items()}
 
 
 def draw(seed, clients=3, dtype=torch.float32):
@@ -265,6 +285,35 @@ def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
 @pytest.mark.parametrize("name", SHARED)
 def test_an_identity_connector_has_nothing_to_aggregate(name):
     assert call(name, [{}, {}, {}], weights=[1, 2, 3], base={}).state == {}
+
+
+@pytest.mark.parametrize("name", [n for n in SHARED if not methods.get(n).whole])
+def test_a_layer_depends_on_itself_alone(name):
+    """What a merge of whole models, which goes layer by layer, relies on."""
+    base, states = draw(3)
+    together = call(name, states, weights=[1, 2, 3], base=base).state
+    for layer in ("model.mm_projector.0", "model.mm_projector.2"):
+        base_of, *states_of = (
+            {n: t for n, t in s.items() if n.startswith(layer)} for s in (base, *states)
+        )
+        alone = call(name, states_of, weights=[1, 2, 3], base=base_of).state
+        for n, tensor in alone.items():
+            assert torch.allclose(tensor, together[n], rtol=1e-5, atol=1e-6), n
+
+
+def test_a_method_that_needs_data_says_so(toy):
+    @methods.method("judged")
+    def judged(states, *, weights, base, memory, calibration, scale: float = 1.0) -> Outcome:
+        return Outcome(states[calibration[0].loss(states[0]) < calibration[1].loss(states[1])])
+
+    base, states = draw(0)
+    given = dict(weights=[1, 0, 1], base=base)
+    with pytest.raises(InputError, match="judged needs data to calibrate on"):
+        methods.get("judged")(states, **given)
+    with pytest.raises(InputError, match="no option 'calibration'"):
+        methods.parse_options("judged", ["calibration=1"])
+    best = methods.get("judged")(states, **given, calibration=[Measured()] * 3)
+    assert best.facts["clients"] == ["0", "2"]
 
 
 def test_fedavg_by_hand():
