@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,8 +27,8 @@ class StateError(InputError):
     """A state that cannot be read, or is not what it should be."""
 
 
-def load(path: str | os.PathLike) -> State:
-    """Read a state from a `.bin` or `.safetensors` file, onto the CPU.
+def load(path: str | os.PathLike, mapped: bool = False) -> State:
+    """Read a state from a `.bin` or `.safetensors` file, onto the CPU; `mapped` as `read_tensors`.
 
     Whatever stands before `mm_projector.` in a name becomes `model.`; other names stay as they are.
     An empty state is allowed: it is what an identity connector has.
@@ -37,7 +38,7 @@ def load(path: str | os.PathLike) -> State:
             tensors (nothing else is ever unpickled), two names that become one, or no projector.
     """
     state: State = {}
-    for key, tensor in read_tensors(path).items():
+    for key, tensor in read_tensors(path, mapped).items():
         match = _PROJECTOR.fullmatch(key)
         name = f"model.{match[1]}" if match else key
         if name in state:
@@ -48,8 +49,12 @@ def load(path: str | os.PathLike) -> State:
     return state
 
 
-def read_tensors(path: str | os.PathLike) -> State:
+def read_tensors(path: str | os.PathLike, mapped: bool = False) -> State:
     """Read any named tensors from a `.bin` or `.safetensors` file, names as they are in it.
+
+    Args:
+        mapped: leave the values of a `.bin` on the disk until they are used, as those of a
+            `.safetensors` always are. Nobody may write into the file for as long.
 
     Raises:
         StateError: as `load`, but for the names.
@@ -58,7 +63,7 @@ def read_tensors(path: str | os.PathLike) -> State:
     _check_suffix(path)
     if not path.is_file():
         raise StateError(f"{path}: no such file")
-    found = _read(path)
+    found = _read(path, mapped)
     if not isinstance(found, dict):
         raise StateError(f"{path}: expected a flat dict of tensors, found a {type(found).__name__}")
     for key, tensor in found.items():
@@ -140,13 +145,14 @@ def _check_suffix(path: Path) -> None:
         raise StateError(f"{path}: a state's file ends in {' or '.join(SUFFIXES)}")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, mapped: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mapped and zipfile.is_zipfile(path)  # not the form that torch wrote before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a broken file makes the readers fail in many ways
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise  # the disk's word; a cut zip is an invalid argument

@@ -73,7 +73,7 @@ class Shards(Mapping[str, torch.Tensor]):
     def _tensors(self, file: str) -> Mapping[str, torch.Tensor]:
         path = self.folder / file
         if path.suffix != ".safetensors":
-            return read_tensors(path)
+            return read_tensors(path, mapped=True)
         try:
             return _SafeFile(path)
         except (SafetensorError, OSError) as error:
@@ -90,6 +90,14 @@ class Shards(Mapping[str, torch.Tensor]):
             raise InputError(
                 f"{self.folder / file}: has no tensor {name}, which the index puts there"
             ) from None
+
+    def place(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.folder / self._file_of[name]
+
+    def release(self) -> None:
+        """Close the file that is open: what was read of it no longer counts as our memory."""
+        self._open = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of

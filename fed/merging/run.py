@@ -1,0 +1,181 @@
+"""One merge from beginning to end: open, check, merge, write, tell."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fed import methods
+from fed.merging import card, checks, geometry, report
+from fed.merging.calibrating import calibration
+from fed.merging.core import Job, merge_group
+from fed.merging.forms import Form, Put, form_of
+from fed.merging.settings import Settings, text
+from fed.merging.sources import Source, open_source
+from fed.merging.writing import check_output, check_space, output_folder
+from fed.methods.options import defaults
+from fed.state import State
+
+
+@dataclass
+class Result:
+    """What came of a merge.
+
+    Attributes:
+        folder: what was written; None of a dry run.
+        state: the merged projector, of scope projector; None of a dry run.
+        facts: what merge.json holds.
+        lines: the same for people.
+    """
+
+    folder: Path | None
+    state: State | None
+    facts: dict[str, Any]
+    lines: list[str]
+
+
+def run(settings: Settings) -> Result:
+    """Do what the settings say; warnings go to stderr as they come up.
+
+    Raises:
+        InputError: bad input; nothing has been written.
+    """
+    checks.check_method(settings)
+    options = methods.parse_options(settings.method, settings.options)
+    experts = [open_source(path, "expert") for path in settings.experts]
+    base = None if settings.base is None else open_source(settings.base, "base")
+    path = None
+    if settings.output is not None and not settings.dry_run:
+        inputs = [source.path for source in (*experts, *([base] if base else []))]
+        path = check_output(settings.output, settings.overwrite, inputs)
+    forced = checks.check_identity(experts, base, settings)
+    form = form_of(settings, experts, base)
+    if len(form.groups) > 1:
+        checks.check_streamed(settings)
+    prints, of_base = form.prints()
+    warnings = checks.check_same(experts, prints, base, of_base) + checks.check_known(experts)
+    _warn(forced + warnings)
+    if base is None:
+        _warn(["no base is given: the weighted mean of the experts stands in for it"])
+    if path is not None:
+        check_space(path, form.size)
+
+    job = Job(
+        None if settings.dry_run else settings.method,
+        options,
+        settings.shares,
+        [expert.who for expert in experts],
+        base.who if base else "the experts' mean",
+        None if settings.dry_run else calibration(settings, experts),
+        joint=settings.scope == "projector",
+    )
+    facts = _start(settings, options, form, experts, base, [*prints, of_base])
+    facts |= {"forced": forced, "warnings": warnings}
+    with contextlib.ExitStack() as stack:
+        folder, state, put = None, {}, None
+        if path is not None:
+            folder = stack.enter_context(output_folder(path))
+            put = stack.enter_context(form.writer(folder))
+        _merge(job, form, facts, put, state if settings.scope == "projector" else None)
+        if base is not None:
+            late = checks.check_start(facts["all"], base)
+            _warn(late)
+            facts["warnings"] = warnings + late
+        if folder is not None:
+            card.write(folder, facts)
+    lines = report.lines(facts, settings)
+    return Result(path, None if settings.dry_run else state or None, facts, lines)
+
+
+def _merge(job: Job, form: Form, facts: dict[str, Any], put: Put | None, keep: State | None):
+    """Go through the groups; what is measured and what the method says goes into the facts."""
+    grams: geometry.Gram = {}
+    of_method: dict[str, Any] = {}
+    for names in _progress(form.groups):
+        merged = merge_group(job, names, form.experts, form.base)
+        if merged.state is not None and put is not None:
+            put(merged.state)
+        if merged.state is not None and keep is not None:
+            keep |= merged.state
+        grams |= merged.grams
+        layers = of_method.get("layers", {}) | merged.facts.get("layers", {})
+        of_method |= {**merged.facts, **({"layers": layers} if layers else {})}
+        if len(form.groups) == 1 and job.method is None:
+            facts["directions"] = merged.facts
+        form.release()
+    kinds: geometry.Gram = {}
+    for name, g in grams.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        kinds[kind] = kinds[kind] + g if kind in kinds else g
+    for key, of in (("layers", grams), ("kinds", kinds), ("all", {"": geometry.total(grams)})):
+        told = {name: geometry.describe(g, job.weights) for name, g in of.items()}
+        facts[key] = told[""] if key == "all" else told
+    facts["method_facts"] = _plain(of_method if len(form.groups) == 1 else
+                                   {k: v for k, v in of_method.items() if k == "layers"})  # fmt: skip
+
+
+def _start(
+    settings: Settings,
+    options: dict[str, Any],
+    form: Form,
+    experts: list[Source],
+    base: Source | None,
+    prints: list[str | None],
+) -> dict[str, Any]:
+    """The facts that are known before anything is merged."""
+    full = {**defaults(methods.get(settings.method)), **options}
+    license, note = card.inherited([card.license_of(expert) for expert in experts])
+
+    def about(source: Source, fingerprint: str | None) -> dict[str, Any]:
+        dtype = str(next(iter(source.projector.values())).dtype).removeprefix("torch.")
+        return {"path": source.given, "kind": source.kind, "dtype": dtype,
+                "fingerprint": fingerprint}  # fmt: skip
+
+    return {
+        "method": settings.method,
+        "options": {name: text(value) for name, value in full.items()},
+        "scope": settings.scope,
+        "experts": [
+            about(e, p) | {"weight": w}
+            for e, p, w in zip(experts, prints[:-1], settings.shares, strict=True)
+        ],
+        "base": base and about(base, prints[-1]),
+        "form": form.name,
+        "written": form.written,
+        "fingerprints": form.fingerprints,
+        "license": license,
+        "licence_note": note,
+        "command": settings.command(full),
+        "versions": card.versions(),
+    }
+
+
+def _progress(groups: Any) -> Iterator[Any]:
+    """The groups, with a bar on a terminal where there are many."""
+    if len(groups) == 1 or not sys.stderr.isatty():
+        return iter(groups)
+    from tqdm import tqdm
+
+    return iter(tqdm(groups, desc="merging", unit="layer"))
+
+
+def _warn(sentences: list[str]) -> None:
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Facts as JSON has them: what is no finite number becomes text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,141 @@
+"""A model to merge, whatever its form on disk: its projector, its config, and what else it holds.
+
+Values are read when they are used. Names are upstream's, whatever the folder's own are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from llava.errors import InputError
+from llava.model.builder import has_weights
+from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, PROJECTOR_PREFIX, on_disk
+from llava.model.hf_layout import rename_to_llava
+from llava.model.lora import ADAPTER_CONFIG, NON_LORA_FILE
+from llava.model.shards import Shards, local_folder, read_json
+from llava.state import SUFFIXES, State, StateError, load
+
+Kind = Literal["file", "projector", "lora", "full", "transformers"]
+WHOLE = ("full", "transformers")
+_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed, not learnt
+
+
+@dataclass
+class Source:
+    """An expert or a base."""
+
+    given: str  # the path as the user wrote it
+    role: str  # how messages call it: expert, base
+    kind: Kind
+    path: Path  # the file or the folder
+    config: dict[str, Any] | None  # config.json as it is, of the folder or beside the file
+
+    @property
+    def who(self) -> str:
+        return f"{self.role} {self.given}"
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent if self.kind == "file" else self.path
+
+    @cached_property
+    def weights(self) -> Weights:
+        """All weights of a full folder by upstream's names."""
+        return Weights(self.path, self.kind)
+
+    @cached_property
+    def projector(self) -> State:
+        """The projector's tensors, `model.mm_projector.*`, and the newline token if it has one.
+
+        Raises:
+            StateError: a file that is broken or holds no projector.
+        """
+        if self.kind in WHOLE:
+            found: Mapping[str, Tensor] = self.weights
+        else:
+            found = load(self.projector_file, mapped=True)
+        own = {n: found[n] for n in found if n.startswith(PROJECTOR_PREFIX) or n == NEWLINE}
+        if not any(name != NEWLINE for name in own):
+            raise StateError(f"{self.who}: has no projector (no {PROJECTOR_PREFIX}* tensors)")
+        return own
+
+    @property
+    def projector_file(self) -> Path:
+        """The file of a projector that lies by itself."""
+        names = {"projector": PROJECTOR_FILE, "lora": NON_LORA_FILE}
+        return self.path if self.kind == "file" else self.path / names[self.kind]
+
+
+class Weights(Mapping[str, Tensor]):
+    """A full folder's tensors by upstream's names; buffers that are computed are left out."""
+
+    def __init__(self, folder: Path, kind: Kind):
+        self.shards = Shards(folder)
+        self.own: dict[str, str] = {}  # upstream's name to the folder's own
+        for name in self.shards:
+            if name.endswith(_BUFFERS):
+                continue
+            new = rename_to_llava(name) if kind == "transformers" else on_disk(name)
+            if new is not None:
+                self.own[new] = name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.shards[self.own[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def release(self) -> None:
+        self.shards.release()
+
+
+def open_source(given: str, role: str) -> Source:
+    """Look at a path's files; nothing but config.json is read.
+
+    Raises:
+        InputError: nothing there, or no form of a LLaVA.
+    """
+    path = Path(given).expanduser()
+    if path.is_file() or path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise InputError(f"{role} {given}: no such file")
+        return Source(given, role, "file", path, _beside(path.parent))
+    try:
+        folder = local_folder(given)
+    except InputError as error:
+        raise InputError(f"{role} {error}") from None
+    has_config = (folder / "config.json").is_file()
+    config = read_json(folder / "config.json") if has_config else None
+    if (folder / ADAPTER_CONFIG).is_file():
+        kind: Kind = "lora"
+    elif has_weights(folder):
+        kind = "transformers" if config and "text_config" in config else "full"
+    elif (folder / PROJECTOR_FILE).is_file():
+        kind = "projector"
+    else:
+        raise InputError(
+            f"{role} {given}: expected {PROJECTOR_FILE}, {ADAPTER_CONFIG} or a model's weights in "
+            "the folder, found none"
+        )
+    if kind in WHOLE and config is None:
+        raise InputError(f"{role} {given}: weights without a config.json")
+    return Source(given, role, kind, folder, config)
+
+
+def _beside(folder: Path) -> dict[str, Any] | None:
+    """A LLaVA's config.json that lies beside a projector's file, as upstream puts it there."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and config.get("mm_hidden_size") else None

@@ -1,0 +1,116 @@
+"""The folder of a merge: filled beside its place, then put there at once."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from llava.errors import InputError, reason
+
+_SPARE = 2**20  # card, config and the like
+
+
+def check_output(output: str, overwrite: bool, inputs: list[Path]) -> Path:
+    """Refuse a place that cannot be written, or should not be; return it.
+
+    A merge that was killed between putting the old folder aside and the new one in place left the
+    old one whole under another name; it is put back first.
+    """
+    path = Path(output).expanduser().absolute()
+    _recover(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"--output {output}: is there and no folder; a folder is expected")
+    if not path.exists() or not any(path.iterdir()):
+        return path
+    if not overwrite:
+        raise InputError(
+            f"--output {output}: is there and not empty; --overwrite replaces the whole folder"
+        )
+    real = path.resolve()
+    for other in (*inputs, Path.cwd(), Path.home()):
+        if other.resolve().is_relative_to(real):
+            raise InputError(f"--output {output}: would remove {other}, which lies in it")
+    return path
+
+
+def check_space(path: Path, size: int) -> None:
+    """Refuse to begin where the disk has no room for `size` bytes."""
+    there = next(folder for folder in path.parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < size + _SPARE:
+        raise InputError(
+            f"--output {path}: needs {(size + _SPARE) / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
+        )
+
+
+@contextlib.contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which takes the place of `path` at the end of the block.
+
+    If the block raises, nothing is left and `path` is as it was. A process that is killed leaves
+    `.NAME.PID.tmp` beside it, which the next merge to the same place removes; in the instant of
+    the exchange it may leave the old folder as `.NAME.PID.old`, which the next merge puts back.
+
+    Raises:
+        OSError, InputError: the disk's refusal, whichever library was told it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary.mkdir()
+    try:
+        with _disk_errors(path):
+            yield temporary
+        if path.exists() and any(path.iterdir()):
+            os.replace(path, aside)
+        os.replace(temporary, path)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What the disk said, where torch or safetensors has made an error of its own of it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"--output {path}: {reason(error)}") from None
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _recover(path: Path) -> None:
+    """Clear away what killed merges to this place left; the old folder first goes back."""
+    if not path.parent.is_dir():
+        return
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
+        match = re.fullmatch(r"\.(\d+)\.(tmp|old)", left.name.removeprefix(f".{path.name}"))
+        if not match or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not path.exists():
+            os.replace(left, path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
