@@ -35,13 +35,18 @@ def fedavg(
     """
     check_option("fedavg", "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
     p = mean_shares(weights, paper_compat)
+    return Outcome(towards_mean(states, base, p, server_lr))
+
+
+def towards_mean(states: list[State], base: State, p: list[float], step: float = 1.0) -> State:
+    """A^t + step * (sum_k p_k A_k - A^t), in `base`'s types."""
     result = empty(base)
     for block in blocks(states, base):
         mean = block.mix(p)
-        if server_lr != 1:  # with 1 the result is the mean itself, free of the base's rounding
-            mean = block.base + server_lr * (mean - block.base)
+        if step != 1:  # with 1 the result is the mean itself, free of the base's rounding
+            mean = block.base + step * (mean - block.base)
         block.write(result, mean)
-    return Outcome(result)
+    return result
 
 
 def mean_shares(weights: list[float], uniform: bool) -> list[float]:

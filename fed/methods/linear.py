@@ -1,0 +1,24 @@
+"""Linear merging (Wortsman et al. 2022, "Model soups", arXiv 2203.05482): the experts' mean.
+
+    A = sum_k p_k A_k,    p_k = w_k / sum_j w_j
+
+With weights of 1 each this is the paper's uniform soup. The base plays no part. It is what FedAvg
+does in a round, by the same code; the name is the one that merging has for it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fed.methods.fedavg import towards_mean
+from fed.methods.registry import Outcome, method
+from fed.space import shares
+from fed.state import State
+
+
+@method("linear")
+def linear(
+    states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor]
+) -> Outcome:
+    """The weighted mean, in float64. Equal experts give that expert."""
+    return Outcome(towards_mean(states, base, shares(weights)))
