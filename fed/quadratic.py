@@ -13,12 +13,11 @@ def correct(left: Tensor, right: Tensor) -> Tensor:
 
     Where the minimiser of sum_k tr((A - A_k) H_k (A - A_k)^T) is wanted, it is M + D for any M,
     with left = sum_k (A_k - M) H_k and right = sum_k H_k. In directions that `right` does not
-    reach D is 0, by a ridge of 1e-10 of its mean diagonal, and A is M.
+    reach D is 0, by a ridge of 1e-10 of its mean diagonal, and A is M. Both in float64, and both
+    overwritten.
     """
-    side = len(right)
-    ridge = RIDGE * float(right.diagonal().mean()) if side else 0.0
+    ridge = RIDGE * float(right.diagonal().mean()) if len(right) else 0.0
     if ridge == 0:
-        return torch.zeros_like(left)
-    lifted = right.double().clone()
-    lifted.diagonal().add_(ridge)
-    return torch.linalg.solve(lifted, left.double(), left=False)
+        return left.zero_()
+    right.diagonal().add_(ridge)
+    return torch.linalg.solve(right, left, left=False)

@@ -1,23 +1,33 @@
-"""The weighted mean of the experts, with which a method begins that merges some tensors only."""
+"""What the methods on weight matrices share: the weights as layers, the mean of all that is none.
+
+The literature's methods on matrices leave biases, norms and scales to the mean.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
-from fed.layers import layers
+from fed.layers import Layer, layers
 from fed.methods.blocks import blocks, empty
 from fed.state import State
 
 
-def averaged(
-    states: Sequence[State], p: Sequence[float], base: State, names: Iterable[str] | None = None
-) -> State:
-    """A state to write into, in `base`'s types, whose tensors `names` hold sum_k p_k A_k.
+def weights_alone(base: State) -> list[Layer]:
+    """The affine layers without their biases: `fed.layers` then makes (out, in) of them."""
+    return [replace(layer, bias=None) for layer in layers(base)[0]]
 
-    None means all that are no layer's weight or bias. The other tensors are yet to be filled.
+
+def averaged(
+    states: Sequence[State], p: Sequence[float], base: State, but: Collection[str]
+) -> State:
+    """sum_k p_k A_k, in `base`'s types, of all tensors but those named, which are yet to be filled.
+
+    Args:
+        p: shares that sum to one.
     """
-    wanted = layers(base)[1] if names is None else list(names)
     result = empty(base)
-    for block in blocks(states, {name: base[name] for name in wanted}):
+    rest = {name: tensor for name, tensor in base.items() if name not in but}
+    for block in blocks(states, rest):
         block.write(result, block.mix(p))
     return result

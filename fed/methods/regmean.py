@@ -48,8 +48,8 @@ def regmean(
     """
     check_option("regmean", "reduce", reduce, 0 <= reduce <= 1, "in [0, 1]")
     p = shares(weights)
-    affine, _ = layers(base)
-    result = averaged(states, p, base)
+    affine, others = layers(base)
+    result = averaged(states, p, base, but=base.keys() - others)
     means = {layer.name: mean_matrix(Parts(states, layer), p) for layer in affine}
     left: dict[str, Tensor] = {}  # sum_k p_k (W_k - mean) G~_k
     right: dict[str, Tensor] = {}  # sum_k p_k G~_k

@@ -1,0 +1,100 @@
+"""WUDI-Merging (Cheng et al. 2025, arXiv 2503.08099): a task vector that disturbs no expert's own.
+
+    minimise over T:  sum_k |(T - T_k) T_k^T|^2 / |T_k|^2,    T_k = W_k - W_0                [paper]
+    W = W_0 + scale * T                                                     [paper with scale = 1]
+
+on each weight matrix: the experts' task vectors stand for the inputs that they have learned from.
+Biases, norms and scales are averaged.
+
+`solver` adam is the published one: `iterations` of Adam (300, `lr` 1e-5) from T = sum_k T_k. It
+moves no value by much more than iterations * lr = 0.003, and so is far from the minimum where task
+vectors are larger. `solver` exact, the default, is ours: the minimum itself, in closed form,
+
+    T = (sum_k T_k H_k) (sum_k H_k)^-1,    H_k = T_k^T T_k / |T_k|^2
+
+in float64, as a correction to the mean of the experts. It is a step of 4096 x 4096 where Adam takes
+300 products of that size. Where the two differ by much, they are two methods: in the closed form
+experts that overlap are averaged and those that do not are summed; what Adam gives is nearer to the
+sum. With weights that differ, each expert's term has K p_k before it, and Adam starts at
+K sum_k p_k T_k: ours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fed.layers import Parts, write_matrix
+from fed.methods.averaged import averaged, weights_alone
+from fed.methods.checks import check_option
+from fed.methods.registry import Outcome, method
+from fed.quadratic import correct
+from fed.space import mean_matrix, shares
+from fed.state import State
+
+
+@method("wudi")
+def wudi(
+    states: list[State],
+    *,
+    weights: list[float],
+    base: State,
+    memory: dict[str, Tensor],
+    solver: Literal["exact", "adam"] = "exact",
+    iterations: int = 300,
+    lr: float = 1e-5,
+    scale: float = 1.0,
+) -> Outcome:
+    """One merge; `iterations` and `lr` are Adam's.
+
+    Facts: `moved`, the length of the way from the start to T in each layer.
+    """
+    check_option("wudi", "iterations", iterations, iterations >= 1, "at least 1")
+    check_option("wudi", "lr", lr, 0 < lr < math.inf, "a positive number")
+    check_option("wudi", "scale", scale, 0 < scale < math.inf, "a positive number")
+    p, k = shares(weights), len(states)
+    affine = weights_alone(base)
+    result = averaged(states, p, base, but={layer.weight for layer in affine})
+    facts = {}
+    for layer in affine:
+        mats = Parts(states, layer, base)
+        start = mean_matrix(mats, p)
+        if solver == "adam":
+            start.mul_(k)
+        pull, curve = _moments(mats, [k * share for share in p], start)
+        if solver == "adam":
+            found = _adam(start, pull, curve, iterations, lr)
+        else:
+            found = start + correct(pull, curve).to(start.dtype)
+        facts[layer.name] = float(torch.linalg.vector_norm(found - start))
+        write_matrix(found.mul_(scale), layer, result, base)
+    return Outcome(result, None, {"moved": facts})
+
+
+def _moments(mats: Parts, factors: list[float], start: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_k f_k (T_k - start) H_k, (out, in), and sum_k f_k H_k, (in, in); float64."""
+    pull = torch.zeros(start.shape, dtype=torch.float64, device=start.device)
+    curve = torch.zeros(start.shape[1], start.shape[1], dtype=torch.float64, device=start.device)
+    for matrix, factor in zip(mats, factors, strict=True):
+        norm = float(torch.linalg.vector_norm(matrix)) ** 2
+        if norm == 0:  # an expert that has not moved disturbs nobody
+            continue
+        t = matrix.double()
+        gram = t.T @ t
+        curve.add_(gram, alpha=factor / norm)
+        pull.addmm_(t.sub_(start), gram, alpha=factor / norm)
+    return pull, curve
+
+
+def _adam(start: Tensor, pull: Tensor, curve: Tensor, iterations: int, lr: float) -> Tensor:
+    """Adam on the loss whose gradient at start + D is 2 (D curve - pull)."""
+    curve, pull = curve.to(start.dtype), pull.to(start.dtype)
+    moved = start.clone()
+    optimizer = torch.optim.Adam([moved], lr=lr)
+    for _ in range(iterations):
+        moved.grad = ((moved - start) @ curve - pull).mul_(2)
+        optimizer.step()
+    return moved
