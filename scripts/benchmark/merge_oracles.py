@@ -49,7 +49,7 @@ CASES = [
     ("breadcrumbs", {"density": 0.95, "gamma": 0.1}, "usual", UNEQUAL, 0),
     ("model_stock", {}, "usual", SAME, 0),
     ("model_stock", {}, "far", SAME[:2], 0),
-    # Nothing is dropped, so nothing is random. Unless told, mergekit sums where TIES takes the mean.
+    # Nothing is dropped, so nothing is random. Unless told, mergekit sums where TIES averages.
     ("dare_linear", {"density": 1.0, "lambda": 0.4}, "usual", SAME, 0),
     ("dare_ties", {"density": 1.0, "normalize": True}, "usual", UNEQUAL, 0),
     # One expert alone, whose dropped and kept values can be told apart.

@@ -157,6 +157,10 @@ def test_model_stock_by_hand():
     outcome = call("model_stock", experts, None, base)
     c = (0 + 0.6 + 0.8) / 3
     assert outcome.facts["t"]["a"] == pytest.approx(3 * c / (1 + 2 * c))
+    # With shares of 1/2, 1/4, 1/4 pairs count as 2, 2 and 1, and s is 3/8.
+    outcome = call("model_stock", experts, [2, 1, 1], base)
+    c = (2 * 0 + 2 * 0.6 + 0.8) / 5
+    assert outcome.facts["t"]["a"] == pytest.approx(c / (3 / 8 + 5 / 8 * c))
 
 
 def test_the_step_of_model_stock_is_the_paper_s_geometry_for_unequal_weights_too():
@@ -233,6 +237,11 @@ def test_what_is_dropped_follows_from_the_expert_alone():
     weight = next(iter(SHAPES))
     assert masks([0, 1, 2, 3], 1)[0, weight] != everyone[0, weight]
     assert everyone[0, weight] != everyone[1, weight]
+    # Equal values under two names are two tensors.
+    values = torch.randn(50)
+    twins, zeros = {"a": values, "b": values}, {"a": 0 * values, "b": 0 * values}
+    kept = {b.name: (m != 0).tolist() for b, m in dropped([twins], zeros, 0.5, 0)}
+    assert kept["a"] != kept["b"]
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
@@ -255,8 +264,10 @@ def test_nothing_dropped_or_cut():
     crumbs = call("breadcrumbs", states, weights, base, density=1.0, gamma=0.0, scale=0.3).state
     close(dare, task, rtol=1e-6, atol=1e-7)
     close(crumbs, task, rtol=1e-6, atol=1e-7)
-    ties = call("ties", states, weights, base, density=1.0).state
-    close(call("dare_ties", states, weights, base, density=1.0).state, ties, rtol=0, atol=0)
+    for scale in (1.0, 0.5):
+        ties = call("ties", states, weights, base, density=1.0, scale=scale).state
+        dare = call("dare_ties", states, weights, base, density=1.0, scale=scale).state
+        close(dare, ties, rtol=0, atol=0)
 
 
 # Properties.
@@ -322,7 +333,8 @@ def test_order_scale_and_experts_of_weight_0(name, seed):
     scaled = call(name, states, [1e6 * w for w in weights], base).state
     heard = [k for k in range(5) if weights[k]]
     without = call(name, [states[k] for k in heard], [weights[k] for k in heard], base).state
-    for other in (turned, scaled, without):
+    small = call(name, states, [1e-6 * w for w in weights], base).state
+    for other in (turned, scaled, small, without):
         close(other, found, rtol=1e-6, atol=1e-6)
     plain = call(name, states, None, base).state
     assert (moved(plain, base) - moved(found, base)).abs().max() > 1e-3  # weights count
