@@ -13,9 +13,10 @@ from fed.merging.sources import WHOLE, Source
 from llava.errors import InputError
 
 # A base is not the experts' common start where all task vectors have one direction, the detour from
-# it by the start; or where little of it is left in the experts, as training adds to what was there.
+# it by the start; or where little of it is left in the experts. <A_k, A_0> / |A_0|^2 is about 1 for
+# what was trained from A_0, as training adds to what was there, and 0 for what knows nothing of it.
 SAME_WAY = 0.9  # least cosine between task vectors
-LEFT = 0.5  # <A_k, A_0> / |A_0|^2: about 1 for what was trained from A_0, 0 for what knows nothing of it
+LEFT = 0.5  # least of these shares
 
 
 def check_method(settings: Settings) -> None:
@@ -72,8 +73,8 @@ def check_known(experts: Sequence[Source]) -> list[str]:
     if not silent:
         return []
     return [
-        f"no config.json tells the language model and tower of {', '.join(silent)}: that all experts "
-        "have the same ones is taken on trust."
+        f"no config.json tells the language model and tower of {', '.join(silent)}: that all "
+        "experts have the same ones is taken on trust."
     ]
 
 

@@ -7,7 +7,6 @@ in one by one: no shard is ever in memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fed.merging.sources import Source
+from fed.merging.sources import Source, Weights
 from llava.errors import InputError
 from llava.model.shards import INDEX, STEMS
 from llava.state import read_tensors
@@ -29,7 +28,7 @@ _PARTS = ("config.json", "tokenizer_config.json")  # a tower's or a kept tokeniz
 
 
 class TensorFile:
-    """A copy of a safetensors file, open for its tensors to be replaced.
+    """A copy of a safetensors file, open for its tensors to be replaced, as `PickleFile` is.
 
     Args:
         whole: copy the values too; else every one has to be written.
@@ -67,6 +66,76 @@ class TensorFile:
         self._file.close()
 
 
+class PickleFile:
+    """A copy of a `.bin` with its tensors replaced; those that are new stay in memory till then."""
+
+    def __init__(self, source: Path, target: Path, whole: bool):
+        self.path = target
+        self._tensors = read_tensors(source, mapped=True)
+        self.left = set() if whole else set(self._tensors)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor
+        self.left.discard(name)
+
+    def close(self) -> None:
+        with open(self.path, "wb") as file:
+            torch.save(self._tensors, file)
+            os.fsync(file.fileno())
+        self._tensors = {}
+
+
+def copy_of(source: Path, folder: Path, whole: bool) -> TensorFile | PickleFile:
+    """A copy of one file of tensors in a folder, of the same name, open for replacements."""
+    kind = TensorFile if source.suffix == ".safetensors" else PickleFile
+    return kind(source, folder / source.name, whole)
+
+
+class Streamed:
+    """The files of a folder's weights, written tensor by tensor as they come.
+
+    A file is closed when it has all of its tensors. Those that have no place in a merge, as
+    buffers, are the source's own.
+    """
+
+    def __init__(self, weights: Weights, folder: Path):
+        self.weights, self.folder = weights, folder
+        self._open: dict[Path, TensorFile | PickleFile] = {}
+        self._names: dict[Path, list[str]] = {}
+        for own in weights.shards:
+            self._names.setdefault(weights.shards.place(own), []).append(own)
+
+    def put(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in state.items():
+            own = self.weights.own[name]
+            file = self.weights.shards.place(own)
+            if file not in self._open:
+                self._open[file] = self._start(file)
+            self._open[file].write(own, tensor)
+            if not self._open[file].left:
+                self._open.pop(file).close()
+                self._names.pop(file)
+
+    def _start(self, file: Path) -> TensorFile | PickleFile:
+        copy = copy_of(file, self.folder, whole=False)
+        merged = set(self.weights.own.values())
+        for own in self._names[file]:
+            if own not in merged:
+                copy.write(own, self.weights.shards[own])
+        return copy
+
+    def close(self) -> None:
+        """Copy the files in which nothing was to be merged.
+
+        Raises:
+            InputError: a tensor that was to be merged never came.
+        """
+        for file, copy in self._open.items():
+            raise InputError(f"{file}: nothing was written for {sorted(copy.left)[0]}")
+        for file in self._names:
+            shutil.copyfile(file, self.folder / file.name)
+
+
 def copy_model(source: Source, folder: Path, changed: Mapping[str, Tensor]) -> None:
     """Copy a full folder; `changed` are tensors by upstream's names, in their types and shapes."""
     weights = source.weights
@@ -78,17 +147,13 @@ def copy_model(source: Source, folder: Path, changed: Mapping[str, Tensor]) -> N
         own = weights.own[name]
         by_file[weights.shards.place(own)][own] = tensor
     for file, tensors in by_file.items():
-        target = folder / file.name
         if not tensors:
-            shutil.copyfile(file, target)
-        elif file.suffix == ".safetensors":
-            copied = TensorFile(file, target, whole=True)
-            with contextlib.closing(copied):
-                for own, tensor in tensors.items():
-                    copied.write(own, tensor)
-        else:
-            with open(target, "wb") as opened:
-                torch.save({**read_tensors(file, mapped=True), **tensors}, opened)
+            shutil.copyfile(file, folder / file.name)
+            continue
+        copy = copy_of(file, folder, whole=True)
+        for own, tensor in tensors.items():
+            copy.write(own, tensor)
+        copy.close()
 
 
 def copy_beside(source: Path, folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class Job:
     base_of: str
     calibration: Sequence[methods.Calibration] | None = None
     joint: bool = False
+
+    @cached_property
+    def function(self) -> Callable[..., methods.Outcome]:
+        return methods.get(self.method)
 
 
 @dataclass
@@ -67,7 +72,7 @@ def merge_group(
     grams = gram(states, start)
     if job.method is None:
         return Merged(None, grams, directions(states, start, job.weights) if job.joint else {})
-    outcome = methods.get(job.method)(
+    outcome = job.function(
         states,
         weights=job.weights,
         base=start,

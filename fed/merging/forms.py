@@ -29,6 +29,7 @@ class Form(Protocol):
         experts, base: where they are read from; a base may be None, or lack some.
         size: about how many bytes are written.
         written: one sentence or two on what is in the folder, for the card.
+        notes: what the card says besides.
         fingerprints: how `prints` are made, for the card.
     """
 
@@ -38,6 +39,7 @@ class Form(Protocol):
     base: Mapping[str, Tensor] | None
     size: int
     written: str
+    notes: Sequence[str]
     fingerprints: str
 
     def prints(self) -> tuple[list[str], str | None]:
@@ -62,9 +64,9 @@ def form_of(settings: Settings, experts: Sequence[Source], base: Source | None) 
 
         return projector_form.choose(settings, experts, base)
     if kinds == {"lora"}:
-        from fed.merging import lora_form
+        from fed.merging.lora_form import LoraForm
 
-        return lora_form.choose(settings, experts, base)
+        return LoraForm(settings, experts, base)
     if kinds <= set(WHOLE):
         from fed.merging.full_form import FullForm
 

@@ -46,9 +46,10 @@ def describe(g: Tensor, weights: Sequence[float]) -> dict[str, Any]:
     """What a G says; numbers that are not defined, of a vector of length 0, are None.
 
     `base`: |A_0|. `norms`: |T_k|. `relative`: |T_k| / |A_0|. `cosines`: between T_j and T_k, (K, K)
-    nested. `left`: <A_k, A_0> / |A_0|^2, how much of the base is left in A_k. `kappa`: |sum_k p_k T_k|^2 / sum_k p_k |T_k|^2,
-    the share of what the experts learnt that they have in common: 1 where all agree, `chance` where
-    they are unrelated and of one length, 0 where they cancel.
+    nested. `left`: <A_k, A_0> / |A_0|^2, how much of the base is left in A_k. `kappa`:
+    |sum_k p_k T_k|^2 / sum_k p_k |T_k|^2, the share of what the experts learnt that they have in
+    common: 1 where all agree, `chance` where they are unrelated and of one length, 0 where they
+    cancel.
     """
     base, norms = math.sqrt(g[0, 0]), g.diagonal()[1:].clamp(min=0).sqrt()
     p = torch.tensor(shares(list(weights)), dtype=torch.float64)

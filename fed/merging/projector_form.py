@@ -7,7 +7,6 @@ merged projector in it, every other tensor bit for bit.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from fed.merging.sources import WHOLE, Source
 from fed.state import State, fingerprint, save
 from llava.errors import InputError
 from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE
+from llava.model.hf_layout import KEPT
 from llava.model.shards import read_json
 
 _FINGERPRINTS = "A fingerprint is the SHA-256 of the projector's names, types, shapes and values."
@@ -39,14 +39,19 @@ class ProjectorForm:
                 state.pop(NEWLINE, None)
         check_names(experts, self.experts)
         self.groups = [list(self.experts[0])]
+        self.notes = [
+            f"{source.who}: its adapter is left out; --scope all merges adapters, too."
+            for source in experts
+            if source.kind == "lora"
+        ]
         self.size = bytes_of(self.experts[0])
         self.name = "projector"
         self.written = (
             "This folder holds a projector, to be loaded with its language model as the base "
             "(`load_pretrained_model(FOLDER, LLM, ...)`), or with --pretrain_mm_mlp_adapter."
             if config
-            else f"This folder holds {PROJECTOR_FILE} alone, for --pretrain_mm_mlp_adapter: none of "
-            "the projector files had a config.json beside it."
+            else f"This folder holds {PROJECTOR_FILE} alone, for --pretrain_mm_mlp_adapter: none "
+            "of the projector files had a config.json beside it."
         )
 
     def prints(self) -> tuple[list[str], str | None]:
@@ -103,9 +108,14 @@ def choose(settings: Settings, experts: Sequence[Source], base: Source | None) -
 
 def _write_config(config: Path, folder: Path) -> None:
     """Copy it; one of transformers' layout becomes upstream's, which a projector alone needs."""
-    if "text_config" not in json.loads(config.read_text()):
+    raw = read_json(config)
+    if "text_config" not in raw:
         shutil.copyfile(config, folder / "config.json")
         return
     from llava.model.checkpoint import read_config, write_config
 
-    write_config(read_config(config.parent), folder, full=False)
+    values = read_config(config.parent)
+    if KEPT in raw:  # of the language model itself, whose vocabulary is smaller
+        values.vocab_size = raw[KEPT]["vocab_size"]
+        values.pad_token_id = raw[KEPT]["pad_token_id"]
+    write_config(values, folder, full=False)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,8 @@ def run(settings: Settings) -> Result:
     if len(form.groups) > 1:
         checks.check_streamed(settings)
     prints, of_base = form.prints()
-    warnings = checks.check_same(experts, prints, base, of_base) + checks.check_known(experts)
+    warnings = checks.check_same(experts, prints, base, of_base)
+    warnings += [*checks.check_known(experts), *form.notes]
     _warn(forced + warnings)
     if base is None:
         _warn(["no base is given: the weighted mean of the experts stands in for it"])
@@ -116,8 +117,9 @@ def _merge(job: Job, form: Form, facts: dict[str, Any], put: Put | None, keep: S
     for key, of in (("layers", grams), ("kinds", kinds), ("all", {"": geometry.total(grams)})):
         told = {name: geometry.describe(g, job.weights) for name, g in of.items()}
         facts[key] = told[""] if key == "all" else told
-    facts["method_facts"] = _plain(of_method if len(form.groups) == 1 else
-                                   {k: v for k, v in of_method.items() if k == "layers"})  # fmt: skip
+    if len(form.groups) > 1:  # what a method says of all layers together was said of one group
+        of_method = {"layers": of_method["layers"]} if "layers" in of_method else {}
+    facts["method_facts"] = _plain(of_method)
 
 
 def _start(
@@ -133,19 +135,20 @@ def _start(
     license, note = card.inherited([card.license_of(expert) for expert in experts])
 
     def about(source: Source, fingerprint: str | None) -> dict[str, Any]:
-        dtype = str(next(iter(source.projector.values())).dtype).removeprefix("torch.")
-        return {"path": source.given, "kind": source.kind, "dtype": dtype,
-                "fingerprint": fingerprint}  # fmt: skip
+        return {"path": source.given, "kind": source.kind, "fingerprint": fingerprint}
+
+    def dtype(tensors: Mapping) -> str:
+        return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
     return {
         "method": settings.method,
         "options": {name: text(value) for name, value in full.items()},
         "scope": settings.scope,
         "experts": [
-            about(e, p) | {"weight": w}
-            for e, p, w in zip(experts, prints[:-1], settings.shares, strict=True)
+            about(e, p) | {"weight": w, "dtype": dtype(t)}
+            for e, p, w, t in zip(experts, prints[:-1], settings.shares, form.experts, strict=True)
         ],
-        "base": base and about(base, prints[-1]),
+        "base": base and about(base, prints[-1]) | {"dtype": dtype(form.base)},
         "form": form.name,
         "written": form.written,
         "fingerprints": form.fingerprints,

@@ -18,12 +18,13 @@ from llava.errors import InputError
 from llava.model.builder import has_weights
 from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, PROJECTOR_PREFIX, on_disk
 from llava.model.hf_layout import rename_to_llava
-from llava.model.lora import ADAPTER_CONFIG, NON_LORA_FILE
+from llava.model.lora import ADAPTER_CONFIG, ADAPTER_FILE, NON_LORA_FILE, OLD_ADAPTER_FILE
 from llava.model.shards import Shards, local_folder, read_json
 from llava.state import SUFFIXES, State, StateError, load
 
 Kind = Literal["file", "projector", "lora", "full", "transformers"]
 WHOLE = ("full", "transformers")
+HELD = 2**26  # bytes; a mapped file counts as memory as far as it has been read
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed, not learnt
 
 
@@ -48,7 +49,7 @@ class Source:
     @cached_property
     def weights(self) -> Weights:
         """All weights of a full folder by upstream's names."""
-        return Weights(self.path, self.kind)
+        return model_weights(self.path, self.kind)
 
     @cached_property
     def projector(self) -> State:
@@ -74,20 +75,23 @@ class Source:
 
 
 class Weights(Mapping[str, Tensor]):
-    """A full folder's tensors by upstream's names; buffers that are computed are left out."""
+    """Tensors of a folder by upstream's names, read when asked for.
 
-    def __init__(self, folder: Path, kind: Kind):
-        self.shards = Shards(folder)
-        self.own: dict[str, str] = {}  # upstream's name to the folder's own
-        for name in self.shards:
-            if name.endswith(_BUFFERS):
-                continue
-            new = rename_to_llava(name) if kind == "transformers" else on_disk(name)
-            if new is not None:
-                self.own[new] = name
+    Attributes:
+        own: the folder's own name of each.
+    """
+
+    def __init__(self, shards: Shards, own: Mapping[str, str]):
+        self.shards, self.own = shards, own
+        self._read = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.shards[self.own[name]]
+        tensor = self.shards[self.own[name]]
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.own)
@@ -96,7 +100,26 @@ class Weights(Mapping[str, Tensor]):
         return len(self.own)
 
     def release(self) -> None:
-        self.shards.release()
+        """Let go of the file that is open, if so much of it was read that it matters."""
+        if self._read > HELD:
+            self.shards.release()
+            self._read = 0
+
+
+def model_weights(folder: Path, kind: Kind) -> Weights:
+    """All weights of a full folder; buffers that are computed are left out."""
+    shards, own = Shards(folder), {}
+    for name in shards:
+        new = rename_to_llava(name) if kind == "transformers" else on_disk(name)
+        if new is not None and not name.endswith(_BUFFERS):
+            own[new] = name
+    return Weights(shards, own)
+
+
+def adapter_weights(folder: Path) -> Weights:
+    """The adapter of a LoRA folder, names as they are."""
+    shards = Shards(folder, (ADAPTER_FILE, OLD_ADAPTER_FILE))
+    return Weights(shards, {name: name for name in shards})
 
 
 def open_source(given: str, role: str) -> Source:

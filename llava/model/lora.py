@@ -207,14 +207,16 @@ def _plain(name: str) -> str:
 # -- on disk --------------------------------------------------------------------------------------
 
 
-def read_non_lora(folder: str | os.PathLike) -> State:
+def read_non_lora(folder: str | os.PathLike, mapped: bool = False) -> State:
     """`non_lora_trainables.bin` of a LoRA folder, under the names of the model itself.
+
+    `mapped` as `llava.state.read_tensors` takes it.
 
     Raises:
         StateError: the file is missing, cut short, or holds anything but named tensors.
     """
     file = Path(folder) / NON_LORA_FILE
-    return {_plain(name): tensor for name, tensor in read_tensors(file).items()}
+    return {_plain(name): tensor for name, tensor in read_tensors(file, mapped).items()}
 
 
 def _read_adapter(folder: Path) -> tuple[Path, State]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,15 +43,17 @@ class Shards(Mapping[str, torch.Tensor]):
     Raises:
         InputError: no weights, a file that is missing or broken, or a shard without a tensor that
             the index says it has.
+
+    `stems` are the names that the file may have, the first that is there counts.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, stems: Sequence[str] = STEMS):
+        self.folder, self.stems = Path(folder), stems
         self._open: tuple[str, Mapping[str, torch.Tensor]] | None = None
         self._file_of = dict(self._locate())
 
     def _locate(self) -> Iterator[tuple[str, str]]:
-        for stem in STEMS:
+        for stem in self.stems:
             if (index := self.folder / (stem + INDEX)).is_file():
                 try:
                     places = json.loads(index.read_text())["weight_map"].items()
@@ -66,9 +68,7 @@ class Shards(Mapping[str, torch.Tensor]):
                 self._open = (stem, self._tensors(stem))
                 yield from ((name, stem) for name in self._open[1])
                 return
-        raise InputError(
-            f"{self.folder}: no weights there, neither safetensors nor pytorch_model.bin"
-        )
+        raise InputError(f"{self.folder}: no weights there, neither {' nor '.join(self.stems)}")
 
     def _tensors(self, file: str) -> Mapping[str, torch.Tensor]:
         path = self.folder / file

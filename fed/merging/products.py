@@ -1,0 +1,91 @@
+"""An adapter's updates B A as matrices, and matrices as factors of the adapter's rank again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fed.state import State
+
+EXACT = 1024  # sides up to which the whole SVD is taken
+_OVERSAMPLE, _PASSES = 16, 4  # of the range finder above that
+_A, _B, _PRODUCT = ".lora_A.weight", ".lora_B.weight", ".lora_BA.weight"
+
+
+class Products:
+    """The names of an adapter's modules; other tensors pass as they are.
+
+    In place of `X.lora_A.weight`, (r, in), and `X.lora_B.weight`, (out, r), stands
+    `X.lora_BA.weight`, (out, in), in float32.
+    """
+
+    def __init__(self, adapter: Mapping[str, Tensor]):
+        self.like = adapter
+        stems = [name.removesuffix(_A) for name in adapter if name.endswith(_A)]
+        self.stems = [stem for stem in stems if stem + _B in adapter]
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The same tensors with products in place of factors, made when they are asked for."""
+        return _Multiplied(self, tensors)
+
+    def factors(self, state: State) -> State:
+        """B A = U S V^T cut to rank r; B = U sqrt(S), A = sqrt(S) V^T, in the adapter's types."""
+        found: State = {}
+        for name, tensor in state.items():
+            if not name.endswith(_PRODUCT):
+                found[name] = tensor
+                continue
+            stem = name.removesuffix(_PRODUCT)
+            a, b = self.like[stem + _A], self.like[stem + _B]
+            left, values, right = truncated(tensor, len(a))
+            root = values.sqrt()
+            found[stem + _A] = (root[:, None] * right).to(a.dtype)
+            found[stem + _B] = (left * root).to(b.dtype)
+        return found
+
+
+class _Multiplied(Mapping[str, Tensor]):
+    def __init__(self, products: Products, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        factors = {stem + end for stem in products.stems for end in (_A, _B)}
+        self.stems = {s + _PRODUCT: s for s in products.stems if s + _A in tensors}
+        self.names = [*self.stems, *(name for name in tensors if name not in factors)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if stem := self.stems.get(name):
+            return self.tensors[stem + _B].float() @ self.tensors[stem + _A].float()
+        return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stems or name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `rank` singular triples, (out, r), (r,), (r, in); zeros where there are fewer.
+
+    Above 1024 a range finder looks for them (Halko, Martinsson, Tropp 2011), from a fixed seed.
+    """
+    full = min(matrix.shape)
+    if full <= EXACT or rank + _OVERSAMPLE >= full:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        draw = torch.Generator().manual_seed(0)
+        frame = torch.randn(matrix.shape[1], rank + _OVERSAMPLE, generator=draw)
+        for _ in range(_PASSES):
+            frame = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ frame).Q).Q
+        left, values, right = torch.linalg.svd(matrix @ frame, full_matrices=False)
+        right = right @ frame.T
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    if more := rank - len(values):
+        left = torch.nn.functional.pad(left, (0, more))
+        values = torch.nn.functional.pad(values, (0, more))
+        right = torch.nn.functional.pad(right, (0, 0, 0, more))
+    return left, values, right
