@@ -17,6 +17,7 @@ from fed.layers import LARGE
 CUT = 1e-6  # a direction so much shorter than the longest is the rounding of float32
 OVERSAMPLE = 4  # one further direction for so many that the range finder is to find
 PASSES = 5  # applications of X X^T in the range finder; each sharpens the leading directions
+_LEAST = 1e-5  # of the longest: the shortest direction that QDWH is to bring to length 1
 _EXACT = 100.0  # a QDWH step whose weight c is above this loses digits in float32
 _ROWS = 512  # taken to float64 at once
 
@@ -68,11 +69,12 @@ def isometry(matrix: Tensor) -> Tensor:
     """U V^T of a matrix U S V^T: the same singular vectors, all of length 1.
 
     A direction that the matrix has not (shorter than 1e-6 of its longest) stays out where the
-    smaller side is at most 1024; an SVD would put a random one there. Above, directions fade out
-    between 1e-6 and 1e-8, and the others are right to 1e-4.
+    smaller side is at most 1024; an SVD would put a random one there. Above, those that are longer
+    than 1e-5 of the longest are right to 1e-4, and shorter ones are lengthened by a factor of a
+    million: the rounding of float32 does not vanish, but stays short.
     """
     if min(matrix.shape) > LARGE:
-        return _qdwh(matrix if len(matrix) >= matrix.shape[1] else matrix.T).view_as(matrix)
+        return _qdwh(matrix) if len(matrix) >= matrix.shape[1] else _qdwh(matrix.T).T
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     kept = s > CUT * s[:1]
     return (u[:, kept] @ vt[kept]).to(matrix.dtype)
@@ -83,12 +85,12 @@ def _qdwh(matrix: Tensor) -> Tensor:
 
         X <- (b / c) X + (a - b / c) X (I + c X^T X)^-1
 
-    The weights follow from a lower bound of the singular values, here 1e-6 after scaling.
+    The weights follow from a lower bound of the singular values, here 1e-5 after scaling.
     """
     longest = _longest(matrix)
     if longest == 0:
         return torch.zeros_like(matrix)
-    x, least = matrix / longest, CUT
+    x, least = matrix / longest, _LEAST
     while least < 1 - 1e-6:
         d = (4 * (1 - least**2) / least**4) ** (1 / 3)
         a = math.sqrt(1 + d) + 0.5 * math.sqrt(

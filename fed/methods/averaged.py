@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from fed.layers import Layer, layers
-from fed.methods.blocks import blocks, empty
+from fed.methods.blocks import empty
+from fed.methods.fedavg import towards_mean
 from fed.state import State
 
 
@@ -19,15 +20,16 @@ def weights_alone(base: State) -> list[Layer]:
 
 
 def averaged(
-    states: Sequence[State], p: Sequence[float], base: State, but: Collection[str]
+    states: Sequence[State],
+    p: Sequence[float],
+    base: State,
+    but: Collection[str],
+    scale: float = 1.0,
 ) -> State:
-    """sum_k p_k A_k, in `base`'s types, of all tensors but those named, which are yet to be filled.
+    """A_0 + scale * (sum_k p_k A_k - A_0) of all tensors but those named, which are to be filled.
 
     Args:
         p: shares that sum to one.
     """
-    result = empty(base)
     rest = {name: tensor for name, tensor in base.items() if name not in but}
-    for block in blocks(states, rest):
-        block.write(result, block.mix(p))
-    return result
+    return empty(base) | towards_mean(list(states), rest, list(p), scale)

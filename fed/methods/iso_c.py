@@ -3,9 +3,9 @@
     M = sum_k T_k = U S V^T,    T_k = W_k - W_0                                              [paper]
     W = W_0 + scale * mean(S) U V^T                                                          [paper]
 
-on each weight matrix; biases, norms and scales are averaged, as in the authors' code. The paper
-tunes `scale` on held-out data; 1 is the plain form. With weights that differ, M = K sum_k p_k T_k,
-which is ours.
+on each weight matrix; of biases, norms and scales it is W_0 + scale * (mean - W_0), as in code in
+use. The paper tunes `scale` on held-out data; 1 is the plain form. With weights that differ,
+M = K sum_k p_k T_k, which is ours.
 
 mean(S) is over all min(out, in) directions, those of length 0 too. Such directions stay out of
 U V^T here; an SVD's output has arbitrary ones there, and code that uses it adds noise of the mean
@@ -41,7 +41,7 @@ def iso_c(
     check_option("iso_c", "scale", scale, 0 < scale < math.inf, "a positive number")
     p = shares(weights)
     affine = weights_alone(base)
-    result = averaged(states, p, base, but={layer.weight for layer in affine})
+    result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)
     lengths = {}
     for layer in affine:
         total = mean_matrix(Parts(states, layer, base), p).mul_(len(states))

@@ -12,8 +12,8 @@ Ours: TIES trims within a layer, theirs within the whole model. Experts count in
 Coefficients below a millionth of a layer's largest are rounding and are 0, or they would count in
 TIES' mean. S V_k^T is taken as U^T T_k, so that only the eigenvectors of sum_k T_k T_k^T are
 needed, and never the SVD of the stack. `rank` takes that many leading directions, by a range finder
-in large layers, and leaves the mean of all that lies outside of them: not in the paper. Norms,
-scales and other tensors that are no layer are averaged.
+in large layers, and leaves the mean of all that lies outside of them: not in the paper. Of
+norms, scales and other tensors that are no layer it is A_0 + scale * (mean - A_0).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def knots(
     check_option("knots", "rank", rank, rank is None or rank >= 1, "at least 1, or none")
     p = shares(weights)
     affine, others = layers(base)
-    result = averaged(states, p, base, but=base.keys() - others)
+    result = averaged(states, p, base, but=base.keys() - others, scale=scale)
     facts = {}
     for layer in affine:
         mats = Parts(states, layer, base)

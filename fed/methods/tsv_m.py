@@ -4,8 +4,9 @@
     U = [U_1 .. U_K], V = [V_1 .. V_K], S = diag(S_1, .., S_K)
     W = W_0 + scale * orth(U) S orth(V)^T,    orth(X) the nearest matrix with orthonormal columns
 
-all as in the paper, on each weight matrix; biases, norms and scales are averaged, as in the
-authors' code. `rank` is 1 / K unless given, so that all stacks fit. The paper's scale is 1.
+all as in the paper, on each weight matrix; of biases, norms and scales it is W_0 + scale *
+(mean - W_0), as in code in use. `rank` is 1 / K unless given, so that all stacks fit; the paper's
+scale is 1.
 
 With weights that differ, T_k is multiplied by K p_k first, which is ours, as is this: where the
 stack has fewer directions than columns (experts that share a direction exactly), orth(X) keeps
@@ -49,7 +50,7 @@ def tsv_m(
     p = shares(weights)
     share = 1 / len(states) if rank is None else rank
     affine = weights_alone(base)
-    result = averaged(states, p, base, but={layer.weight for layer in affine})
+    result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)
     facts = {}
     for layer in affine:
         side = min(base[layer.weight].flatten(1).shape)

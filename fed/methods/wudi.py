@@ -4,7 +4,7 @@
     W = W_0 + scale * T                                                     [paper with scale = 1]
 
 on each weight matrix: the experts' task vectors stand for the inputs that they have learned from.
-Biases, norms and scales are averaged.
+Of biases, norms and scales it is W_0 + scale * (mean - W_0).
 
 `solver` adam is the published one: `iterations` of Adam (300, `lr` 1e-5) from T = sum_k T_k. It
 moves no value by much more than iterations * lr = 0.003, and so is far from the minimum where task
@@ -57,7 +57,7 @@ def wudi(
     check_option("wudi", "scale", scale, 0 < scale < math.inf, "a positive number")
     p, k = shares(weights), len(states)
     affine = weights_alone(base)
-    result = averaged(states, p, base, but={layer.weight for layer in affine})
+    result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)
     facts = {}
     for layer in affine:
         mats = Parts(states, layer, base)
