@@ -100,6 +100,14 @@ def check_names(sources: Sequence[Source], tensors: Sequence[Mapping[str, Tensor
                 )
 
 
+def stand_in(base: Source, lost: Sequence[str]) -> str:
+    """What the card says of tensors that a base has not."""
+    return (
+        f"{base.who} lacks {len(lost)} of the tensors, as {lost[0]}: the experts' weighted mean "
+        "stands in for them."
+    )
+
+
 def by_layer(names: Sequence[str]) -> list[list[str]]:
     """Tensor names in their order, a weight together with its bias."""
     from fed.merging.geometry import stem

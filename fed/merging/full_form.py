@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fed.merging.copying import Streamed, copy_beside, model_bytes
-from fed.merging.forms import Put, by_layer, check_names
+from fed.merging.forms import Put, by_layer, check_names, stand_in
 from fed.merging.identity import sample, sampled_fingerprint
 from fed.merging.sources import WHOLE, Source
 from llava.errors import InputError
@@ -34,10 +34,7 @@ class FullForm:
                 )
             self.base = base.weights
             if lost := [name for name in self.experts[0] if name not in self.base]:
-                self.notes.append(
-                    f"{base.who} lacks {len(lost)} of the tensors, as {lost[0]}: the experts' "
-                    "weighted mean stands in for them."
-                )
+                self.notes.append(stand_in(base, lost))
         self.groups = by_layer(list(self.experts[0]))
         self.size = model_bytes(experts[0])
         self.name = experts[0].kind

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fed import methods
 from fed.merging.copying import Streamed, copy_beside
-from fed.merging.forms import Put, by_layer, bytes_of, check_names
+from fed.merging.forms import Put, by_layer, bytes_of, check_names, stand_in
 from fed.merging.identity import sample, sampled_fingerprint
 from fed.merging.products import Products
 from fed.merging.settings import Settings
@@ -39,7 +39,6 @@ class LoraForm:
     """Adapters and what trained beside them, in one mapping of names that do not meet."""
 
     name = "lora"
-    notes: Sequence[str] = ()
     fingerprints = (
         "A fingerprint is a SHA-256 over names, types, shapes and the first 4 KB of every tensor."
     )
@@ -53,7 +52,10 @@ class LoraForm:
         check_names(experts, self.others)
         self._plain = [_join(a, o) for a, o in zip(self.adapters, self.others, strict=True)]
         self._base = _start(self.adapters[0], base)
-        self._from_lora = base is not None and base.kind == "lora"
+        self._of_base = self._base if base and base.kind == "lora" else base and base.projector
+        self.notes = []
+        if base and (lost := [name for name in self._plain[0] if name not in self._base]):
+            self.notes.append(stand_in(base, lost))
         self.experts, self.base, self.products = self._plain, self._base, None
         if settings.lora == "product":
             self.products = Products(self.adapters[0])
@@ -70,7 +72,7 @@ class LoraForm:
 
     def prints(self) -> tuple[list[str], str | None]:
         found = [sampled_fingerprint(sample(tensors.items())) for tensors in self._plain]
-        of_base = sampled_fingerprint(sample(self._base.items())) if self._from_lora else None
+        of_base = self._of_base and sampled_fingerprint(sample(self._of_base.items()))
         for adapter in self.adapters:
             adapter.shards.release()
         return found, of_base

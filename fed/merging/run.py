@@ -48,6 +48,7 @@ def run(settings: Settings) -> Result:
     """
     checks.check_method(settings)
     options = methods.parse_options(settings.method, settings.options)
+    checks.rehearse(settings, options)
     experts = [open_source(path, "expert") for path in settings.experts]
     base = None if settings.base is None else open_source(settings.base, "base")
     path = None
