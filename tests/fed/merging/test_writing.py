@@ -18,10 +18,12 @@ from llava.errors import InputError
 from llava.model.shards import Shards
 
 ROOT = Path(__file__).parents[3]
-# The N-th time that a merge is about to touch the disk is its last.
+# For each number N that comes in, a merge whose N-th touch of the disk is its last.
 KILLED = """
 import os, shutil, signal, sys
-left = int(sys.argv[1])
+from fed.merge import main
+import fed.merging.run
+left = 0
 def count(function):
     def counted(*args, **kwargs):
         global left
@@ -34,16 +36,28 @@ for name in ("replace", "fsync", "mkdir"):
     setattr(os, name, count(getattr(os, name)))
 for name in ("copyfile", "rmtree", "copytree"):
     setattr(shutil, name, count(getattr(shutil, name)))
-from fed.merge import main
-main(sys.argv[2:])
+for line in sys.stdin:
+    left = int(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        try:
+            main(sys.argv[1:])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def started(*words: str, code: str | None = None, **more) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    how = ["-m", "fed.merge"] if code is None else ["-c", code]
-    return subprocess.run([sys.executable, *how, *words], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, **more)  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def started(*words: str, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fed.merge", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, **more
+    )
 
 
 def test_a_folder_that_is_not_empty(expert, tmp_path):
@@ -122,14 +136,17 @@ def test_killed_anywhere_there_is_one_whole_folder(form, expert, tmp_path):
                 for f in folders]  # fmt: skip
 
     kills = 0
-    while True:
-        done = started(str(kills), *words, code=KILLED)
-        if done.returncode == 0:
-            break
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert states()
-        kills += 1
-        assert kills < 60
+    driver = subprocess.Popen([sys.executable, "-c", KILLED, *words], cwd=ROOT, env=ENVIRONMENT,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    with driver:
+        while True:
+            driver.stdin.write(f"{kills}\n")
+            driver.stdin.flush()
+            if (code := int(driver.stdout.readline())) == 0:
+                break
+            assert code == -signal.SIGKILL and states()
+            kills += 1
+        driver.stdin.close()
     assert kills >= 6
     assert [p.name for p in out.parent.iterdir()] == ["out"] and not (out / "old").exists()
 

@@ -1,0 +1,39 @@
+"""Data that a method calibrates on: one file for all experts, or one for each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fed import methods
+from fed.calibration import load_calibration
+from fed.merge import merge
+from fed.state import load
+
+LLM = Path(__file__).parents[2] / "golden" / "upstream" / "llm"
+
+
+@pytest.mark.parametrize("form", ["projector", "lora", "full", "beside"])
+def test_a_method_gets_the_data(form, expert, tiny, tmp_path):
+    paths, base = [expert(form, seed) for seed in (1, 2)], expert("bin", 0)
+    given = dict(image_folder=str(tiny / "images"), calibration_samples=4)
+    given |= {} if form in ("lora", "full") else {"model_base": str(LLM)}
+    files = [str(tiny / "a.json"), str(tiny / "b.json")]
+    found = {
+        len(data): merge(paths, tmp_path / f"out{len(data)}", method="fisher", base=str(base),
+                         calibration_data=data, **given).state
+        for data in (files[:1], files)
+    }  # fmt: skip
+    assert any(not (found[1][n] == found[2][n]).all() for n in found[1])
+    if form == "projector":
+        measured = load_calibration(
+            str(paths[0]), str(LLM), files, given["image_folder"], samples=4
+        )
+        states = [load(path / "mm_projector.bin") for path in paths]
+        direct = methods.get("fisher")(
+            states, weights=[1, 1], base=load(base), calibration=measured
+        )
+        assert all(found[2][n].allclose(t) for n, t in direct.state.items())
+    text = (tmp_path / "out2" / "README.md").read_text()
+    assert f"--calibration_data {files[0]} {files[1]}" in text and "calibration_samples 4" in text
