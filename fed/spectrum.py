@@ -109,8 +109,8 @@ def _step(x: Tensor, a: float, b: float, c: float, dtype: torch.dtype) -> Tensor
         rows = x[start : start + _ROWS].to(dtype)
         moment.addmm_(rows.T, rows, alpha=c)
     moment.diagonal().add_(1)
-    factor = torch.linalg.cholesky(moment)
-    del moment
+    info = torch.empty((), dtype=torch.int32, device=x.device)
+    factor, _ = torch.linalg.cholesky_ex(moment, out=(moment, info))  # positive: it has I in it
     out = torch.empty_like(x)
     for start in range(0, len(x), _ROWS):
         rows = x[start : start + _ROWS].to(dtype)

@@ -26,7 +26,7 @@ from fed.methods.averaged import averaged
 from fed.methods.calibration import Calibration
 from fed.methods.checks import check_option
 from fed.methods.registry import Outcome, method
-from fed.quadratic import correct
+from fed.quadratic import add_pull, correction
 from fed.space import mean_matrix, shares
 from fed.state import State
 
@@ -51,24 +51,24 @@ def regmean(
     affine, others = layers(base)
     result = averaged(states, p, base, but=base.keys() - others)
     means = {layer.name: mean_matrix(Parts(states, layer), p) for layer in affine}
-    left: dict[str, Tensor] = {}  # sum_k p_k (W_k - mean) G~_k
-    right: dict[str, Tensor] = {}  # sum_k p_k G~_k
+    pulls: dict[str, Tensor] = {}  # sum_k p_k (W_k - mean) G~_k
+    totals: dict[str, Tensor] = {}  # sum_k p_k G~_k
     for state, share, measured in zip(states, p, calibration, strict=True):
         grams = measured.gram(state)
         for layer in affine:
             gram = grams.pop(layer.name)
             inputs = len(gram) - (bias == "average" and bool(layer.bias))
             gram = reduced(gram[:inputs, :inputs], reduce)
-            x = (to_matrix(state, layer).double() - means[layer.name])[:, :inputs]
-            if layer.name not in left:
-                left[layer.name] = torch.zeros_like(x)
-                right[layer.name] = torch.zeros_like(gram)
-            left[layer.name].addmm_(x, gram, alpha=share)
-            right[layer.name].add_(gram, alpha=share)
+            matrix, mean = to_matrix(state, layer)[:, :inputs], means[layer.name][:, :inputs]
+            if layer.name not in pulls:
+                pulls[layer.name] = torch.zeros(matrix.shape, dtype=gram.dtype)
+                totals[layer.name] = torch.zeros_like(gram)
+            add_pull(pulls[layer.name], matrix, mean, gram, share)
+            totals[layer.name].add_(gram, alpha=share)
     facts = {}
     for layer in affine:
-        move = correct(left.pop(layer.name), right.pop(layer.name))
-        merged = means.pop(layer.name).double()
+        move = correction(pulls.pop(layer.name), totals.pop(layer.name))
+        merged = means.pop(layer.name)
         merged[:, : move.shape[1]] += move
         write_matrix(merged, layer, result)
         facts[layer.name] = float(move.norm())

@@ -31,7 +31,7 @@ from fed.layers import Parts, write_matrix
 from fed.methods.averaged import averaged, weights_alone
 from fed.methods.checks import check_option
 from fed.methods.registry import Outcome, method
-from fed.quadratic import correct
+from fed.quadratic import add_pull, correction, gram_of
 from fed.space import mean_matrix, shares
 from fed.state import State
 
@@ -66,11 +66,12 @@ def wudi(
             start.mul_(k)
         pull, curve = _moments(mats, [k * share for share in p], start)
         if solver == "adam":
-            found = _adam(start, pull, curve, iterations, lr)
+            move = _adam(pull.to(start.dtype), curve.to(start.dtype), start, iterations, lr)
         else:
-            found = start + correct(pull, curve).to(start.dtype)
-        facts[layer.name] = float(torch.linalg.vector_norm(found - start))
-        write_matrix(found.mul_(scale), layer, result, base)
+            move = correction(pull, curve)
+        facts[layer.name] = float(torch.linalg.vector_norm(move))
+        write_matrix(start.add_(move).mul_(scale), layer, result, base)
+        del pull, curve, move
     return Outcome(result, None, {"moved": facts})
 
 
@@ -82,19 +83,17 @@ def _moments(mats: Parts, factors: list[float], start: Tensor) -> tuple[Tensor, 
         norm = float(torch.linalg.vector_norm(matrix)) ** 2
         if norm == 0:  # an expert that has not moved disturbs nobody
             continue
-        t = matrix.double()
-        gram = t.T @ t
+        gram = gram_of(matrix)
         curve.add_(gram, alpha=factor / norm)
-        pull.addmm_(t.sub_(start), gram, alpha=factor / norm)
+        add_pull(pull, matrix, start, gram, factor / norm)
     return pull, curve
 
 
-def _adam(start: Tensor, pull: Tensor, curve: Tensor, iterations: int, lr: float) -> Tensor:
-    """Adam on the loss whose gradient at start + D is 2 (D curve - pull)."""
-    curve, pull = curve.to(start.dtype), pull.to(start.dtype)
-    moved = start.clone()
+def _adam(pull: Tensor, curve: Tensor, start: Tensor, iterations: int, lr: float) -> Tensor:
+    """The way D that Adam goes on the loss whose gradient at start + D is 2 (D curve - pull)."""
+    moved = start.clone()  # Adam steps are added to the values themselves, as published
     optimizer = torch.optim.Adam([moved], lr=lr)
     for _ in range(iterations):
         moved.grad = ((moved - start) @ curve - pull).mul_(2)
         optimizer.step()
-    return moved
+    return moved - start
