@@ -12,8 +12,8 @@ Ours: TIES trims within a layer, theirs within the whole model. Experts count in
 Coefficients below a millionth of a layer's largest are rounding and are 0, or they would count in
 TIES' mean. S V_k^T is taken as U^T T_k, so that only the eigenvectors of sum_k T_k T_k^T are
 needed, and never the SVD of the stack. `rank` takes that many leading directions, by a range finder
-in large layers, and leaves the mean of all that lies outside of them: not in the paper. Of
-norms, scales and other tensors that are no layer it is A_0 + scale * (mean - A_0).
+in large layers, and leaves the mean of all that lies outside of them: not in the paper. Of norms,
+scales and other tensors that are no layer it is A_0 + scale * (mean - A_0).
 """
 
 from __future__ import annotations
@@ -78,6 +78,5 @@ def _ties(rows: list[Tensor], weights: list[float], density: float) -> Tensor:
     for c in rows:
         c[c.abs() < least] = 0
     zero = {"rows": torch.zeros_like(rows[0])}
-    return ties([{"rows": c} for c in rows], weights=weights, base=zero, density=density).state[
-        "rows"
-    ]
+    merged = ties([{"rows": c} for c in rows], weights=weights, base=zero, density=density)
+    return merged.state["rows"]

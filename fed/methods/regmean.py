@@ -54,7 +54,7 @@ def regmean(
     pulls: dict[str, Tensor] = {}  # sum_k p_k (W_k - mean) G~_k
     totals: dict[str, Tensor] = {}  # sum_k p_k G~_k
     for state, share, measured in zip(states, p, calibration, strict=True):
-        grams = measured.gram(state)
+        grams = dict(measured.gram(state))
         for layer in affine:
             gram = grams.pop(layer.name)
             inputs = len(gram) - (bias == "average" and bool(layer.bias))
