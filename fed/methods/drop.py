@@ -3,7 +3,7 @@
     T~_k = m_k * T_k / density,    m_k = 1 with probability `density`, else 0;    T_k = A_k - A_0
 
 each value by its own draw, so that T~_k is T_k in expectation. 1 / density is the paper's; mergekit
-0.1.5 divides by the share of |T_k|'s sum that happened to be kept, which is the same in the mean.
+0.1.5 divides by the share of |T_k|'s sum that happened to be kept, which is near to `density`.
 
 The draws for a tensor of an expert follow from the seed and the fingerprint of that tensor, its
 name, type and values. So neither the order of the experts nor who else is there matters, and two

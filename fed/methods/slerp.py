@@ -5,7 +5,7 @@
 tensor by tensor, each as one vector, theta the angle between the two. What is slerped are the
 weights themselves, as in mergekit: the base plays no part. Where |cos(theta)| is above 0.9995, and
 where one of the two is zero, the line (1 - t) A_1 + t A_2 is taken: there is hardly an arc, or
-none. Experts from one start are mostly so near that this is the mean.
+none. mergekit has the same bound, and takes a zero to be at right angles.
 """
 
 from __future__ import annotations
