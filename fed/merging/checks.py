@@ -12,6 +12,7 @@ from fed import methods
 from fed.merging.identity import backbone_differences, differences
 from fed.merging.settings import Settings
 from fed.merging.sources import WHOLE, Source
+from fed.methods.options import defaults
 from llava.errors import InputError
 
 # A base is not the experts' common start where all task vectors have one direction, the detour from
@@ -44,6 +45,12 @@ def check_method(settings: Settings) -> None:
 def rehearse(settings: Settings, options: Mapping[str, Any]) -> None:
     """The method on next to nothing: a value out of range is found before anything is read."""
     function = methods.get(settings.method)
+    mode = {**defaults(function), **options}.get("mode", "calibration")
+    if settings.calibration_data and mode != "calibration":
+        raise InputError(
+            f"--calibration_data: {settings.method} looks at it with --options mode=calibration "
+            f"only, mode is {mode}"
+        )
     if function.calibrated or settings.calibration_data:
         return
     start = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}

@@ -24,8 +24,12 @@ Gram = dict[str, Tensor]  # by layer, float64
 def gram(states: Sequence[State], base: State) -> Gram:
     """G of each layer; a layer is what is called the same but for `.weight` and `.bias`."""
     found: Gram = {}
+    rows = torch.empty(0)
     for block in blocks(states, base):
-        rows = torch.cat([block.base[None], block.clients - block.base])
+        size = (len(states) + 1, len(block.base))
+        rows = rows if rows.shape == size else torch.empty(size, dtype=torch.float64)
+        rows[0] = block.base
+        torch.sub(block.clients, block.base, out=rows[1:])
         product = rows @ rows.T
         name = stem(block.name)
         found[name] = found[name] + product if name in found else product

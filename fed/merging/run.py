@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from fed import methods
 from fed.merging import card, checks, geometry, report
 from fed.merging.calibrating import calibration
 from fed.merging.core import Job, merge_group
+from fed.merging.facts import facts_of, plain
 from fed.merging.forms import Form, Put, form_of
-from fed.merging.settings import Settings, text
-from fed.merging.sources import Source, open_source
+from fed.merging.settings import Settings
+from fed.merging.sources import open_source
 from fed.merging.writing import check_output, check_space, output_folder
-from fed.methods.options import defaults
 from fed.state import State
 
 
@@ -77,7 +76,7 @@ def run(settings: Settings) -> Result:
         None if settings.dry_run else calibration(settings, experts),
         joint=settings.scope == "projector",
     )
-    facts = _start(settings, options, form, experts, base, [*prints, of_base])
+    facts = facts_of(settings, options, form, experts, base, [*prints, of_base])
     facts |= {"forced": forced, "warnings": warnings}
     with contextlib.ExitStack() as stack:
         folder, state, put = None, {}, None
@@ -120,44 +119,7 @@ def _merge(job: Job, form: Form, facts: dict[str, Any], put: Put | None, keep: S
         facts[key] = told[""] if key == "all" else told
     if len(form.groups) > 1:  # what a method says of all layers together was said of one group
         of_method = {"layers": of_method["layers"]} if "layers" in of_method else {}
-    facts["method_facts"] = _plain(of_method)
-
-
-def _start(
-    settings: Settings,
-    options: dict[str, Any],
-    form: Form,
-    experts: list[Source],
-    base: Source | None,
-    prints: list[str | None],
-) -> dict[str, Any]:
-    """The facts that are known before anything is merged."""
-    full = {**defaults(methods.get(settings.method)), **options}
-    license, note = card.inherited([card.license_of(expert) for expert in experts])
-
-    def about(source: Source, fingerprint: str | None) -> dict[str, Any]:
-        return {"path": source.given, "kind": source.kind, "fingerprint": fingerprint}
-
-    def dtype(tensors: Mapping) -> str:
-        return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-
-    return {
-        "method": settings.method,
-        "options": {name: text(value) for name, value in full.items()},
-        "scope": settings.scope,
-        "experts": [
-            about(e, p) | {"weight": w, "dtype": dtype(t)}
-            for e, p, w, t in zip(experts, prints[:-1], settings.shares, form.experts, strict=True)
-        ],
-        "base": base and about(base, prints[-1]) | {"dtype": dtype(form.base)},
-        "form": form.name,
-        "written": form.written,
-        "fingerprints": form.fingerprints,
-        "license": license,
-        "licence_note": note,
-        "command": settings.command(full),
-        "versions": card.versions(),
-    }
+    facts["method_facts"] = plain(of_method)
 
 
 def _progress(groups: Any) -> Iterator[Any]:
@@ -172,14 +134,3 @@ def _progress(groups: Any) -> Iterator[Any]:
 def _warn(sentences: list[str]) -> None:
     for sentence in sentences:
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """Facts as JSON has them: what is no finite number becomes text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -24,7 +24,7 @@ from llava.state import SUFFIXES, State, StateError, load
 
 Kind = Literal["file", "projector", "lora", "full", "transformers"]
 WHOLE = ("full", "transformers")
-HELD = 2**26  # bytes; a mapped file counts as memory as far as it has been read
+HELD = 2**24  # bytes; a mapped file counts as memory as far as it has been read
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed, not learnt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -10,11 +11,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from llava.errors import InputError, reason
+from llava.errors import InputError
 
 _SPARE = 2**20  # card, config and the like
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(output: str, overwrite: bool, inputs: list[Path]) -> Path:
@@ -59,7 +59,7 @@ def output_folder(path: Path) -> Iterator[Path]:
     the exchange it may leave the old folder as `.NAME.PID.old`, which the next merge puts back.
 
     Raises:
-        OSError, InputError: the disk's refusal, whichever library was told it.
+        InputError: the disk is full, whichever library was told so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,14 +81,15 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """What the disk said, where torch or safetensors has made an error of its own of it."""
+    """What the disk said, with the place; torch makes an error of its own of it."""
     try:
         yield
-    except SafetensorError as error:
-        raise InputError(f"--output {path}: {reason(error)}") from None
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+    except (OSError, RuntimeError) as error:
+        said = error if isinstance(error, OSError) else error.__context__
+        if isinstance(said, OSError) and said.errno in _FULL:
+            raise InputError(
+                f"--output {path}: {said.strerror} while writing; nothing was left there"
+            ) from None
         raise
 
 

@@ -115,7 +115,8 @@ def test_a_disk_that_is_full(form, scope, expert, tmp_path):
     done = started("--method", "linear", "--experts", *paths, "--output", str(out), "--scope",
                    scope, preexec_fn=small)  # fmt: skip
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: ") and "File too large" in last
+    assert done.returncode == 2 and last.startswith("error: --output")
+    assert "File too large while writing" in last
     assert list(out.parent.iterdir()) == []
 
 
