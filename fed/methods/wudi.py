@@ -12,11 +12,11 @@ vectors are larger. `solver` exact, the default, is ours: the minimum itself, in
 
     T = (sum_k T_k H_k) (sum_k H_k)^-1,    H_k = T_k^T T_k / |T_k|^2
 
-in float64, as a correction to the mean of the experts. It is a step of 4096 x 4096 where Adam takes
-300 products of that size. Where the two differ by much, they are two methods: in the closed form
-experts that overlap are averaged and those that do not are summed; what Adam gives is nearer to the
-sum. With weights that differ, each expert's term has K p_k before it, and Adam starts at
-K sum_k p_k T_k: ours.
+in float64, as a correction to the mean of the experts: 35 s of one x86 core for four projectors of
+LLaVA-1.5-7B, where Adam takes 300 products of 4096 x 4096 matrices, 1.5 s each. Where the two
+differ by much, they are two methods: in the closed form experts that overlap are averaged and those
+that do not are summed; what Adam gives is nearer to the sum. With weights that differ, each
+expert's term has K p_k before it, and Adam starts at K sum_k p_k T_k: ours.
 """
 
 from __future__ import annotations
