@@ -76,22 +76,24 @@ def parser() -> argparse.ArgumentParser:
     add("--scope", help="projector (default), or all that is trainable: LoRA, full weights")
     add("--lora", help="with --scope all: factors (default) merges A and B, product merges BA")
     add("--config", metavar="FILE", help="config.json for OUT, where projector files have none")
-    _flag(add, "--dry-run", "say how the experts lie to each other; write nothing")
-    _flag(add, "--force", "merge models of different backbones; the card says so")
-    _flag(add, "--overwrite", "replace OUT")
+    add(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="say how the experts lie to each other; write nothing",
+    )
+    add(
+        "--force", action="store_true", help="merge models of different backbones; the card says so"
+    )
+    add("--overwrite", action="store_true", help="replace OUT")
     add("--calibration_data", nargs="+", metavar="JSON", help="LLaVA data: one, or one an expert")
     add("--image_folder", metavar="DIR", help="the pictures of the calibration data")
     add("--model-base", "--model_base", metavar="LLM", help="language model to calibrate with")
     add("--calibration_samples", type=int, metavar="N", help="records of each file; default 256")
     add("--version", help="conversation template of the calibration; default plain")
     add("--device", help="where calibration computes; default cpu")
-    _flag(add, "--methods", "list all methods with their options")
+    add("--methods", action="store_true", help="list all methods with their options")
     return made
-
-
-def _flag(add: Any, name: str, text: str) -> None:
-    other = name.replace("-d", "_d").replace("-r", "_r") if name == "--dry-run" else None
-    add(*filter(None, (name, "--dry_run" if other else None)), action="store_true", help=text)
 
 
 def list_methods() -> str:
