@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,15 +112,15 @@ def measure(part: str, tool: str, method: str, command: list[str], out: Path, ru
     return row
 
 
-def run(part: str, folder: Path, program: str | None) -> list[dict]:
-    """All measurements of a part; its input files are written where they are not there."""
+def run(part: str, folder: Path, program: str | None) -> Iterator[dict]:
+    """The measurements of a part, one by one; its models are written where there are none."""
     kind = part if part in ("lora", "full") else "projectors"
     inputs, out = folder / kind, folder / "out"
     if not inputs.exists():
         inputs.mkdir(parents=True)
         writer = Path(__file__).with_name("merge_inputs.py")
         subprocess.run([sys.executable, str(writer), kind, str(inputs)], check=True)
-    base, rows = ("--base", str(inputs / "base.safetensors")), []
+    base = ("--base", str(inputs / "base.safetensors"))
     if part == "shared":
         version = subprocess.run(
             [Path(program).with_name("python"), "-c",
@@ -129,18 +130,17 @@ def run(part: str, folder: Path, program: str | None) -> list[dict]:
         for method, (options, parameters) in SHARED.items():
             mine = ours(method, options, projectors(inputs, method), out, *base)
             theirs = mergekit(program, method, parameters, inputs, out)
-            rows.append(measure(part, "fed.merge", method, mine, out, 3))
-            rows.append(measure(part, f"mergekit {version}", method, theirs, out, 3))
+            yield measure(part, "fed.merge", method, mine, out, 3)
+            yield measure(part, f"mergekit {version}", method, theirs, out, 3)
     elif part == "ours":
         for method in OTHERS:
             mine = ours(method, {}, projectors(inputs, method), out, *base)
-            rows.append(measure(part, "fed.merge", method, mine, out, 3))
+            yield measure(part, "fed.merge", method, mine, out, 3)
     else:
         experts = sorted(inputs.glob(f"{part}-?"))
         for method in STREAMED:
             mine = ours(method, {}, experts, out, "--scope", "all")
-            rows.append(measure(part, "fed.merge", method, mine, out, 1))
-    return rows
+            yield measure(part, "fed.merge", method, mine, out, 1)
 
 
 def report(rows: list[dict]) -> str:
@@ -178,10 +178,17 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def line_of(row: dict) -> tuple[str, str, str]:
+    """What is measured anew in place of an older row."""
+    return row["part"], row["method"], row["tool"].split()[0]
+
+
 def _shared(rows: list[dict]) -> list[str]:
-    if not rows:
+    pairs = {m: sorted((r for r in rows if r["method"] == m), key=line_of) for m in SHARED}
+    pairs = {method: pair for method, pair in pairs.items() if len(pair) == 2}
+    if not pairs:
         return []
-    (other,) = {row["tool"] for row in rows} - {"fed.merge"}
+    other = next(iter(pairs.values()))[1]["tool"]
     lines = [
         "",
         f"## Four projectors of LLaVA-1.5-7B, beside {other} (slerp: two)",
@@ -192,8 +199,7 @@ def _shared(rows: list[dict]) -> list[str]:
         "| MB, ours | MB, mergekit | load |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for method in SHARED:
-        mine, theirs = sorted((r for r in rows if r["method"] == method), key=lambda r: r["tool"])
+    for method, (mine, theirs) in pairs.items():
         cells = []
         for key in ("seconds", "processor"):
             cells += [f"{r[key]:.1f}" for r in (mine, theirs)]
@@ -221,10 +227,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.folder or Path(scratch)).absolute()
         for part in args.parts:
-            rows = run(part, folder, args.mergekit)
-            kept = [row for row in kept if row["part"] != part] + rows
-            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            RESULTS.with_suffix(".md").write_text(report(kept))
+            for row in run(part, folder, args.mergekit):
+                kept = [old for old in kept if line_of(old) != line_of(row)] + [row]
+                RESULTS.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                RESULTS.with_suffix(".md").write_text(report(kept))
 
 
 if __name__ == "__main__":
