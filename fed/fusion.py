@@ -102,7 +102,7 @@ def fuse(
     r = len(gain)
     rest = None
     if r < basis.full:
-        rest = _rest(mean, mean_rows, max(basis.total - inside, 0.0), basis.total, rescale)
+        rest = rest_of(mean, mean_rows, max(basis.total - inside, 0.0), basis.total, rescale)
         if not keep_rest:
             rest = Rest(rest.energy, rest.kappa, 0.0)
     if flatten:
@@ -169,12 +169,23 @@ def evened(
     return factors.where(there, 1), of_rest
 
 
-def _rest(mean: Tensor, mean_rows: Tensor, energy: float, total: float, rescale: float) -> Rest:
-    """The block outside the basis, of which the clients hold `energy` of `total`."""
+def rest_of(
+    mean: Tensor,
+    mean_rows: Tensor,
+    energy: float,
+    total: float,
+    rescale: float,
+    power: float = 0.5,
+) -> Rest:
+    """The block outside the basis, of which the clients hold `energy` of `total`.
+
+    Args:
+        mean: M, (side, width), and its coefficients U^T M, (r, width).
+    """
     norm = torch.linalg.vector_norm
     agreed = max(float(norm(mean)) ** 2 - float(norm(mean_rows)) ** 2, 0.0)
     if energy <= NOISE * total:  # rounding
         return Rest(energy, 1.0, 1.0)
     kappa = min(agreed / energy, 1.0)
-    gain = min(max(kappa, 1e-30) ** -0.5, rescale)
+    gain = min(max(kappa, 1e-30) ** -power, rescale)
     return Rest(energy, kappa, gain)

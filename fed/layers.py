@@ -88,11 +88,17 @@ class Parts:
     """The matrices X_1..X_K of one layer, (out, in + 1) each, less those of an origin.
 
     They are made one at a time, whenever they are gone through, in one piece of memory: each is
-    overwritten by the next.
+    overwritten by the next. With `turned` they are their transposes, (in + 1, out).
     """
 
-    def __init__(self, states: Sequence[State], layer: Layer, origin: State | None = None):
-        self.states, self.layer, self.origin = states, layer, origin
+    def __init__(
+        self,
+        states: Sequence[State],
+        layer: Layer,
+        origin: State | None = None,
+        turned: bool = False,
+    ):
+        self.states, self.layer, self.origin, self.turned = states, layer, origin, turned
         self._matrix: Tensor | None = None
 
     def __len__(self) -> int:
@@ -101,4 +107,4 @@ class Parts:
     def __iter__(self) -> Iterator[Tensor]:
         for state in self.states:
             self._matrix = to_matrix(state, self.layer, self.origin, self._matrix)
-            yield self._matrix
+            yield self._matrix.T if self.turned else self._matrix

@@ -1,8 +1,10 @@
-"""Cut the playground's private pictures into clients in two further ways.
+"""Cut the playground's private pictures into clients in further ways.
 
 By caption source: four clients, each with a random quarter of the pictures, which it describes in
 its own way. By skew: twelve clients, Dirichlet over topic × style, of very unequal sizes, once for
-choosing settings (`skew-dev`) and once for reporting (`skew`). `unpack_data.py` calls `cut`.
+choosing settings (`skew-dev`) and once for reporting (`skew`). Mixed: four clients, each with half
+of the topics in half of the styles. Common: a random tenth of all pictures, for a brief alignment
+that several parties begin with. `unpack_data.py` calls `cut`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ KINDS = {  # as the language model learnt to say them
     "objects": "an object",
     "symbols": "a symbol",
 }
+LIFE = ("animals", "food", "people", "smileys")
+HALVES = {"google": "gt", "twitter": "gt", "openmoji": "of", "fluent": "of"}  # of the styles
 SOURCES = ("name", "keyword", "short", "kind")
 
 
@@ -47,7 +51,10 @@ def caption(source: str, name: str, topic: str, keywords: list[str], words: set[
 
 
 def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
-    """Write `clients/{caption,skew-dev,skew}/*.json` and `heldout_{dev,test}_caption.json`.
+    """Write `clients/{caption,skew-dev,skew,mixed,common}/*.json` and held-out pictures for them.
+
+    `heldout_{dev,test}_caption.json` are described as the sources do, and the pictures of
+    `heldout_{dev,test}_mixed.json` name the client of `mixed` whose domain they are of.
 
     Args:
         folder: the unpacked playground.
@@ -73,6 +80,13 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
             for i, record in enumerate(heldout)
         ]
         _write(folder / f"heldout_{part}_caption.json", records)
+        mixed = [{**record, "mixed": mixed_client(record)} for record in heldout]
+        _write(folder / f"heldout_{part}_mixed.json", mixed)
+    for client in sorted({mixed_client(record) for record in private}):
+        own = [record for record in private if mixed_client(record) == client]
+        _write(folder / f"clients/mixed/{client}.json", own)
+    random.Random(f"{SEED} common").shuffle(order)
+    _write(folder / "clients/common/common.json", order[: len(order) // 10])
     keys = [(record["topic"], record["style"]) for record in private]
     for name, seed in SKEW.items():
         shards = dirichlet(
@@ -80,6 +94,11 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
         )
         for i, shard in enumerate(shards):
             _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
+
+
+def mixed_client(record: dict) -> str:
+    """`life-gt`, `life-of`, `things-gt` or `things-of`: topics, then initials of the styles."""
+    return ("life-" if record["topic"] in LIFE else "things-") + HALVES[record["style"]]
 
 
 def _described(record: dict, source: str, keywords: dict[str, list[str]], words: set[str]) -> dict:
