@@ -21,6 +21,7 @@ import study_plan  # noqa: E402
 import study_report  # noqa: E402
 import study_tables  # noqa: E402
 
+from fed import significance  # noqa: E402
 from fed.arguments import FedArguments  # noqa: E402
 from llava.errors import InputError  # noqa: E402
 from llava.train.arguments import (  # noqa: E402
@@ -137,9 +138,9 @@ def test_only_seeds_that_all_methods_have_count(plan):
 
 def test_the_sign_flip_test_by_hand():
     # Three pairs, all of one sign: two of eight sign patterns are as extreme.
-    assert study_tables.sign_flip_p([1.0, 2.0, 3.0]) == 0.25
-    assert study_tables.sign_flip_p([1.0, -1.0]) == 1.0
-    many = study_tables.sign_flip_p([1.0] * 20)
+    assert significance.sign_flip_p([1.0, 2.0, 3.0]) == 0.25
+    assert significance.sign_flip_p([1.0, -1.0]) == 1.0
+    many = significance.sign_flip_p([1.0] * 20)
     assert 0 < many < 1e-4  # never nought: the pattern that was seen is one of them
 
 

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Sequence
 
-import numpy
 from study_found import Found, drift, final_exact, final_loss, rises
 from study_plan import Job
 
 from fed.report import markdown
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation over the seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Two-sided p of a paired permutation test: how often random signs give as large a sum.
-
-    All sign patterns for up to 16 pairs; beyond, 200,000 drawn with seed 0.
-    """
-    values = numpy.array(differences)
-    if len(values) <= 16:
-        signs = numpy.array(list(itertools.product((-1, 1), repeat=len(values))))
-    else:
-        signs = numpy.random.RandomState(0).choice((-1, 1), (200_000, len(values)))
-        signs[0] = 1  # the pattern that was seen
-    sums = numpy.abs(signs @ values)
-    return float((sums >= abs(values.sum()) - 1e-12).mean())
+from fed.significance import sign_flip_p, spread
 
 
 def main_table(found: Found) -> str:

@@ -8,5 +8,5 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 "$PYTHON" scripts/playground/unpack_data.py
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-"$PYTHON" scripts/merge/study.py "$@"
-"$PYTHON" scripts/merge/study_report.py
+"$PYTHON" scripts/merge/merge_study.py "$@"
+"$PYTHON" scripts/merge/merge_report.py
