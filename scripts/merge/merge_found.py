@@ -57,7 +57,7 @@ class Found:
         found = {}
         reference = self.row(self.plan["reference"], cell, count)
         for name in reference["of"] if reference else ():
-            row = self.rows.get(Job("report", cell, f"expert {name}", "{}", count).key)
+            row = self.rows.get(Job("report", cell, f"expert {name}", "{}", 0).key)
             if row is None:
                 return {}
             found[name] = row

@@ -65,8 +65,6 @@ def counting(plan: Mapping, chosen: Mapping[str, str]) -> Iterator[Job]:
         if f"{cell.scenario} {cell.start}" == of["cell"]:
             for count, title in itertools.product(of["experts"], of["methods"]):
                 yield Job("report", cell, title, chosen[title], count)
-            for count, name in itertools.product(of["experts"], expert_files(cell)):
-                yield Job("report", cell, f"expert {name}", "{}", count)
 
 
 def choose(plan: Mapping, rows: Sequence[dict]) -> dict[str, str]:

@@ -171,6 +171,24 @@ def test_the_further_cuts_share_out_the_same_pictures(data):
     assert images(one) != images(other)
 
 
+def test_mixed_clients_share_out_all_pictures_and_know_whose_a_picture_is(data):
+    private = images(records(data, "clients/topic/*.json"))
+    assert images(records(data, "clients/mixed/*.json")) == private
+    of = script("cut_clients").mixed_client
+    for path in data.glob("clients/mixed/*.json"):
+        assert {of(record) for record in json.loads(path.read_text())} == {path.stem}
+    for part in ("dev", "test"):
+        plain, mixed = (records(data, f"heldout_{part}{end}.json") for end in ("", "_mixed"))
+        assert images(plain) == images(mixed)
+        assert all(record["mixed"] == of(record) for record in mixed)
+
+
+def test_the_common_part_is_a_tenth_of_all(data):
+    private = images(records(data, "clients/topic/*.json"))
+    common = images(records(data, "clients/common/*.json"))
+    assert len(common) == len(private) // 10 and set(common) < set(private)
+
+
 def test_a_skewed_client_has_few_of_the_kinds(data):
     def largest(rows):  # the share of the most frequent eighth of the 32 kinds
         kinds = Counter((r["topic"], r["style"]) for r in rows).most_common(4)
