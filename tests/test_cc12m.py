@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from llava.errors import InputError
 from llava.state import load, save
 
 pytestmark = pytest.mark.slow
@@ -232,12 +234,28 @@ def test_what_is_done_is_not_done_again_nor_mixed_with_other_settings(place, sec
     assert "density" in (place.root / "out/merged-brief/ties/README.md").read_text()
 
 
-def test_the_fresh_start_is_what_training_would_draw(place, second, flags):
-    from llava.model.checkpoint import projector_state
-    from llava.train.arguments import parse
-    from llava.train.session import load_session
+def test_a_fresh_start_is_drawn_from_the_seed_as_torch_draws(tiny, tmp_path):
+    spec = importlib.util.spec_from_file_location("start", ROOT / "scripts/merge/fresh_start.py")
+    fresh_start = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh_start)
 
-    drawn = projector_state(load_session(*parse(flags(seed=42))).model)
-    saved = place.projector("out/start-fresh")
-    assert drawn.keys() == saved.keys()
-    assert all(torch.equal(drawn[name], saved[name]) for name in drawn)
+    def draw(seed: int, out: str = "start", tower: bool = True) -> dict[str, torch.Tensor]:
+        argv = ["--model_name_or_path", str(tiny / "llm"), "--mm_projector_type", "mlp2x_gelu"]
+        argv += ["--vision_tower", str(tiny / "vision_tower")] * tower
+        fresh_start.main([*argv, "--seed", str(seed), "--output_dir", str(tmp_path / out)])
+        return load(tmp_path / out / "mm_projector.bin")
+
+    found = draw(4)
+    torch.manual_seed(4)
+    for place, layer in ((0, torch.nn.Linear(32, 48)), (2, torch.nn.Linear(48, 48))):
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(found.pop(f"model.mm_projector.{place}.{name}"), tensor)
+    assert not found
+    config = json.loads((tmp_path / "start/config.json").read_text())
+    assert config["mm_projector_type"] == "mlp2x_gelu" and config["mm_hidden_size"] == 32
+    draw(4)  # what a killed run does again
+    with pytest.raises(InputError, match="is there and is another one"):
+        draw(5)
+    with pytest.raises(InputError, match="--vision_tower is missing"):
+        draw(5, out="other", tower=False)
+    assert not (tmp_path / "other").exists()

@@ -23,7 +23,7 @@ from llava.train.session import training_config
 
 
 def fresh_projector(config, seed: int) -> State:
-    """The projector that a training in float32 with this seed would begin with.
+    """The projector of `config`, float32, as torch's own layers start: as in training, other draws.
 
     Args:
         config: as `llava.train.session.training_config` makes it.
