@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
 
 from fed.space import Basis, align, polar
+from fed.state import StateError, is_finite
 
 
 def turn(
@@ -31,3 +33,22 @@ def turn(
         turned = polar(beta * align(previous, u, how) + (1 - beta) * u)
     moved = float((turned - u).norm()) / math.sqrt(u.shape[1])
     return turned, {"overlap": min(overlap, 1.0), "turned": moved}
+
+
+def check_history(memory: Mapping[str, Tensor], sides: Mapping[str, int]) -> None:
+    """Refuse a memory of Fed-CMP that is not of bases of these layers, by name with their rows.
+
+    Raises:
+        StateError: naming the tensor.
+    """
+    for name, tensor in memory.items():
+        if name not in sides:
+            raise StateError(f"fedcmp memory: {name} is no layer of the base ({', '.join(sides)})")
+        rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
+        if rows != sides[name] or not 1 <= columns <= rows:
+            raise StateError(
+                f"fedcmp memory: {name} has shape {tuple(tensor.shape)}, expected "
+                f"({sides[name]}, r) with r from 1 to {sides[name]}"
+            )
+        if not is_finite(tensor):
+            raise StateError(f"fedcmp memory: {name} holds NaN or infinity")

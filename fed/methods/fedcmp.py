@@ -38,17 +38,17 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from fed.fusion import Fused, fuse
+from fed.fusion import fuse
+from fed.fusion_facts import describe
 from fed.layers import Parts, layers, write_matrix
 from fed.methods.blocks import blocks, empty
 from fed.methods.checks import check_option
 from fed.methods.registry import Outcome, method
-from fed.momentum import turn
-from fed.space import Basis, joint_basis, shares
-from fed.state import State, StateError, is_finite
+from fed.momentum import check_history, turn
+from fed.space import joint_basis, shares
+from fed.state import State
 
 MIN_TAU = 0.01  # exp(-2 / tau) must stay a float
 
@@ -74,7 +74,7 @@ def fedcmp(
     """One round of Fed-CMP.
 
     A `rank` above a layer's rows is all of them. Memory holds B^t as `<layer>.basis`, (out, r),
-    while beta > 0. Facts hold what `describe` and `fed.momentum.turn` say of each layer, and the
+    while beta > 0. Facts hold what `describe` and `turn` say of each layer, and the
     names of the tensors that were averaged.
     """
     check_option("fedcmp", "energy", energy, 0 < energy <= 1, "in (0, 1]")
@@ -86,7 +86,7 @@ def fedcmp(
     p = shares(weights)
     affine, others = layers(base)
     sides = {f"{layer.name}.basis": len(base[layer.weight]) for layer in affine}
-    _check_memory(memory, sides)
+    check_history(memory, sides)
 
     result = empty(base)
     for block in blocks(states, {name: base[name] for name in others}):
@@ -109,47 +109,3 @@ def fedcmp(
         elif beta > 0 and key in memory:  # nobody moved: U means nothing, the history stays
             kept[key] = memory[key]
     return Outcome(result, kept, facts)
-
-
-def describe(shared: Basis, fused: Fused, p: list[float]) -> dict[str, Any]:
-    """The facts of a layer; means over directions are weighted by the directions' energy."""
-    energies = shared.energies.double()
-    kept = float(energies.sum())
-    weight = energies / kept if kept > 0 else torch.full_like(energies, 1 / len(energies))
-    total, rest = shared.total or 1.0, fused.rest
-
-    def mean(values: Tensor) -> float:
-        return float(weight @ values.double())
-
-    def summary(values: Tensor) -> dict[str, float]:
-        least, most = (float(v) for v in values.aminmax())
-        middle = float(values.median())
-        return {"mean": mean(values), "min": least, "median": middle, "max": most}
-
-    return {
-        "side": len(shared.vectors),
-        "rank": len(energies),
-        "basis": shared.how,
-        "energy_kept": min(kept / total, 1.0) if shared.total > 0 else 1.0,
-        "spectrum": (energies[:8] / total).tolist(),
-        "kappa": summary(fused.kappa),
-        "chance": sum(share * share for share in p),  # kappa of clients that are unrelated
-        "gain": summary(fused.gain),
-        "rest": rest and {"share": rest.energy / total, "kappa": rest.kappa, "gain": rest.gain},
-        "agreement": [mean(a) for a in fused.agreement],
-        "reliability": [mean(r) for r in fused.reliability],
-    }
-
-
-def _check_memory(memory: dict[str, Tensor], sides: dict[str, int]) -> None:
-    for name, tensor in memory.items():
-        if name not in sides:
-            raise StateError(f"fedcmp memory: {name} is no layer of the base ({', '.join(sides)})")
-        rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
-        if rows != sides[name] or not 1 <= columns <= rows:
-            raise StateError(
-                f"fedcmp memory: {name} has shape {tuple(tensor.shape)}, expected "
-                f"({sides[name]}, r) with r from 1 to {sides[name]}"
-            )
-        if not is_finite(tensor):
-            raise StateError(f"fedcmp memory: {name} holds NaN or infinity")
