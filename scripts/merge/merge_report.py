@@ -16,7 +16,7 @@ from pathlib import Path
 from merge_found import BEST, JOINT, Found, exact, loss, name_of
 from merge_study import RESULTS, read_rows, settings
 from study_experts import PLAN, cells, read_plan
-from study_measure import Job
+from study_measure import CALIBRATION, Job
 
 from fed.report import PALETTE, markdown, write_figure
 from fed.significance import sign_flip_p, spread
@@ -161,15 +161,21 @@ says what is run. Experts are aligned apart from one start, each on its own data
 is a projector as it is drawn, `brief`: after a brief alignment on a tenth of all pictures. topic: 8
 experts, a topic each. style: 4, a vendor's drawings each. caption: 4, the same kinds of pictures
 described in different ways. mixed: 4, half of the topics in half of the styles. Held-out pictures
-(`heldout_test`), {len(seeds)} seeds ({seeds[0]} to {
+(`{plan["report"]["part"]}`), {len(seeds)} seeds ({seeds[0]} to {
         seeds[-1]
-    }: start, order of data), mean ± standard deviation.
-Settings were chosen on other pictures (`heldout_dev`) and seed {
+    }: of the start and of the order
+of the data), mean ± standard deviation. Settings were chosen on other pictures
+(`{plan["development"]["part"]}`) and another seed ({
         plan["development"]["seeds"][0]
-    }, without mixed. † looks at data: {
+    }), without mixed.
+
+Joint training: {
         plan["joint"]["epochs"]
-    } epochs of joint training on all data from the same start are the upper reference; the
-best single expert is picked by the very loss that is shown.
+    } epochs on all data from the same start, the upper reference. The
+best single expert is picked by the very loss that is shown. † looks at data: {
+        CALIBRATION
+    } pairs of the
+experts' own.
 
 ## Held-out loss (nats a token)
 
