@@ -44,7 +44,7 @@ SHARED = {
     ),
     "model_stock": ({}, {}),
 }
-OTHERS = ("tsv_m", "iso_c", "knots", "wudi", "pivotmerge", "fedcmp")
+OTHERS = ("pivotmerge", "fedcmp", "iso_c", "wudi", "tsv_m", "knots")
 STREAMED = ("linear", "ties")
 LONG = 60.0  # seconds, beyond which once is enough
 
