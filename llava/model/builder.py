@@ -16,9 +16,11 @@ from llava.constants import (
 from llava.errors import InputError, reason
 from llava.model import lora
 from llava.model.checkpoint import (
+    EXTRA_PREFIX,
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
+    derive_projector,
     gathered,
     load_projector,
     model_class,
@@ -27,6 +29,7 @@ from llava.model.checkpoint import (
     tower_weights,
 )
 from llava.model.hf_layout import FROM_HF
+from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.quantize import check_4bit_on_cpu, quantization
 from llava.model.quiet import quiet
 from llava.model.shards import Shards, local_folder, read_json
@@ -114,6 +117,9 @@ def load_pretrained_model(
         model = adapted.merge_and_unload() if bits == 16 else adapted.get_base_model()
     if bits == 4 and device == "cpu":
         check_4bit_on_cpu(model)
+    extra = PROJECTOR_PREFIX + EXTRA
+    if is_projector:
+        loaded |= {n.replace(EXTRA_PREFIX, extra, 1): t for n, t in loaded.items()}
     if lost := [name for name in missing if name not in loaded and name != NEWLINE]:
         raise InputError(f"{folder}: no {lost[0]} there, nor in {source}")
     return _with_pictures(model.eval(), tokenizer, tower, dtype)
@@ -211,17 +217,21 @@ def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
     if lost := [name for name in missing if name not in own]:
         raise InputError(f"{path}: {len(lost)} tensors are missing from the weights, as {lost[0]}")
     if own:
-        _fresh_projector(model, NEWLINE in own)
+        _fresh_projector(model, own)
     return model, own
 
 
-def _fresh_projector(model, newline: bool) -> None:
+def _fresh_projector(model, missing: list[str]) -> None:
     parts = model.get_model()
-    with gathered(parts.mm_projector.parameters(), write=True):
-        for layer in parts.mm_projector.modules():
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-    if newline:
+    extra = PROJECTOR_PREFIX + EXTRA
+    if any(name.startswith(PROJECTOR_PREFIX) and not name.startswith(extra) for name in missing):
+        with gathered(parts.mm_projector.parameters(), write=True):
+            for layer in parts.mm_projector.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+    if any(name.startswith(extra) for name in missing):
+        derive_projector(model)
+    if NEWLINE in missing:
         with gathered([parts.image_newline], write=True), torch.no_grad():
             parts.image_newline.normal_(std=model.config.hidden_size**-0.5)
 

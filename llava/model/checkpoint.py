@@ -22,12 +22,16 @@ from torch import nn
 from llava.atomic import write_text
 from llava.errors import InputError, reason
 from llava.model.hf_layout import language_model_type, llava_config
+from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.shards import Shards, read_json, write_shards
 from llava.model.tokenizer import write_tokenizer
 from llava.state import State, check
 
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_PREFIX = "model.mm_projector."
+# What a connector has beside its base is called so in mm_projector.bin, where upstream passes over
+# all names without "mm_projector" and would refuse ones with it that it does not know.
+EXTRA_PREFIX = "model.pilot."
 NEWLINE = "model.image_newline"
 
 # A tower's tensors in any layout, and as upstream names them.
@@ -174,7 +178,8 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
     """Copy a state into the model's projector, in the model's dtype; under ZeRO-3 on every rank.
 
     Tensors that are not the projector's (upstream may save embeddings beside it) are passed over,
-    and a newline token that is not there (upstream saves none) stays as it is.
+    and a newline token that is not there (upstream saves none) stays as it is. Where a file has the
+    base of a connector alone, an mlp2x_gelu for `pilot`, the rest is derived from it.
 
     Raises:
         StateError: a name, shape or type that is not the projector's, NaN or infinity; `source`
@@ -184,19 +189,38 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
     own = {
         name: tensor
         for name, tensor in tensors.items()
-        if name.startswith(PROJECTOR_PREFIX) or (name == NEWLINE and name in parameters)
+        if name.startswith(PROJECTOR_PREFIX) or name in parameters
     }
-    parameters = {name: p for name, p in parameters.items() if name != NEWLINE or name in own}
-    copy_in(own, parameters, source)
+    base_alone = not any(name.startswith(EXTRA_PREFIX) for name in own)
+    left_out = {NEWLINE} - own.keys()
+    if base_alone:
+        left_out |= {name for name in parameters if name.startswith(EXTRA_PREFIX)}
+    copy_in(own, {name: p for name, p in parameters.items() if name not in left_out}, source)
+    if base_alone:
+        derive_projector(model)
+
+
+def derive_projector(model: nn.Module) -> None:
+    """Set what a connector has beside its base from the base; under ZeRO-3 on every rank."""
+    projector = model.get_model().mm_projector
+    with gathered(projector.parameters(), write=True):
+        projector.derive()
 
 
 def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The projector's own parameters, named as in `projector_state`."""
     parts = model.get_model()
-    found = {PROJECTOR_PREFIX + name: p for name, p in parts.mm_projector.named_parameters()}
+    found = {projector_name(name): p for name, p in parts.mm_projector.named_parameters()}
     if hasattr(parts, "image_newline"):
         found[NEWLINE] = parts.image_newline
     return found
+
+
+def projector_name(name: str) -> str:
+    """A connector's own name of a parameter → that in `mm_projector.bin`."""
+    if name.startswith(EXTRA):
+        return EXTRA_PREFIX + name.removeprefix(EXTRA)
+    return PROJECTOR_PREFIX + name
 
 
 def tower_weights(folder: str | os.PathLike) -> State | None:

@@ -255,6 +255,7 @@ class LlavaMixin:
                 positions alone, (1, positions, vocabulary), and the loss is their mean.
         """
         self._attend_openly(kwargs.get("output_attentions"))
+        shown = False
         if inputs_embeds is None:
             (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -268,6 +269,7 @@ class LlavaMixin:
                     image_positions=image_positions,
                 )
             )
+            shown = inputs_embeds is not None
             if inputs_embeds is None and labels is not None and self.get_model().vision_tower:
                 # A batch of text alone still touches what turns pictures into tokens, or ranks of
                 # DDP and ZeRO that have pictures would wait for it; and before the embeddings, as
@@ -286,11 +288,16 @@ class LlavaMixin:
         # A router's loss is added by the base, which needs all labels for it.
         routed = getattr(self.config, "output_router_logits", False)
         if labels is not None and label_positions is not None and not routed:
-            return self._forward_labelled(inputs, labels, label_positions)
-        outputs = super().forward(attention_mask=attention_mask, labels=labels, **inputs)
-        if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
-            # Nothing to learn from (all answers cut): the mean over no token would be NaN.
-            outputs.loss = 0 * outputs.logits.sum()
+            outputs = self._forward_labelled(inputs, labels, label_positions)
+        else:
+            outputs = super().forward(attention_mask=attention_mask, labels=labels, **inputs)
+            if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
+                # Nothing to learn from (all answers cut): the mean over no token would be NaN.
+                outputs.loss = 0 * outputs.logits.sum()
+        if labels is not None and shown and self.training:
+            aux = self.get_model().mm_projector.aux_loss()
+            if aux is not None:
+                outputs.loss = outputs.loss + aux.to(outputs.loss.device)
         return outputs
 
     def _forward_labelled(self, inputs: dict, labels, positions):

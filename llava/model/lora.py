@@ -182,12 +182,17 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """What belongs into `non_lora_trainables.bin`: whatever else trains."""
+    """What belongs into `non_lora_trainables.bin`: whatever else trains, and all of a connector of
+    which a part trains."""
     adapter = {id(parameter) for parameter in adapter_parameters(model).values()}
+    others = {n: p for n, p in model.named_parameters() if id(p) not in adapter}
+    connector = {n for n in others if ".mm_projector." in n}
+    if not any(others[name].requires_grad for name in connector):
+        connector = set()
     return {
         PEFT_PREFIX + on_disk(name.removeprefix(PEFT_PREFIX)): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapter
+        for name, parameter in others.items()
+        if parameter.requires_grad or name in connector
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -38,6 +39,33 @@ class ModelArguments:
     mm_vision_select_feature: str = field(default="patch")
     unfreeze_mm_vision_tower: bool = field(
         default=False, metadata={"help": "Train the vision tower, too."}
+    )
+    pilot_tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "pilot: the tasks, the own first; in a federated run clients.yaml says."},
+    )
+    pilot_stage: int = field(default=2, metadata={"help": "pilot: 1 or 2."})
+    pilot_init: str = field(
+        default="copy", metadata={"help": "pilot: added adapters start as a copy, or split (as 0)."}
+    )
+    pilot_top_k: int = field(default=0, metadata={"help": "pilot: experts a token; 0: all."})
+    pilot_difference: float = field(
+        default=0.1, metadata={"help": "pilot: weight of the difference loss of stage 1."}
+    )
+    pilot_difference_over: str = field(
+        default="pairs", metadata={"help": "pilot: its scale, pairs, mean or sum."}
+    )
+    pilot_balance: float = field(
+        default=0.1, metadata={"help": "pilot: weight of the balance loss of stage 2."}
+    )
+    pilot_z: float = field(
+        default=0.01, metadata={"help": "pilot: weight of the router-z loss of stage 2."}
+    )
+    pilot_client_adapter: bool = field(
+        default=True, metadata={"help": "pilot: False leaves the client adapter out."}
+    )
+    pilot_mixture: bool = field(
+        default=True, metadata={"help": "pilot: False leaves the mixture of adapters out."}
     )
 
 
@@ -276,6 +304,11 @@ def _check_what_trains(
 ) -> None:
     """Refuse flags that contradict each other about what trains."""
     tunes_tower = model_args.unfreeze_mm_vision_tower
+    if model_args.mm_projector_type != "pilot":
+        for own in dataclasses.fields(ModelArguments):
+            changed = getattr(model_args, own.name) != getattr(ModelArguments(), own.name)
+            if own.name.startswith("pilot_") and changed:
+                raise InputError(f"--{own.name} is for --mm_projector_type pilot")
     if not model_args.vision_tower:
         if model_args.tune_mm_mlp_adapter:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from llava.model.builder import (
 from llava.model.checkpoint import load_projector, read_config, tower_weights
 from llava.model.lora import NON_LORA_FILE, add_lora, attach_lora, load_non_lora, read_non_lora
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.connector import TRAINED
+from llava.model.multimodal_projector.pilot import PilotSettings
 from llava.model.quantize import quantization
 from llava.state import load
 from llava.tiling import default_resolutions
@@ -124,12 +127,24 @@ def training_config(
         "mm_use_im_patch_token",
     ):
         setattr(config, key, getattr(model_args, key))
+    if model_args.mm_projector_type == "pilot":
+        config.mm_pilot = _pilot_settings(model_args)
     return config
+
+
+def _pilot_settings(model_args: ModelArguments) -> dict:
+    """The --pilot_* flags as `config.mm_pilot`, checked."""
+    flags = {name: v for name, v in vars(model_args).items() if name.startswith("pilot_")}
+    given = {name.removeprefix("pilot_"): value for name, value in flags.items()}
+    given["tasks"] = given["tasks"] or PilotSettings().tasks
+    return dataclasses.asdict(PilotSettings(**given))
 
 
 def _check_projector_type(config, model_args: ModelArguments) -> None:
     """Refuse a type under which a LLaVA's own projector would be thrown away in silence."""
     own = getattr(config, "mm_projector_type", None)
+    if (own, model_args.mm_projector_type) == ("mlp2x_gelu", "pilot"):
+        return  # its base; the other adapters are derived
     if own not in (None, model_args.mm_projector_type) and not model_args.pretrain_mm_mlp_adapter:
         raise InputError(
             f"--mm_projector_type is {model_args.mm_projector_type!r}, "
@@ -235,7 +250,7 @@ def _set_trainable(
     if args.lora_enable:
         model = _with_lora(model, args)
     if parts is not None:
-        parts.mm_projector.requires_grad_(not args.freeze_mm_mlp_adapter)
+        parts.mm_projector.train_groups(*(() if args.freeze_mm_mlp_adapter else TRAINED))
         if hasattr(parts, "image_newline"):
             parts.image_newline.requires_grad_(not args.freeze_mm_mlp_adapter)
         parts.vision_tower.requires_grad_(model_args.unfreeze_mm_vision_tower)
