@@ -5,6 +5,7 @@ clients:
   - name: st-mary                     # letters, digits, . _ -
     data_path: st-mary/captions.json  # LLaVA JSON; relative to this file
     image_folder: st-mary/images
+    task: captions                    # letters, digits, - _: the kind of its data (fed_method pilot)
     learning_rate: 5e-4               # a flag of its own; fed/arguments.py lists them
 ```
 
@@ -24,18 +25,22 @@ from pathlib import Path
 from fed.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from llava.errors import InputError
 
-DATA_KEYS = ("name", "data_path", "image_folder")
+DATA_KEYS = ("name", "data_path", "image_folder", "task")
 
 
 @dataclass(frozen=True)
 class ClientSpec:
-    """One client: a name, its data, and the flags that are its own (flag name → value as text)."""
+    """One client: a name, its data, and the flags that are its own (flag name → value as text).
+
+    `task` names the kind of its data; of one file's clients all have one or none has.
+    """
 
     name: str
     data_path: str
     image_folder: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
     process: ProcessSpec = field(default_factory=ProcessSpec)
+    task: str | None = None
 
 
 @contextlib.contextmanager
@@ -57,8 +62,9 @@ def load_clients(
         processes: whether clients are processes, which have keys of their own.
 
     Raises:
-        InputError: no such file, not YAML, an unknown or missing key, a bad or doubled name, or a
-            data file that does not exist. The message names the client.
+        InputError: no such file, not YAML, an unknown or missing key, a bad or doubled name, a
+            data file that does not exist, or a task that only others have. The message names the
+            client.
     """
     import yaml
 
@@ -81,6 +87,9 @@ def load_clients(
         if client.name.lower() in seen:
             raise InputError(f"--fed_clients {path}: two clients are called {client.name!r}")
         seen.add(client.name.lower())
+    without = [client.name for client in clients if client.task is None]
+    if 0 < len(without) < len(clients):
+        raise InputError(f"--fed_clients {path}: client {without[0]} has no task, others have one")
     return clients
 
 
@@ -116,9 +125,13 @@ def _client(
         image_folder = path.parent / Path(str(image_folder)).expanduser()
         if not image_folder.is_dir():
             raise InputError(f"{where}: image_folder {image_folder} does not exist")
+    task = entry.get("task")
+    if "task" in entry and not (isinstance(task, str) and re.fullmatch(r"[A-Za-z0-9_-]+", task)):
+        raise InputError(f"{where} has task {task!r}; letters, digits, '-' and '_' are expected")
     overrides = {key: str(value) for key, value in entry.items() if key in flags}
     process = read_process(entry, path.parent, where)
-    return ClientSpec(name, str(data_path), image_folder and str(image_folder), overrides, process)
+    folder = image_folder and str(image_folder)
+    return ClientSpec(name, str(data_path), folder, overrides, process, task)
 
 
 def seed_of(*parts: object) -> int:
