@@ -11,8 +11,9 @@ from typing import Any, Literal
 from fed.state import near
 from llava.errors import InputError
 
-# Of every method, the last three of those that ask for them; all others are options.
-ARGUMENTS = ("states", "weights", "base", "memory", "extras", "total", "calibration")
+# Every method has the first four; ASKED are for those that ask for them. All others are options.
+ASKED = ("extras", "total", "calibration", "clients", "tasks")
+ARGUMENTS = ("states", "weights", "base", "memory", *ASKED)
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 

@@ -22,6 +22,10 @@ from llava.errors import InputError
 
 _METHODS: dict[str, Callable[..., Outcome]] = {}
 
+# What a client is sent: (its name, its task, all clients' own states, the shared one, the method's
+# memory) -> (the state that it starts from, what goes beside it).
+Send = Callable[[str, str, Mapping[str, State], State, State], tuple[State, State]]
+
 
 @dataclass
 class Outcome:
@@ -44,6 +48,7 @@ def method(
     personal: bool = False,
     whole: bool = False,
     client: type[ClientRule] | None = None,
+    send: Send | None = None,
 ) -> Callable:
     """Register a function `(states, *, weights, base, memory, <options>) -> Outcome` as `name`.
 
@@ -57,7 +62,9 @@ def method(
 
     A method whose clients step in another way has a rule `client`, made anew for each turn. Its
     function may ask for `extras`, what each client's rule sent, and `total`, how many clients the
-    run has, in this round or not.
+    run has, in this round or not. Any function may ask for `clients`, the names, and `tasks`.
+
+    Clients of other methods are sent their own state, or the shared one; `send` says otherwise.
     """
     sends = client is not None and client.sends
 
@@ -65,7 +72,7 @@ def method(
         if name in _METHODS:
             raise InputError(f"two methods are called {name}")
         parameters = inspect.signature(function).parameters
-        asked = parameters.keys() & {"extras", "total", "calibration"}
+        asked = parameters.keys() & set(options_of.ASKED)
         own = parameters.get("calibration")
         calibrated = own is not None and own.default is own.empty
 
@@ -81,12 +88,18 @@ def method(
             extras: Sequence[State] | None = None,
             total: int | None = None,
             calibration: Sequence[Calibration] | None = None,
+            tasks: Sequence[str] | None = None,
             **options: Any,
         ) -> Outcome:
             options = options_of.parse(name, function, options)
             who = list(clients or map(str, range(len(states))))
             weights = _check(states, weights, base, who)
             extras = _check_extras(name, extras, base if sends else {}, who)
+            tasks = [""] * len(states) if tasks is None else tasks
+            if len(tasks) != len(states):
+                raise InputError(
+                    f"{len(tasks)} tasks, expected one of each of {len(states)} clients"
+                )
             total = len(states) if total is None else total
             if total < len(states):
                 raise InputError(f"{len(states)} client states of {total} clients in total")
@@ -98,6 +111,7 @@ def method(
             heard = [k for k, weight in enumerate(weights) if personal or weight > 0]
             measures = None if calibration is None else [calibration[k] for k in heard]
             beside = {"extras": [extras[k] for k in heard], "total": total, "calibration": measures}
+            beside |= {"clients": [who[k] for k in heard], "tasks": [tasks[k] for k in heard]}
             outcome = function(
                 [states[k] for k in heard],
                 weights=[weights[k] for k in heard],
@@ -107,14 +121,15 @@ def method(
                 **options,
             )
             if personal:
-                outcome.state = [_as(base, state, name, copy=True) for state in outcome.state]
+                for k, state in enumerate(outcome.state):  # one by one: there is one a client
+                    outcome.state[k] = _as(base, state, name, copy=True)
             else:
                 outcome.state = _as(base, outcome.state, name, copy=False)
             outcome.memory = outcome.memory or None
             outcome.facts["clients"] = [who[k] for k in heard]
             return outcome
 
-        run.client, run.whole, run.personal = client, whole, personal
+        run.client, run.whole, run.personal, run.send = client, whole, personal, send
         run.calibrated = calibrated
         _METHODS[name] = run
         return run
@@ -133,10 +148,11 @@ def get(name: str) -> Callable[..., Outcome]:
 
     It also takes `clients`, names for messages and facts, `extras`, what each client sent beside
     its state where clients do, `total`, how many clients there are (as many as states when not
-    given), and `calibration`, one a client. It changes none of its arguments.
+    given), `calibration`, one a client, and `tasks`, the name of each client's (all have one, "",
+    when not given). It changes none of its arguments.
 
-    Its attributes: `client` (the `ClientRule`, or None), `whole`, `personal`, and `calibrated`
-    (whether it needs `calibration`).
+    Its attributes: `client` (the `ClientRule`, or None), `whole`, `personal`, `send` (see `Send`,
+    or None), and `calibrated` (whether it needs `calibration`).
 
     Raises:
         InputError: no such method; and when it is called: weights that are not sample counts, an

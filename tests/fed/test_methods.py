@@ -18,7 +18,7 @@ SHAPES = {
     "model.mm_projector.2.bias": (6,),
 }
 ALL = methods.names()
-SHARED = [name for name in ALL if name != "local"]
+SHARED = [name for name in ALL if not methods.get(name).personal]
 
 
 def call(name, states, **arguments):
@@ -167,6 +167,7 @@ def test_wrong_options_in_a_direct_call(name):
         (dict(weights=[1, 1, math.inf]), "client 2 has weight inf"),
         (dict(weights=[1, 1e308, 1e308]), "sum to inf"),
         (dict(clients=["a"]), "1 client names"),
+        (dict(tasks=["a", "b"]), "2 tasks, expected one of each of 3 clients"),
     ],
 )
 def test_arguments_that_do_not_fit(name, change, said):
@@ -247,7 +248,7 @@ def test_arguments_are_left_as_they_were(name):
     memory = {}
     before = [{n: t.clone() for n, t in s.items()} for s in [base, *states]]
     outcome = call(name, states, weights=[1, 1, 1], base=base, memory=memory)
-    for state in outcome.state if name == "local" else [outcome.state]:
+    for state in outcome.state if methods.get(name).personal else [outcome.state]:
         for tensor in state.values():
             tensor.fill_(9)
     assert memory == {}
@@ -277,7 +278,7 @@ def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
     base, states = draw(0, dtype=dtype)
     states[0] = {n: torch.nn.Parameter(t.float()) for n, t in states[0].items()}
     outcome = call(name, states, weights=torch.tensor([1, 2, 3]), base=base)
-    for state in outcome.state if name == "local" else [outcome.state]:
+    for state in outcome.state if methods.get(name).personal else [outcome.state]:
         assert list(state) == list(base)
         for n, tensor in state.items():
             assert tensor.dtype == dtype and tensor.shape == base[n].shape
@@ -302,6 +303,21 @@ def test_a_layer_depends_on_itself_alone(name):
         alone = call(name, states_of, weights=[1, 2, 3], base=base_of).state
         for n, tensor in alone.items():
             assert torch.allclose(tensor, together[n], rtol=1e-5, atol=1e-6), n
+
+
+def test_a_method_that_asks_is_told_clients_and_tasks(toy):
+    @methods.method("curious", send=lambda *given: given)
+    def asks(states, *, weights, base, memory, clients, tasks, scale: float = 1.0) -> Outcome:
+        return Outcome(states[0], facts={"told": [clients, tasks]})
+
+    base, states = draw(0)
+    given, curious = dict(weights=[1, 0, 2], base=base), methods.get("curious")
+    assert curious(states, **given).facts["told"] == [["0", "2"], ["", ""]]
+    found = curious(states, **given, clients=["a", "b", "c"], tasks=["x", "y", "z"])
+    assert found.facts["told"] == [["a", "c"], ["x", "z"]]
+    with pytest.raises(InputError, match="no option 'tasks'.*it has scale$"):
+        methods.parse_options("curious", ["tasks=1"])
+    assert curious.send(1, 2) == (1, 2) and methods.get("toy").send is None
 
 
 def test_a_method_that_needs_data_says_so(toy):
