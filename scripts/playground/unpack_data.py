@@ -1,8 +1,8 @@
-"""Unpack playground/data/emoji.tar.xz into playground/data/emoji (ignored by git), and cut clients.
+"""Unpack playground/data/*.tar.xz into playground/data/{emoji,tasks} (ignored by git), cut clients.
 
     python scripts/playground/unpack_data.py
 
-Does nothing when that is done already. The folder appears whole or not at all.
+Does nothing when that is done already. Each folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import os
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import cut_clients
+import cut_tasks
+import tasks
 
 from fed import partition
 
@@ -24,6 +27,9 @@ ARCHIVE = ROOT / "playground/data/emoji.tar.xz"
 CAPTIONS = ROOT / "playground/data/captions.json"
 CUTS = (Path(cut_clients.__file__), Path(partition.__file__))  # decide who has which picture
 TARGET = ROOT / "playground/data/emoji"
+SHAPES = ROOT / "playground/data/easy_vqa.tar.xz"
+TASKS_CUTS = (Path(cut_tasks.__file__), Path(tasks.__file__))
+TASKS = ROOT / "playground/data/tasks"
 
 
 def unpack(
@@ -31,12 +37,38 @@ def unpack(
 ) -> bool:
     """Make `target` hold what `archive` holds, with further clients; True if that took any work.
 
-    A file `.sha256` in the folder says what it was made from.
-
     Args:
         captions: what the further clients say of the pictures; None: the archive alone.
     """
-    sources = [archive, captions, *CUTS] if captions else [archive]
+
+    def fill(fresh: Path) -> None:
+        _extract(archive, fresh)
+        if captions:
+            cut_clients.cut(fresh, json.loads(captions.read_text()))
+
+    return _replace(target, [archive, captions, *CUTS] if captions else [archive], fill)
+
+
+def unpack_tasks(archive: Path = SHAPES, target: Path = TASKS, emoji: Path = TARGET) -> bool:
+    """Make `target` hold the tasks; True if that took any work.
+
+    Args:
+        archive: easy-VQA's part.
+        emoji: the folder that `unpack` makes.
+    """
+
+    def fill(fresh: Path) -> None:
+        _extract(archive, fresh)
+        cut_tasks.cut(fresh, emoji)
+
+    return _replace(target, [archive, emoji / ".sha256", *TASKS_CUTS], fill)
+
+
+def _replace(target: Path, sources: Sequence[Path], fill: Callable[[Path], None]) -> bool:
+    """Make the folder `target` anew by `fill`, if it was not made from these sources.
+
+    A file `.sha256` in the folder says what it was made from.
+    """
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
     def is_done() -> bool:
@@ -47,13 +79,7 @@ def unpack(
         return False
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as folder:
         fresh, old = Path(folder, "new"), Path(folder, "old")
-        with tarfile.open(archive) as tar:
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
-            for member in tar:
-                _check(member, archive)
-                tar.extract(member, fresh)
-        if captions:
-            cut_clients.cut(fresh, json.loads(captions.read_text()))
+        fill(fresh)
         (fresh / ".sha256").write_text(digest)
         if target.exists():
             os.rename(target, old)
@@ -66,6 +92,15 @@ def unpack(
     return True
 
 
+def _extract(archive: Path, folder: Path) -> None:
+    """Unpack a .tar.xz that holds plain files and folders only."""
+    with tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+        for member in tar:
+            _check(member, archive)
+            tar.extract(member, folder)
+
+
 def _check(member: tarfile.TarInfo, archive: Path) -> None:
     """Refuse links, and paths that lead outside, on any Python."""
     path = PurePosixPath(member.name)
@@ -76,3 +111,5 @@ def _check(member: tarfile.TarInfo, archive: Path) -> None:
 if __name__ == "__main__":
     if unpack():
         print(f"unpacked {TARGET.relative_to(ROOT)}")
+    if unpack_tasks():
+        print(f"unpacked {TASKS.relative_to(ROOT)}")
