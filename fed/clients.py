@@ -5,7 +5,7 @@ clients:
   - name: st-mary                     # letters, digits, . _ -
     data_path: st-mary/captions.json  # LLaVA JSON; relative to this file
     image_folder: st-mary/images
-    task: captions                    # letters, digits, - _: the kind of its data (fed_method pilot)
+    task: captions                    # letters, digits, - _: the kind of data (--fed_method pilot)
     learning_rate: 5e-4               # a flag of its own; fed/arguments.py lists them
 ```
 
