@@ -11,7 +11,7 @@ from fed.state import State
 
 EXACT = 1024  # sides up to which the whole SVD is taken
 _OVERSAMPLE, _PASSES = 16, 4  # of the range finder above that
-_A, _B, _PRODUCT = ".lora_A.weight", ".lora_B.weight", ".lora_BA.weight"
+A, B, _PRODUCT = ".lora_A.weight", ".lora_B.weight", ".lora_BA.weight"
 
 
 class Products:
@@ -23,8 +23,8 @@ class Products:
 
     def __init__(self, adapter: Mapping[str, Tensor]):
         self.like = adapter
-        stems = [name.removesuffix(_A) for name in adapter if name.endswith(_A)]
-        self.stems = [stem for stem in stems if stem + _B in adapter]
+        stems = [name.removesuffix(A) for name in adapter if name.endswith(A)]
+        self.stems = [stem for stem in stems if stem + B in adapter]
 
     def of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The same tensors with products in place of factors, made when they are asked for."""
@@ -38,24 +38,21 @@ class Products:
                 found[name] = tensor
                 continue
             stem = name.removesuffix(_PRODUCT)
-            a, b = self.like[stem + _A], self.like[stem + _B]
-            left, values, right = truncated(tensor, len(a))
-            root = values.sqrt()
-            found[stem + _A] = (root[:, None] * right).to(a.dtype)
-            found[stem + _B] = (left * root).to(b.dtype)
+            a, b = self.like[stem + A], self.like[stem + B]
+            found[stem + A], found[stem + B] = factored(*truncated(tensor, len(a)), a, b)
         return found
 
 
 class _Multiplied(Mapping[str, Tensor]):
     def __init__(self, products: Products, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
-        factors = {stem + end for stem in products.stems for end in (_A, _B)}
-        self.stems = {s + _PRODUCT: s for s in products.stems if s + _A in tensors}
+        factors = {stem + end for stem in products.stems for end in (A, B)}
+        self.stems = {s + _PRODUCT: s for s in products.stems if s + A in tensors}
         self.names = [*self.stems, *(name for name in tensors if name not in factors)]
 
     def __getitem__(self, name: str) -> Tensor:
         if stem := self.stems.get(name):
-            return self.tensors[stem + _B].float() @ self.tensors[stem + _A].float()
+            return self.tensors[stem + B].float() @ self.tensors[stem + A].float()
         return self.tensors[name]
 
     def __contains__(self, name: object) -> bool:
@@ -66,6 +63,14 @@ class _Multiplied(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def factored(
+    left: Tensor, values: Tensor, right: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """U, S, V^T as A = sqrt(S) V^T and B = U sqrt(S), in the types of `a` and `b`."""
+    root = values.sqrt()
+    return (root[:, None] * right).to(a.dtype), (left * root).to(b.dtype)
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,3 +94,14 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         values = torch.nn.functional.pad(values, (0, more))
         right = torch.nn.functional.pad(right, (0, 0, 0, more))
     return left, values, right
+
+
+def truncated_sum(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`truncated` of `left` @ `right`, (out, n) and (n, in), which is not formed.
+
+    A sum of products is one: sum_j B_j A_j = [B_1 .. B_K] [A_1; ..; A_K].
+    """
+    frame, upper = torch.linalg.qr(left)
+    frame_right, upper_right = torch.linalg.qr(right.T)
+    u, values, v = truncated(upper @ upper_right.T, rank)
+    return frame @ u, values, v @ frame_right.T
