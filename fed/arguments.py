@@ -42,6 +42,10 @@ class FedArguments:
     )
     fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run."})
     fed_method: str = field(default="fedavg", metadata={"help": "How updates become one state."})
+    pilot_stage1_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Pilot: that of the first exchange; --learning_rate when not given."},
+    )
     fed_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options: [FILE.yaml] name=value …"}
     )
@@ -96,3 +100,8 @@ class FedArguments:
         default=0,
         metadata={"help": "script: with how many clients a round goes on if others fail; 0: all."},
     )
+
+    @property
+    def exchanges(self) -> int:
+        """How often clients send something back: Pilot's first round has two stages."""
+        return self.fed_rounds + (self.fed_method == "pilot")

@@ -19,9 +19,10 @@ from llava.model.checkpoint import (
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
-    load_projector,
+    copies,
+    copy_in,
+    projector_name,
     projector_parameters,
-    projector_state,
 )
 from llava.model.lora import (
     ADAPTER_CONFIG,
@@ -29,11 +30,9 @@ from llava.model.lora import (
     NON_LORA_FILE,
     PEFT_PREFIX,
     adapter_parameters,
-    adapter_state,
     is_lora,
     load_adapter,
     load_non_lora,
-    non_lora_state,
     other_parameters,
     read_non_lora,
     write_adapter_config,
@@ -62,16 +61,17 @@ class ProjectorForm:
     files = (PROJECTOR_FILE,)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """What a state is copied from, by the state's names."""
-        return projector_parameters(model)
+        """What a state is copied from, by the state's names: what clients share."""
+        home = set(map(projector_name, _at_home(model)))
+        return {n: p for n, p in projector_parameters(model).items() if n not in home}
 
     def of_model(self, model: nn.Module) -> State:
         """What trains in `model`, float32 on the CPU; under ZeRO-3 every rank must call it."""
-        return _float(projector_state(model))
+        return _float(copies(self.parameters(model)))
 
     def into_model(self, model: nn.Module, state: State, source: str) -> None:
         """Copy a state into `model`; `source` opens the message if it does not fit."""
-        load_projector(model, state, source)
+        copy_in(state, self.parameters(model), source)
 
     def write(self, state: State, folder: Path) -> None:
         states.save(state, folder / PROJECTOR_FILE)
@@ -111,11 +111,11 @@ class LoraForm:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         others = {n.removeprefix(PEFT_PREFIX): p for n, p in other_parameters(model).items()}
-        return adapter_parameters(model) | others
+        home = {PROJECTOR_PREFIX + name for name in _at_home(model)}
+        return adapter_parameters(model) | {n: p for n, p in others.items() if n not in home}
 
     def of_model(self, model: nn.Module) -> State:
-        others = {n.removeprefix(PEFT_PREFIX): t for n, t in non_lora_state(model).items()}
-        return _float(adapter_state(model) | others)
+        return _float(copies(self.parameters(model)))
 
     def into_model(self, model: nn.Module, state: State, source: str) -> None:
         adapter, others = _halves(state)
@@ -167,6 +167,14 @@ def _halves(state: State) -> tuple[State, State]:
     """The adapter's tensors, and the others."""
     adapter = {name: t for name, t in state.items() if name.startswith(PEFT_PREFIX)}
     return adapter, {name: t for name, t in state.items() if name not in adapter}
+
+
+def _at_home(model: nn.Module) -> set[str]:
+    """The parameters of a connector, by its own names, that do not travel: the client's own, and
+    what it was sent frozen."""
+    connector = model.get_model().mm_projector
+    groups = connector.groups()
+    return {*groups["client"], *groups["frozen"]}
 
 
 def _float(state: State) -> State:

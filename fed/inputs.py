@@ -90,6 +90,43 @@ def check_flags(
     return options
 
 
+def check_pilot(
+    specs: Sequence[ClientSpec],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    fed_args: FedArguments,
+) -> None:
+    """Refuse where Pilot's connector, method and tasks do not come together; fill in the tasks."""
+    is_method, kind = fed_args.fed_method == "pilot", model_args.mm_projector_type
+    if is_method != (kind == "pilot"):
+        raise InputError(
+            f"--fed_method pilot and --mm_projector_type pilot go together, here they are "
+            f"{fed_args.fed_method} and {kind}"
+        )
+    if not is_method:
+        if fed_args.pilot_stage1_learning_rate is not None:
+            raise InputError("--pilot_stage1_learning_rate is for --fed_method pilot")
+        return
+    who = "--fed_method pilot"
+    for flag, why in (
+        ("fed_pool", "all data in one place has no tasks to keep apart"),
+        ("fed_driver script", "a client's own parts are put into the model by the resident one"),
+    ):
+        name, _, value = flag.partition(" ")
+        if getattr(fed_args, name) == (value or True):
+            raise InputError(f"{who} has no place with --{flag}: {why}")
+    for flag in ("pilot_tasks", "pilot_stage"):
+        if getattr(model_args, flag) != getattr(ModelArguments(), flag):
+            raise InputError(
+                f"--{flag} has no place with {who}: tasks are in {fed_args.fed_clients}"
+            )
+    for spec in specs:
+        if spec.task is None:
+            raise InputError(f"{who}: client {spec.name} of {fed_args.fed_clients} has no `task`")
+    model_args.pilot_tasks = list(dict.fromkeys(spec.task for spec in specs))
+
+
 def _options(method: str, words: Sequence[str]) -> list[str]:
     """The words of --fed_options as name=value, a leading file read: its section of the method.
 

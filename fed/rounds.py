@@ -14,7 +14,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,10 +55,13 @@ class Loop:
         method: a bound aggregation method, `method(states, weights=, base=, memory=, clients=,
             extras=, total=)`.
         rule: what clients of the method do within their turns, if anything.
+        send: what a client is sent, where the method says so; `methods.method` has the arguments.
+        tasks: the task of each client, where clients have tasks.
         output_dir: gets `rounds.jsonl`, and `fed/` with what resuming needs.
         settings: what must be the same when a run is continued.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
-        evaluate: `evaluate(state) -> dict`, or None.
+        evaluate: `evaluate(client, state, beside, round) -> dict` of what a client is sent after a
+            round, or None; the client is "global" where all have one state.
         log: `log(values, round)`: scalars for TensorBoard and its like.
         main: whether this process writes; in a distributed run just one does.
         barrier: waits for all processes of a distributed run.
@@ -74,7 +77,9 @@ class Loop:
     clients_per_round: int = 0
     min_clients: int = 0
     rule: type[ClientRule] | None = None
-    evaluate: Callable[[State], dict] | None = None
+    send: Callable[..., tuple[State, State]] | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    evaluate: Callable[[str, State, State, int], dict] | None = None
     evaluate_every: int = 1
     log: Callable[[dict[str, float], int], None] = lambda values, round: None
     main: bool = True
@@ -134,17 +139,10 @@ class Loop:
     def _round(self, now: RoundState) -> RoundState:
         round = now.round + 1
         folder = self._folder(round)
-        extras = for_clients(now.memory)
         turns = [
-            Turn(
-                client,
-                now.personal.get(client.name, now.shared),
-                round,
-                folder,
-                extras,
-                now.kept.get(client.name, {}),
-            )
+            Turn(client, state, round, folder, extras, now.kept.get(client.name, {}))
             for client in self.chosen(round)
+            for state, extras in [self.sent(now, client.name)]
         ]
         updates, failed = self._collect(turns)
         with self._watch.part("aggregation"):
@@ -172,6 +170,13 @@ class Loop:
             self._say(line)
         self.barrier()
         return after
+
+    def sent(self, now: RoundState, client: str) -> tuple[State, State]:
+        """What a client is sent: the state that it starts from, and what goes beside it."""
+        if self.send is None:
+            return now.personal.get(client, now.shared), for_clients(now.memory)
+        task = self.tasks.get(client, "")
+        return self.send(client, task, now.personal, now.shared, now.memory)
 
     def _collect(self, turns: Sequence[Turn]) -> tuple[dict[str, Update], dict[str, str]]:
         """Every turn's update, or why there is none; what is on the disk is not done again."""
@@ -240,6 +245,7 @@ class Loop:
             clients=list(at_work),
             extras=[update.extras for update in at_work.values()],
             total=len(self.clients),
+            tasks=[self.tasks.get(name, "") for name in at_work],
         )
         after.kept |= {name: update.kept for name, update in at_work.items() if update.kept}
         if isinstance(outcome.state, list):
@@ -256,8 +262,11 @@ class Loop:
         if self.evaluate is None or not due:
             return {}
         if after.personal:
-            return {name: self.evaluate(state) for name, state in after.personal.items()}
-        return {"global": self.evaluate(after.shared)}
+            return {
+                name: self.evaluate(name, *self.sent(after, name), after.round)
+                for name in after.personal
+            }
+        return {"global": self.evaluate("global", after.shared, {}, after.round)}
 
     def _write_records(self, state: RoundState) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in state.records)

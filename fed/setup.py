@@ -22,6 +22,7 @@ from fed.evaluate import EvaluationSet
 from fed.form import Form, ProjectorForm, form_of
 from fed.logger import RunLogger
 from fed.methods import ClientRule
+from fed.own_parts import OwnParts
 from fed.state import State
 from fed.turns import FitMany
 from llava.errors import InputError
@@ -47,6 +48,7 @@ class Setup:
     form: what `initial`, the state to start from, is on disk and in a model.
     config: of the model that trains; ends in config.json.
     session: None where this process needs no model.
+    own: the clients' own parts, where they have some.
     """
 
     clients: Sequence[Client] | Sequence[ScriptClient]
@@ -56,6 +58,7 @@ class Setup:
     initial: State
     config: object
     session: Session | None
+    own: OwnParts | None = None
 
 
 def resident(
@@ -66,18 +69,37 @@ def resident(
     rule: Callable[..., ClientRule] | None = None,
 ) -> Setup:
     """One model, on which clients take turns; `rule` as `methods.client_rule` gives it."""
-    _, data_args, training_args, fed_args = arguments
+    model_args, data_args, training_args, fed_args = arguments
     session = load_session(*arguments[:3])
+    own = None
+    if model_args.mm_projector_type == "pilot":
+        own = OwnParts(
+            session.model,
+            Path(training_args.output_dir) / "clients",
+            {spec.name: spec.task for spec in specs},
+            model_args.pilot_tasks,
+            main=training_args.process_index == 0,
+        )
     datasets = load_clients_data(specs, data_args, client_args, session)
     if fed_args.fed_pool:
-        everything, own = [pool(datasets, data_args, session)], [(data_args, training_args)]
-        clients = make_clients([ClientSpec("pool", "")], own, everything, fed_args)
+        everything = [pool(datasets, data_args, session)]
+        common = [(data_args, training_args)]
+        clients = make_clients([ClientSpec("pool", "")], common, everything, fed_args)
     else:
         clients = make_clients(specs, client_args, datasets, fed_args)
     collator = DataCollatorForSupervisedDataset(session.tokenizer)
-    driver = ResidentDriver(session, collator, fed_args.fed_lr_schedule, logger.of_client, rule)
+    driver = ResidentDriver(
+        session,
+        collator,
+        fed_args.fed_lr_schedule,
+        logger.of_client,
+        rule,
+        own,
+        fed_args.pilot_stage1_learning_rate,
+    )
     form, initial = _trained_part(session)
-    return Setup(clients, datasets, driver.fit_many, form, initial, session.model.config, session)
+    config = session.model.config
+    return Setup(clients, datasets, driver.fit_many, form, initial, config, session, own)
 
 
 def scripted(specs: Sequence[ClientSpec], arguments: Arguments, logger: RunLogger) -> Setup:
@@ -261,7 +283,7 @@ def _cut(
     specs: Sequence[ClientSpec], datasets: Sequence[Sequence], seed: int, fed_args: FedArguments
 ) -> list[list[list[int]]]:
     """For each client the indices of its samples that each round sees."""
-    rounds = fed_args.fed_rounds
+    rounds = fed_args.exchanges
     most = max(len(dataset) for dataset in datasets)
     if not fed_args.fed_one_pass:
         return [[list(range(len(dataset)))] * rounds for dataset in datasets]

@@ -20,7 +20,7 @@ from fed import inputs, methods, setup, state
 from fed.arguments import CLIENT_FLAGS, FedArguments
 from fed.clients import load_clients
 from fed.evaluate import EvaluationSet, evaluate
-from fed.form import Form
+from fed.export import export
 from fed.logger import RunLogger
 from fed.round_state import RoundState
 from fed.rounds import Loop
@@ -29,7 +29,6 @@ from llava.errors import one_clear_error
 from llava.model.checkpoint import gathered, write_config
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import DataCollatorForSupervisedDataset
-from llava.train.session import Session
 from llava.train.train import prepare_output
 
 
@@ -42,6 +41,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     scripted = fed_args.fed_driver == "script"
     method = methods.get(fed_args.fed_method)
     specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, processes=scripted)
+    inputs.check_pilot(specs, *arguments)
     inputs.check_round(specs, fed_args, options)
     client_args = [inputs.arguments_of(spec, argv, data_args, training_args) for spec in specs]
     logger = RunLogger(training_args, prepare_output(training_args))
@@ -57,15 +57,17 @@ def train(argv: Sequence[str] | None = None) -> None:
     ]
     measure = None
     if evaluation_sets:
-        measure = _measure(run.session, run.form, evaluation_sets, training_args, visit=scripted)
+        measure = _measure(run, evaluation_sets, training_args, visit=scripted)
     loop = Loop(
         clients=run.clients,
         fit_many=run.fit_many,
         method=functools.partial(method, **options),
         rule=method.client,
+        send=method.send,
+        tasks={spec.name: spec.task for spec in specs if spec.task is not None},
         output_dir=Path(training_args.output_dir),
         settings=settings_of(specs, run.datasets, arguments, options, run.initial),
-        rounds=fed_args.fed_rounds,
+        rounds=fed_args.exchanges,
         seed=training_args.seed,
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
@@ -77,51 +79,54 @@ def train(argv: Sequence[str] | None = None) -> None:
     )
     logger.start()
     final = loop.run(run.initial)
-    if training_args.process_index == 0:
-        _save(final, run.form, run.config, Path(training_args.output_dir))
+    _save(final, run, loop, training_args)
     logger.close()
 
 
 def _measure(
-    session: Session,
-    form: Form,
-    sets: Sequence[EvaluationSet],
-    args: TrainingArguments,
-    visit: bool,
-) -> Callable[[state.State], dict]:
+    run: setup.Setup, sets: Sequence[EvaluationSet], args: TrainingArguments, visit: bool
+) -> Callable[..., dict]:
     """What the loop calls to measure a state; with `visit` the model is on the device only then."""
-    collator = DataCollatorForSupervisedDataset(session.tokenizer)
+    model = run.session.model
+    collator = DataCollatorForSupervisedDataset(run.session.tokenizer)
 
-    def measure(global_state: state.State) -> dict:
-        form.into_model(session.model, global_state, "the aggregated state")
-        session.model.eval()
+    def measure(client: str, shared: state.State, beside: state.State, round: int) -> dict:
+        if run.own:
+            run.own.put(client, beside, after=round)
+        run.form.into_model(model, shared, "the aggregated state")
+        model.eval()
         if visit:
-            session.model.to(args.device)
-        with gathered(session.model.parameters()):  # between two clients no engine does it
+            model.to(args.device)
+        with gathered(model.parameters()):  # between two clients no engine does it
             measures = {
                 data.name: evaluate(
-                    session.model, data, collator, args.per_device_eval_batch_size, args.device
+                    model, data, collator, args.per_device_eval_batch_size, args.device
                 )
                 for data in sets
             }
         if visit and args.device.type == "cuda":
-            session.model.to("cpu")
+            model.to("cpu")
             torch.cuda.empty_cache()
         return measures
 
     return measure
 
 
-def _save(final: RoundState, form: Form, config, output_dir: Path) -> None:
+def _save(final: RoundState, run: setup.Setup, loop: Loop, args: TrainingArguments) -> None:
     """Checkpoints of what trained: one for all, or one a client if the method keeps them apart."""
-    config.use_cache = True
+    output_dir = Path(args.output_dir)
+    run.config.use_cache = True
+    if run.own:
+        export(final, run.session.model, run.own, loop, output_dir)
+    if run.own or args.process_index:
+        return
     places = {output_dir: final.shared}
     if final.personal:
         places = {output_dir / "clients" / name: s for name, s in final.personal.items()}
     for folder, trained in places.items():
-        form.write(trained, folder)
-        write_config(config, folder, full=False)
-        print(f"wrote {folder / form.files[0]}", flush=True)
+        run.form.write(trained, folder)
+        write_config(run.config, folder, full=False)
+        print(f"wrote {folder / run.form.files[0]}", flush=True)
 
 
 def _barrier() -> None:

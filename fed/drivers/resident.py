@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from fed.clients import seed_of
 from fed.drivers.client_steps import ClientSteps
 from fed.form import form_of
 from fed.methods import ClientRule
+from fed.own_parts import OwnParts
 from fed.round_state import Update
 from fed.state import State
 from fed.turns import Log, Turn
@@ -55,6 +57,8 @@ class ResidentDriver:
         schedule: `run` lets the learning-rate schedule span the rounds, `round` starts it anew.
         rule: what makes the method's rule for a turn, None where clients step as they are.
         log_of: a client's name → what takes its logs, `log(step, values)`.
+        own: where the clients' own parts of the connector are, for Pilot.
+        first_rate: the learning rate of the first round, where it has one of its own.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class ResidentDriver:
         schedule: str = "run",
         log_of: Callable[[str], Log] = lambda name: lambda step, values: None,
         rule: Callable[[State, State, State], ClientRule] | None = None,
+        own: OwnParts | None = None,
+        first_rate: float | None = None,
     ):
         self.session = session
         self.form = form_of(session.model)
@@ -71,6 +77,8 @@ class ResidentDriver:
         self.schedule = schedule
         self.log_of = log_of
         self.rule = rule
+        self.own = own
+        self.first_rate = first_rate
         extract_model_from_parallel(session.model)  # imports what the first turn would import
         # Each turn's trainer collects garbage; what lives as long as the run need not be searched.
         gc.collect()
@@ -87,7 +95,7 @@ class ResidentDriver:
                 turn.round,
                 extras=turn.extras,
                 kept=turn.kept,
-                work_dir=turn.work_dir,
+                work_dir=self.own.work_dir(turn.name, turn.round) if self.own else turn.work_dir,
                 log=self.log_of(turn.name),
             )
             yield turn, update
@@ -106,16 +114,19 @@ class ResidentDriver:
         """Train `client` from `state` on its slice of `round`.
 
         Args:
-            extras, kept: for the method's rule: what was sent beside the state, and what the client
-                has kept.
+            extras, kept: what was sent beside the state, and what the client has kept, for the
+                method's rule; where clients have parts of their own, those know what to do with it.
             work_dir: where the trainer's own checkpoints go (with --save_strategy); a turn that was
                 cut short continues from them.
             log: called with the client's step, counted over all its rounds, and the trainer's logs.
 
         Returns:
-            The update; `metrics` has `loss` (mean over the steps), `steps`, and `seconds` between
-            the first and the last step.
+            The update; `metrics` has `loss` (mean over the steps), `steps`, `seconds` between the
+            first and the last step, and `parameters`: how many numbers were trained, sent to the
+            client (`received`) and sent by it.
         """
+        if self.own:
+            self.own.put(client.name, extras or {}, turn=round)
         self.form.into_model(self.session.model, state, f"the state sent to client {client.name}")
         samples = client.samples(round)
         if samples == 0:
@@ -130,6 +141,8 @@ class ResidentDriver:
             schedule_round=round,
         )
         args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
+        if round == 1 and self.first_rate is not None:
+            args.learning_rate = self.first_rate
         watch = _Watch(f"round {round} client {client.name}", before, log)
         trainer = make_trainer(
             self.session,
@@ -154,15 +167,25 @@ class ResidentDriver:
             loss = sum(losses) / len(losses) if losses else loss
         trained = self.form.of_model(self.session.model)
         release(trainer)
-        metrics = {
-            "loss": loss,
-            "steps": result.global_step,
-            "seconds": watch.seconds,
-        }
+        metrics = {"loss": loss, "steps": result.global_step, "seconds": watch.seconds}
         update = Update(trained, samples, metrics)
         if steps is not None:
             steps.finish(update)
+        if self.own:
+            self.own.keep(client.name, round)
+        metrics["parameters"] = {
+            "trained": sum(p.numel() for p in self._trained()),
+            "received": _numbers(state) + _numbers(extras or {}),
+            "sent": _numbers(update.state) + _numbers(update.extras),
+        }
         return update
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.session.model.parameters() if p.requires_grad]
+
+
+def _numbers(state: State) -> int:
+    return sum(tensor.numel() for tensor in state.values())
 
 
 def release(trainer: LLaVATrainer) -> None:

@@ -1,0 +1,156 @@
+"""A Pilot run: stages, what stays with the clients, resume to the bit, what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fed.train import train
+from llava.errors import InputError
+from llava.model.builder import load_pretrained_model
+
+from .test_train import Stop, stop_after
+
+TASKS = {"a": "colour", "b": "colour", "c": "shape"}
+
+
+@pytest.fixture
+def pilot(flags, tiny, tmp_path):
+    """`pilot(output, **changes)`: one Pilot run of three clients with two tasks."""
+    entries = [
+        f"  - {{name: {name}, task: {task}, data_path: {tiny}/{'a' if name == 'a' else 'b'}.json, "
+        f"image_folder: {tiny}/images}}\n"
+        for name, task in TASKS.items()
+    ]
+    clients = tmp_path / "pilot.yaml"
+    clients.write_text("clients:\n" + "".join(entries))
+
+    def run(output: Path, **changes) -> list[dict]:
+        values = {
+            "fed_clients": clients,
+            "fed_method": "pilot",
+            "fed_rounds": 2,
+            "fed_one_pass": False,
+            "mm_projector_type": "pilot",
+            "tune_mm_mlp_adapter": False,
+            "lora_enable": True,
+            "lora_r": 2,
+            "output_dir": output,
+            **changes,
+        }
+        train(flags(**values))
+        return [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run has left, but for its clocks and curves."""
+    kinds = ("*.bin", "*.safetensors", "adapter_config.json", "config.json")
+    found = {f for kind in kinds for f in folder.rglob(kind) if f.parts[-2] != "fed"}
+    return {str(f.relative_to(folder)): f.read_bytes() for f in found}
+
+
+def test_stages_follow_each_other_and_each_client_gets_a_model_of_its_own(pilot, tiny, tmp_path):
+    out = tmp_path / "run"
+    records = pilot(out, fed_eval_data_path=tiny / "heldout.json")
+    assert [r["round"] for r in records] == [1, 2, 3]  # the first round has two exchanges
+    assert set(records[-1]["heldout"]) == set(TASKS)
+    adapter, lora = 48 * 32 + 48 + 48 * 48 + 48, records[0]["clients"]["a"]["parameters"]["sent"]
+    lora -= adapter
+    router = 2 * 32
+    assert lora > 0
+    for record, trained, received in (
+        (records[0], 2 * adapter, adapter),
+        (records[1], 2 * adapter + router, 2 * adapter),
+        (records[2], 2 * adapter + router, 2 * adapter),
+    ):
+        for client in record["clients"].values():
+            assert client["parameters"] == {
+                "trained": trained + lora,
+                "received": received + lora,
+                "sent": adapter + lora,
+            }
+    for name, task in TASKS.items():
+        folder = out / "clients" / name
+        config = json.loads((folder / "config.json").read_text())
+        others = [t for t in ("colour", "shape") if t != task]
+        assert config["mm_pilot"]["tasks"] == [task, *others]
+        assert config["mm_pilot"]["stage"] == 2
+        _, model, _, _ = load_pretrained_model(str(folder), str(tiny / "llm"), "x", device="cpu")
+        parts = model.get_model().mm_projector.state_dict()
+        task_adapter = torch.load(out / "tasks" / task / "mm_projector.bin", weights_only=True)
+        other = torch.load(out / "tasks" / others[0] / "mm_projector.bin", weights_only=True)
+        for key in ("0.weight", "0.bias", "2.weight", "2.bias"):
+            assert torch.equal(parts[key], task_adapter[f"model.mm_projector.{key}"])
+            received = parts[f"pilot.others.0.{key}"]
+            assert torch.equal(received, other[f"model.mm_projector.{key}"])
+        own = load_file(folder / "own" / "0003.safetensors")
+        assert all(torch.equal(parts[key], tensor) for key, tensor in own.items())
+    a, b = (load_file(out / f"clients/{n}/adapter_model.safetensors") for n in "ab")
+    assert any(not torch.equal(a[key], b[key]) for key in a)  # personal
+
+
+def test_stage_1_is_trained_with_the_client_adapter_and_its_rate(pilot, tmp_path):
+    still = pilot(tmp_path / "still", pilot_stage1_learning_rate=0, learning_rate=1e-2)
+    assert still[0]["norms"] == [0, 0, 0] and min(still[1]["norms"]) > 0
+    own = {
+        n: load_file(tmp_path / f"still/clients/a/own/{n}.safetensors") for n in ("0002", "0003")
+    }
+    kept = [key for key in own["0003"] if torch.equal(own["0002"][key], own["0003"][key])]
+    assert kept == [key for key in own["0003"] if key.startswith("pilot.client.")]
+
+
+@pytest.mark.parametrize("turns", [1, 3, 4, 8])
+def test_a_killed_run_goes_on_to_the_same_bits(pilot, tmp_path, monkeypatch, turns):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    pilot(tmp_path / "whole", **saving)
+    with monkeypatch.context() as patch:
+        stop_after(patch, turns)
+        with pytest.raises(Stop):
+            pilot(tmp_path / "cut", **saving)
+    pilot(tmp_path / "cut", **saving)
+    whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and len(whole) > 12
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+def test_a_client_that_missed_rounds_gets_todays_adapters(pilot, tmp_path):
+    records = pilot(tmp_path / "run", fed_rounds=5, fed_clients_per_round=2)
+    there = [set(r["clients"]) for r in records]
+    assert len(there) == 6 and any(s != there[0] for s in there)
+    for record in records:
+        for name, client in record["clients"].items():
+            assert client["samples"] > 0 and name in record["facts"]["lora"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_projector_type": "mlp2x_gelu"}, "--mm_projector_type pilot go together"),
+        ({"fed_method": "fedavg"}, "--mm_projector_type pilot go together"),
+        ({"fed_pool": True}, "no place with --fed_pool"),
+        ({"fed_driver": "script", "fed_client_command": "true"}, "no place with --fed_driver scri"),
+        ({"pilot_stage": 1}, "--pilot_stage has no place"),
+        ({"pilot_init": "half"}, "pilot_init is 'half'"),
+        ({"pilot_top_k": 3}, r"pilot_top_k is 3, expected 0 \(all\) to 2"),
+        ({"fed_options": "neighbours=-1"}, "neighbours"),
+        ({"fed_options": "weighting=near"}, "weighting"),
+    ],
+)
+def test_bad_flags(pilot, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        pilot(tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "fed").exists()
+
+
+def test_a_client_without_a_task_is_named(pilot, tiny, tmp_path):
+    (tmp_path / "other.yaml").write_text(
+        f"clients:\n  - {{name: north, data_path: {tiny}/a.json, image_folder: {tiny}/images}}\n"
+    )
+    with pytest.raises(InputError, match="client north of .*other.yaml has no `task`"):
+        pilot(tmp_path / "run", fed_clients=tmp_path / "other.yaml")
