@@ -8,6 +8,7 @@ server has its files.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from fed.state import State, save
+from fed.turns import Log
 from llava.model.checkpoint import PROJECTOR_PREFIX, copies, copy_in
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.state import read_tensors
@@ -100,6 +102,18 @@ class OwnParts:
         for file in self._files(client)[:-2]:  # the last but one is for a turn that is done again
             file.unlink()
         shutil.rmtree(self.work_dir(client, turn), ignore_errors=True)
+
+    def log_of(self, client: str) -> Log:
+        """Its steps, for its own eyes: a batch may be of one sample. A turn that is begun again is
+        logged again."""
+
+        def log(step: int, values: dict[str, float]) -> None:
+            if self.main:
+                self.folder(client).mkdir(parents=True, exist_ok=True)
+                with open(self.folder(client) / "steps.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step, **values}) + "\n")
+
+        return log
 
     def _files(self, client: str) -> list[Path]:
         return sorted((self.folder(client) / "own").glob("[0-9]*.safetensors"))

@@ -92,7 +92,7 @@ def resident(
         session,
         collator,
         fed_args.fed_lr_schedule,
-        logger.of_client,
+        own.log_of if own else logger.of_client,
         rule,
         own,
         fed_args.pilot_stage1_learning_rate,

@@ -46,7 +46,10 @@ class ModelArguments:
     )
     pilot_stage: int = field(default=2, metadata={"help": "pilot: 1 or 2."})
     pilot_init: str = field(
-        default="copy", metadata={"help": "pilot: added adapters start as a copy, or split (as 0)."}
+        default="split",
+        metadata={
+            "help": "pilot: added adapters start at 0 (split), or as a copy of the projector."
+        },
     )
     pilot_top_k: int = field(default=0, metadata={"help": "pilot: experts a token; 0: all."})
     pilot_difference: float = field(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fed.drivers.resident import ResidentDriver
 from fed.train import train
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
@@ -126,6 +128,73 @@ def test_a_client_that_missed_rounds_gets_todays_adapters(pilot, tmp_path):
     for record in records:
         for name, client in record["clients"].items():
             assert client["samples"] > 0 and name in record["facts"]["lora"]
+
+
+def test_what_is_the_clients_own_is_in_nothing_sent_and_in_no_file_of_the_server(
+    pilot, tiny, tmp_path, monkeypatch
+):
+    """Watches all that a driver is given and gives back, and every file as the server writes it."""
+    out, passed, written = tmp_path / "run", [], []
+    fit_many = ResidentDriver.fit_many
+
+    def watched(self, turns, go_on):
+        for turn, update in fit_many(self, turns, go_on):
+            passed.append(("down", turn.name, {**turn.state, **turn.extras, **turn.kept}, {}))
+            up = {**update.state, **update.extras, **update.kept}
+            passed.append(("up", turn.name, up, update.metrics))
+            yield turn, update
+
+    replace = os.replace
+
+    def renamed(source, target, **kwargs):
+        replace(source, target, **kwargs)
+        if out / "clients" not in Path(target).parents:
+            written.append((Path(target), Path(target).read_bytes()))
+
+    monkeypatch.setattr(ResidentDriver, "fit_many", watched)
+    monkeypatch.setattr(os, "replace", renamed)
+    pilot(out, save_strategy="steps", save_steps=2, report_to="tensorboard")
+
+    private = {}  # by client and name: all values that were a client's own after a turn
+    for name in TASKS:
+        for file in (out / "clients" / name / "own").iterdir():
+            for key, tensor in load_file(file).items():
+                private[name, file.stem, key] = tensor
+    assert len(private) == 3 * 2 * 9
+    shapes = {"0.weight": (48, 32), "0.bias": (48,), "2.weight": (48, 48), "2.bias": (48,)}
+    adapter = {f"model.mm_projector.{name}": shape for name, shape in shapes.items()}
+    lora = {key for key in passed[0][2] if ".lora_" in key}
+    assert len(passed) == 2 * 3 * 3 and len(lora) == 2 * 2 * 7
+    for direction, client, tensors, metrics in passed:
+        own = TASKS[client]
+        allowed = {**adapter}
+        if direction == "down":
+            others = {"colour", "shape"} - {own}
+            allowed |= {f"{task}/{n}": s for task in others for n, s in adapter.items()}
+        assert tensors.keys() - lora <= allowed.keys()
+        assert all(tuple(tensors[n].shape) == allowed[n] for n in tensors.keys() - lora)
+        assert metrics.keys() <= {"loss", "steps", "seconds", "parameters"}
+        assert not any(equal(t, mine) for t in tensors.values() for mine in private.values())
+
+    server = [f for f in out.rglob("*") if f.is_file() and out / "clients" not in f.parents]
+    assert {"state.safetensors", "rounds.jsonl", "mm_projector.bin"} <= {f.name for f in server}
+    assert any("tfevents" in f.name for f in server) and len(written) > 15
+    kinds = {f.suffix for f, _ in written}
+    assert kinds == {".safetensors", ".jsonl", ".bin", ".json"}
+    needles = [t.numpy().tobytes() for t in private.values() if t.any()]
+    for name, content in [*written, *((f, f.read_bytes()) for f in server)]:
+        for word in (b"pilot.client", b"pilot.cross", b"pilot.router"):
+            assert word not in content, name
+        assert not any(needle in content for needle in needles), name
+    for event in (f for f in server if "tfevents" in f.name):
+        assert b"clients/a/loss" in event.read_bytes()  # means of a round
+        assert b"clients/a/grad_norm" not in event.read_bytes()  # of single steps
+    records = (out / "rounds.jsonl").read_text()
+    assert "a picture" not in records and "a-1.png" not in records
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool(b.any()) and torch.equal(a.float(), b.float())
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,20 @@ def test_both_stages_start_at_the_scale_that_the_docstring_says(init):
     torch.testing.assert_close(connector(x), expected)
 
 
+def test_copies_stay_alike_through_stage_1_which_is_why_split_is_the_default():
+    assert PilotSettings().init == "split"
+    connector = make(init="copy", stage=1)
+    optimizer = torch.optim.Adam(connector.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 5, 6)
+        (connector(x).square().mean() + connector.aux_loss()).backward()
+        optimizer.step()
+    weights = connector.state_dict()
+    for name in connector.groups()["task"]:
+        torch.testing.assert_close(weights[name], weights[f"pilot.client.{name}"])
+
+
 def test_split_adapters_learn():
     connector = make(init="split", stage=1)
     connector.train_groups("task", "client")

@@ -23,7 +23,9 @@ Every adapter starts from the pre-trained projector P (`derive`). With `init=cop
 stage 1 starts at P + P, twice the projector's output, and stage 2, before anything has trained, at
 p_1 P + (1 − p_1) 2 P, between one and two times. `split` keeps the output P in both stages: the
 adapters that are added to a task adapter (psi_s and psi^c) start with a last layer of zeros, so
-that the task adapter has the whole; that division, 1 + 0, is ours.
+that the task adapter has the whole; that division, 1 + 0, is ours, and it is the default: with
+`copy` psi^t_1 and psi_s start alike, are given the same gradients, of L_d too, and so stay alike
+through all of stage 1, where nothing tells what is of the task from what is of the client.
 
 State-dict names: psi^t_1 has upstream's, `0.weight` …; the rest is `pilot.client.*` (psi_s),
 `pilot.others.I.*` (psi^t), `pilot.cross.I.*` (psi^c), I from 0 in the order of the tasks after the
@@ -60,7 +62,7 @@ class PilotSettings:
     Attributes:
         tasks: the names of all tasks, the client's own first.
         stage: 1 or 2.
-        init: how the added adapters start: `copy` or `split`.
+        init: how the added adapters start: `split` or `copy`.
         top_k: how many experts a token is given; 0 is all of them.
         difference, balance, z: coefficients of L_d, L_b and L_z.
         difference_over: the scale of L_d; see `difference_loss`.
@@ -69,7 +71,7 @@ class PilotSettings:
 
     tasks: list[str] = field(default_factory=lambda: ["own"])
     stage: int = 2
-    init: str = "copy"
+    init: str = "split"
     top_k: int = 0
     difference: float = 0.1
     balance: float = 0.1
