@@ -6,6 +6,7 @@ clients:
     data_path: st-mary/captions.json  # LLaVA JSON; relative to this file
     image_folder: st-mary/images
     task: captions                    # letters, digits, - _: the kind of data (--fed_method pilot)
+    from_round: 3                     # has no part in the rounds before; 1 when not given
     learning_rate: 5e-4               # a flag of its own; fed/arguments.py lists them
 ```
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from fed.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from llava.errors import InputError
 
-DATA_KEYS = ("name", "data_path", "image_folder", "task")
+DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ClientSpec:
     overrides: dict[str, str] = field(default_factory=dict)
     process: ProcessSpec = field(default_factory=ProcessSpec)
     task: str | None = None
+    from_round: int = 1
 
 
 @contextlib.contextmanager
@@ -128,10 +130,13 @@ def _client(
     task = entry.get("task")
     if "task" in entry and not (isinstance(task, str) and re.fullmatch(r"[A-Za-z0-9_-]+", task)):
         raise InputError(f"{where} has task {task!r}; letters, digits, '-' and '_' are expected")
+    first = entry.get("from_round", 1)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 1:
+        raise InputError(f"{where} has from_round {first!r}; a round's number is expected, from 1")
     overrides = {key: str(value) for key, value in entry.items() if key in flags}
     process = read_process(entry, path.parent, where)
     folder = image_folder and str(image_folder)
-    return ClientSpec(name, str(data_path), folder, overrides, process, task)
+    return ClientSpec(name, str(data_path), folder, overrides, process, task, first)
 
 
 def seed_of(*parts: object) -> int:

@@ -49,6 +49,8 @@ def settings_of(
             "samples": len(dataset),
             "data": hashlib.sha256(Path(spec.data_path).read_bytes()).hexdigest()[:16],
             "overrides": spec.overrides,
+            "from_round": spec.from_round,
+            "task": spec.task,
             "command": spec.process.command,
         }
         for spec, dataset in zip(specs, datasets, strict=True)

@@ -285,14 +285,20 @@ def _cut(
     """For each client the indices of its samples that each round sees."""
     rounds = fed_args.exchanges
     most = max(len(dataset) for dataset in datasets)
+    absent = [[[]] * min(spec.from_round - 1, rounds) for spec in specs]
+    if min(map(len, absent)) > 0:
+        raise InputError(f"{fed_args.fed_clients}: no client has from_round 1")
     if not fed_args.fed_one_pass:
-        return [[list(range(len(dataset)))] * rounds for dataset in datasets]
+        return [
+            [*away, *[list(range(len(dataset)))] * (rounds - len(away))]
+            for away, dataset in zip(absent, datasets, strict=True)
+        ]
     if most < rounds:
         raise InputError(
             f"--fed_rounds is {rounds}, but no client has more than {most} samples: some rounds "
             "would have none (one pass sees each sample once)"
         )
     return [
-        slices(len(dataset), rounds, seed_of(seed, "slices", spec.name))
-        for spec, dataset in zip(specs, datasets, strict=True)
+        [*away, *slices(len(dataset), rounds - len(away), seed_of(seed, "slices", spec.name))]
+        for spec, away, dataset in zip(specs, absent, datasets, strict=True)
     ]

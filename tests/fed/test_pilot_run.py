@@ -223,3 +223,19 @@ def test_a_client_without_a_task_is_named(pilot, tiny, tmp_path):
     )
     with pytest.raises(InputError, match="client north of .*other.yaml has no `task`"):
         pilot(tmp_path / "run", fed_clients=tmp_path / "other.yaml")
+
+
+def test_a_client_may_join_later_with_the_others_adapters(pilot, tiny, tmp_path):
+    text = (tmp_path / "pilot.yaml").read_text()
+    (tmp_path / "late.yaml").write_text(text.replace("task: shape", "task: shape, from_round: 3"))
+    records = pilot(tmp_path / "run", fed_clients=tmp_path / "late.yaml")
+    assert [r["clients"]["c"]["samples"] for r in records] == [0, 0, 9]
+    assert [list(r["facts"]["tasks"]) for r in records] == [
+        ["colour"],
+        ["colour"],
+        ["colour", "shape"],
+    ]
+    assert (tmp_path / "run/clients/c/config.json").exists()
+    (tmp_path / "none.yaml").write_text(text.replace("task:", "from_round: 2, task:"))
+    with pytest.raises(InputError, match="no client has from_round 1"):
+        pilot(tmp_path / "never", fed_clients=tmp_path / "none.yaml")
