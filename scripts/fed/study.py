@@ -18,7 +18,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -39,28 +39,39 @@ def playground_flags() -> list[str]:
 
 def run(job: Job, plan_file: Path, results: Path) -> None:
     """Make one run in this process, and add its line to the results."""
+    plan = Plan(plan_file)
+    flags = plan.flags(job)
+    records, seconds = rounds_of([*playground_flags(), *flags], WORK)
+    line = summary(job, plan, records) | {"seconds": seconds, "flags": shlex.join(flags)}
+    add_line(results, line)
+
+
+def rounds_of(flags: Sequence[str], work: Path) -> tuple[list[dict], float]:
+    """Make one run of fed.train in this process: the records of its rounds, and its seconds.
+
+    Its files are written under `work` and removed; a log and cached features stay there.
+    """
     import transformers
 
     from fed.train import train
 
     transformers.logging.set_verbosity_error()
     os.chdir(ROOT)
-    plan = Plan(plan_file)
-    folder = WORK / f"{os.getpid()}"
+    folder = work / f"{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
-    flags = plan.flags(job)
-    common = ["--feature_cache", str(WORK / "features"), "--report_to", "none"]
+    common = ["--feature_cache", str(work / "features"), "--report_to", "none"]
     began = time.perf_counter()
-    (WORK / "logs").mkdir(parents=True, exist_ok=True)
-    with open(WORK / f"logs/{os.getpid()}.log", "a") as log, contextlib.redirect_stdout(log):
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    with open(work / f"logs/{os.getpid()}.log", "a") as log, contextlib.redirect_stdout(log):
         print(f"$ {shlex.join(flags)}", flush=True)
-        train([*playground_flags(), *common, *flags, "--output_dir", str(folder)])
+        train([*flags, *common, "--output_dir", str(folder)])
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     shutil.rmtree(folder)
-    line = summary(job, plan, records) | {
-        "seconds": round(time.perf_counter() - began, 1),
-        "flags": shlex.join(flags),
-    }
+    return records, round(time.perf_counter() - began, 1)
+
+
+def add_line(results: Path, line: dict) -> None:
+    """Add a finished run to the results, whoever else does so at the same time."""
     results.parent.mkdir(parents=True, exist_ok=True)
     with open(results, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -89,7 +100,12 @@ def _mean(values: list[float]) -> float:
     return round(sum(values) / len(values), 5)
 
 
-def run_all(jobs: Iterable[Job], args: argparse.Namespace, deadline: float) -> bool:
+def run_all(
+    jobs: Iterable[Job],
+    args: argparse.Namespace,
+    deadline: float,
+    run: Callable[[Job, Path, Path], None],
+) -> bool:
     """Make the runs that are not there; False if time ran out first."""
     done = {Job(**row["job"]).key for row in read_rows(args.results)}
     left = [job for job in dict.fromkeys(jobs) if job.key not in done]
@@ -113,21 +129,35 @@ def run_all(jobs: Iterable[Job], args: argparse.Namespace, deadline: float) -> b
     return time.monotonic() <= deadline or not left
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def arguments(about: str, plan: Path, results: Path) -> argparse.Namespace:
+    """What a study's command line says."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--hours", type=float, default=1.0, help="begin no run after so long")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--plan", type=Path, default=PLAN)
-    parser.add_argument("--results", type=Path, default=RESULTS / "fedcmp.jsonl")
-    args = parser.parse_args()
+    parser.add_argument("--plan", type=Path, default=plan)
+    parser.add_argument("--results", type=Path, default=results)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments(__doc__, PLAN, RESULTS / "fedcmp.jsonl")
     deadline = time.monotonic() + 3600 * args.hours
     with one_clear_error():
-        plan = Plan(args.plan)
-        if not run_all(plan.tuning(), args, deadline):
-            return
-        chosen = plan.chosen(read_rows(args.results))
-        if run_all(plan.reporting(chosen), args, deadline):
-            run_all(plan.ablating(chosen[plan.ours]), args, deadline)
+        study(Plan(args.plan), args, deadline, run)
+
+
+def study(
+    plan: Plan,
+    args: argparse.Namespace,
+    deadline: float,
+    run: Callable[[Job, Path, Path], None],
+) -> None:
+    """Tune, report, then try variants of our own method, as far as time goes."""
+    if not run_all(plan.tuning(), args, deadline, run):
+        return
+    chosen = plan.chosen(read_rows(args.results))
+    if run_all(plan.reporting(chosen), args, deadline, run):
+        run_all(plan.ablating(chosen[plan.ours]), args, deadline, run)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ class Plan:
 
     def chosen(self, rows: Sequence[dict]) -> dict[str, str]:
         """Of each method that is tuned through, the setting with the least development loss."""
-        loss = {Job(**row["job"]).key: row["loss"][-1] for row in rows}
+        tuned = [row for row in rows if row["job"]["part"] == "development"]
+        loss = {Job(**row["job"]).key: self.score(row) for row in tuned}
         best = {}
         for title in self.methods:
             means = {}
@@ -95,22 +96,35 @@ class Plan:
                 best[title] = min(means, key=means.get)
         return best
 
+    def score(self, row: Mapping) -> float:
+        """What a setting is chosen by; less is better."""
+        return row["loss"][-1]
+
     def heldout(self, job: Job) -> str:
         """The name of the evaluation set."""
         part = self._part(job)
         return self.document["scenarios"][job.scenario]["heldout"].format(part=part)
 
     def flags(self, job: Job) -> list[str]:
-        """The flags of scripts/fed/pretrain_playground.sh that make this run."""
-        scenario = self.document["scenarios"][job.scenario]
+        """The flags of fed.train that make this run, beside those of all runs."""
         method = self.methods[self.ours if job.part == "ablation" else job.title]["flags"]
         known = defaults(methods.get(method["fed_method"]))
         setting = json.loads(job.setting)
         options = {name: value for name, value in setting.items() if name in known}
+        values = self.values(job) | method
+        values |= {k: v for k, v in setting.items() if k not in options}
+        words = [w for name, value in values.items() for w in (f"--{name}", str(value))]
+        if options:
+            words += ["--fed_options", *(f"{name}={value}" for name, value in options.items())]
+        return words
+
+    def values(self, job: Job) -> dict:
+        """Of those flags, what does not depend on the method."""
+        scenario = self.document["scenarios"][job.scenario]
         clients = scenario["clients"]
         if job.part != "report" and clients == "skew":
             clients = "skew-dev"
-        values = {
+        return {
             "fed_clients": f"playground/fed/{clients}.yaml",
             "fed_rounds": scenario["rounds"],
             "fed_eval_data_path": f"{DATA}/{self.heldout(job)}.json",
@@ -120,13 +134,7 @@ class Plan:
             "seed": job.seed,
             **self.document["flags"],
             **scenario.get("flags", {}),
-            **method,
-            **{k: v for k, v in setting.items() if k not in options},
         }
-        words = [w for name, value in values.items() for w in (f"--{name}", str(value))]
-        if options:
-            words += ["--fed_options", *(f"{name}={value}" for name, value in options.items())]
-        return words
 
     def _part(self, job: Job) -> str:
         return self.document["report" if job.part == "report" else "development"]["part"]
