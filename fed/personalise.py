@@ -1,6 +1,6 @@
 """A new client, or a new task, after a Pilot run: only what is its own is fitted.
 
-    python -m fed.personalise --fed_run OUTPUT --fed_task NAME <the flags of llava.train>
+    python -m fed.personalise --pilot_run OUTPUT --pilot_task NAME <the flags of llava.train>
 
 The newcomer is given what a late client of the run would be sent: the adapters of all tasks, and
 the mean of the clients' LoRA. Both stay as they are. A client of a known task fits its cross-task
@@ -34,8 +34,8 @@ NEWCOMER = "newcomer"
 
 @dataclass
 class PersonaliseArguments:
-    fed_run: str | None = field(default=None, metadata={"help": "--output_dir of a Pilot run."})
-    fed_task: str | None = field(default=None, metadata={"help": "The newcomer's task."})
+    pilot_run: str | None = field(default=None, metadata={"help": "--output_dir of a Pilot run."})
+    pilot_task: str | None = field(default=None, metadata={"help": "The newcomer's task."})
 
 
 def personalise(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +46,7 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     )
     run = _read_run(model_args, own_args)
     known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
-    task = own_args.fed_task
+    task = own_args.pilot_task
     model_args.pilot_tasks = [task, *(other for other in known if other != task)]
     training_args.prediction_loss_only = True
     prepare_output(training_args)
@@ -54,8 +54,8 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     state, beside = methods.get("pilot").send(NEWCOMER, task, run.personal, run.shared, run.memory)
 
     form = form_of(session.model)
-    check(state, form.of_model(session.model), who=f"--fed_run {own_args.fed_run}")
-    form.into_model(session.model, state, f"--fed_run {own_args.fed_run}")
+    check(state, form.of_model(session.model), who=f"--pilot_run {own_args.pilot_run}")
+    form.into_model(session.model, state, f"--pilot_run {own_args.pilot_run}")
     own = OwnParts(session.model, Path(training_args.output_dir), {NEWCOMER: task}, [task, *known])
     own.put(NEWCOMER, beside, turn=2)
     for parameter in session.model.parameters():
@@ -63,7 +63,9 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     own.connector.train_groups("client", *(() if task in known else ("task",)))
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     if not trained:
-        raise InputError(f"--fed_run {own_args.fed_run}: it has one task, {task}: nothing to fit")
+        raise InputError(
+            f"--pilot_run {own_args.pilot_run}: it has one task, {task}: nothing to fit"
+        )
     kind = "a client of the known" if task in known else "the new"
     print(f"{kind} task {task}: {trained} parameters train", flush=True)
 
@@ -81,22 +83,22 @@ def personalise(argv: Sequence[str] | None = None) -> None:
 
 def _read_run(model_args: ModelArguments, own_args: PersonaliseArguments) -> RoundState:
     """The server's state of a Pilot run."""
-    for flag in ("fed_run", "fed_task"):
+    for flag in ("pilot_run", "pilot_task"):
         if not getattr(own_args, flag):
             raise InputError(f"--{flag} is missing")
     if model_args.mm_projector_type != "pilot":
         raise InputError(
             f"--mm_projector_type is {model_args.mm_projector_type!r}, `pilot` is expected here"
         )
-    file = Path(own_args.fed_run) / "fed" / "state.safetensors"
+    file = Path(own_args.pilot_run) / "fed" / "state.safetensors"
     if not file.is_file():
-        raise InputError(f"--fed_run {own_args.fed_run}: there is no fed/state.safetensors")
+        raise InputError(f"--pilot_run {own_args.pilot_run}: there is no fed/state.safetensors")
     run = RoundState.load(file)
     if run.settings.get("--fed_method") != "pilot" or not run.memory:
         found = run.settings.get("--fed_method")
         raise InputError(
-            f"--fed_run {own_args.fed_run}: a Pilot run with a finished round is expected, this is "
-            f"{found!r} after round {run.round}"
+            f"--pilot_run {own_args.pilot_run}: a Pilot run with a finished round is expected, "
+            f"this is {found!r} after round {run.round}"
         )
     return run
 

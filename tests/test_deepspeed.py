@@ -171,3 +171,29 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
     assert heldout[0]["global"]["heldout"]["loss"] == pytest.approx(
         heldout[1]["global"]["heldout"]["loss"], abs=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_pilot_on_two_ranks_equals_one_process(flags, tiny, tmp_path, stage):
+    records = json.loads((tiny / "b.json").read_text())[:8]
+    (tmp_path / "even.json").write_text(json.dumps(records))
+    (tmp_path / "clients.yaml").write_text(
+        f"clients:\n  - {{name: a, task: x, data_path: {tiny}/a.json}}\n"
+        "  - {name: b, task: y, data_path: even.json}\n"
+    )
+    lora = {"tune_mm_mlp_adapter": False, "lora_enable": True, "mm_projector_type": "pilot"}
+    begin = {"lora_dropout": 0.0, "lora_r": 4, "max_steps": 2, "output_dir": tmp_path / "start"}
+    tasks = ["--pilot_tasks", "x", "y"]
+    llava_train(argv=[*flags(data_path=tiny / "a.json", **lora, **begin), *tasks])
+    lora |= {"fed_method": "pilot", "fed_rounds": 2, "fed_clients": tmp_path / "clients.yaml",
+             "lora_weight_path": tmp_path / "start", "per_device_train_batch_size": 1,
+             "fed_one_pass": False, "fed_eval_data_path": [tiny / "heldout.json"]}  # fmt: skip
+    fed_train(flags(**lora, gradient_accumulation_steps=2, output_dir=tmp_path / "one"))
+    two = {"deepspeed": ROOT / "scripts" / f"zero{stage}.json", "use_cpu": True}
+    on_two_ranks([("fed", flags(**lora, **two, output_dir=tmp_path / "two"))])
+    for name in "ab":
+        one, both = (lora_parts(tmp_path / run / "clients" / name) for run in ("one", "two"))
+        assert one.keys() == both.keys() and any("router" in key for key in one)
+        for key, tensor in one.items():
+            torch.testing.assert_close(both[key], tensor, rtol=1e-3, atol=2e-5)

@@ -12,14 +12,18 @@ import pytest
 from fed import methods
 from fed.arguments import FedArguments
 from fed.methods.options import ARGUMENTS
+from fed.personalise import PersonaliseArguments
+from llava.train.arguments import ModelArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
 def test_flags():
-    named = set(re.findall(r"--(fed_\w+)", TEXT))
-    assert named == {field.name for field in dataclasses.fields(FedArguments)}
+    named = set(re.findall(r"--((?:fed|pilot)_\w+)", TEXT))
+    kinds = (ModelArguments, FedArguments, PersonaliseArguments)
+    ours = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert named == {name for name in ours if name.startswith(("fed_", "pilot_"))}
 
 
 def test_methods_and_their_options():

@@ -18,11 +18,17 @@ from llava.model.builder import (
     grow_embeddings,
     load_tokenizer,
 )
-from llava.model.checkpoint import load_projector, read_config, tower_weights
+from llava.model.checkpoint import (
+    PROJECTOR_PREFIX,
+    derive_projector,
+    load_projector,
+    read_config,
+    tower_weights,
+)
 from llava.model.lora import NON_LORA_FILE, add_lora, attach_lora, load_non_lora, read_non_lora
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.connector import TRAINED
-from llava.model.multimodal_projector.pilot import PilotSettings
+from llava.model.multimodal_projector.pilot import EXTRA, PilotSettings
 from llava.model.quantize import quantization
 from llava.state import load
 from llava.tiling import default_resolutions
@@ -279,5 +285,8 @@ def _with_lora(model: transformers.PreTrainedModel, args: TrainingArguments):
             cast=cast,
         )
     wrapped = attach_lora(model, folder, trainable=True, cast=cast)
-    load_non_lora(wrapped, read_non_lora(folder), os.path.join(folder, NON_LORA_FILE))
+    others = read_non_lora(folder)
+    load_non_lora(wrapped, others, os.path.join(folder, NON_LORA_FILE))
+    if not any(name.startswith(PROJECTOR_PREFIX + EXTRA) for name in others):
+        derive_projector(wrapped)  # of a LoRA that trained with a plain projector
     return wrapped

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A new client, or a new task, after a Pilot run: fits only what is the newcomer's own.
-#   bash scripts/fed/personalise.sh --fed_run checkpoints/llava-v1.5-7b-pilot --fed_task ocr \
+#   bash scripts/fed/personalise.sh --pilot_run checkpoints/llava-v1.5-7b-pilot --pilot_task ocr \
 #       --data_path mine.json --image_folder mine/images --output_dir checkpoints/mine
 # The flags of model, LoRA and connector must be those of the run; any can be given again at the end.
 set -euo pipefail

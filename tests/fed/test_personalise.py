@@ -16,9 +16,17 @@ from .test_pilot_run import pilot as pilot
 @pytest.fixture
 def newcomer(flags, tiny, tmp_path):
     def run(**changes):
-        values = {"fed_run": tmp_path / "run", "data_path": tiny / "a.json", "lora_r": 2,
-                  "fed_task": "shape", "mm_projector_type": "pilot",
-                  "lora_enable": True, "tune_mm_mlp_adapter": False, "output_dir": tmp_path / "new", **changes}  # fmt: skip
+        values = {
+            "pilot_run": tmp_path / "run",
+            "pilot_task": "shape",
+            "data_path": tiny / "a.json",
+            "mm_projector_type": "pilot",
+            "tune_mm_mlp_adapter": False,
+            "lora_enable": True,
+            "lora_r": 2,
+            "output_dir": tmp_path / "new",
+            **changes,
+        }
         personalise(flags(**values))
         out = values["output_dir"]
         connector = torch.load(out / "non_lora_trainables.bin", weights_only=True)
@@ -38,8 +46,8 @@ def adapter(folder) -> dict[str, torch.Tensor]:
 def test_only_its_own_parts_move(pilot, newcomer, tiny, tmp_path, task):
     pilot(tmp_path / "run")
     before = {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
-    still, _ = newcomer(fed_task=task, learning_rate=0, output_dir=tmp_path / "still")
-    moved, lora = newcomer(fed_task=task)
+    still, _ = newcomer(pilot_task=task, learning_rate=0, output_dir=tmp_path / "still")
+    moved, lora = newcomer(pilot_task=task)
     assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
 
     tasks = {name: adapter(tmp_path / "run/tasks" / name) for name in ("colour", "shape")}
@@ -76,8 +84,8 @@ def test_killed_it_goes_on_to_the_same_bits(pilot, newcomer, tmp_path):
 def test_bad_input(pilot, newcomer, tmp_path):
     with pytest.raises(InputError, match="there is no fed/state.safetensors"):
         newcomer()
-    with pytest.raises(InputError, match="--fed_task is missing"):
-        newcomer(fed_task="")
+    with pytest.raises(InputError, match="--pilot_task is missing"):
+        newcomer(pilot_task="")
     pilot(tmp_path / "run", fed_rounds=1)
     with pytest.raises(InputError, match="`pilot` is expected here"):
         newcomer(mm_projector_type="mlp2x_gelu")
@@ -85,5 +93,5 @@ def test_bad_input(pilot, newcomer, tmp_path):
         newcomer(lora_r=3)
     pilot(tmp_path / "other", fed_method="local", mm_projector_type="mlp2x_gelu")
     with pytest.raises(InputError, match="a Pilot run with a finished round is expected"):
-        newcomer(fed_run=tmp_path / "other")
+        newcomer(pilot_run=tmp_path / "other")
     assert not (tmp_path / "new" / "config.json").exists()
