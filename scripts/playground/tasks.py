@@ -86,7 +86,7 @@ def shape_question(questions: Sequence[Sequence[str]], want: str, dice: random.R
 
 
 def record(name: str, image: str, task: str, question: str, answer: str, **more: str) -> dict:
-    """A LLaVA record with its `task` and its `domain`, which is the task if nothing else is said."""
+    """A LLaVA record with its `task` and `domain` (the task, if nothing else is said)."""
     return {
         "id": name,
         "image": image,
