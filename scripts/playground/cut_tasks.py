@@ -27,7 +27,7 @@ HELD_OUT = {"dev": 100, "test": 200}  # samples of each task
 POOL = 340  # concepts of a scenario
 DEV_SHARE = 1 / 3
 PUBLIC = 1500  # records of public.json
-PRIVATE_WORDS = 80
+PRIVATE_WORDS = 60
 
 
 @dataclass
@@ -49,7 +49,7 @@ def concept(record: dict) -> str:
 def divide(emoji: Path) -> Division:
     """Who may know what, by SEED; `emoji` is the unpacked `playground/data/emoji`.
 
-    Words are those of 3 to 5 letters in the names of all seen concepts.
+    Words are those of 3 or 4 letters in the names of all seen concepts.
     """
 
     def read(*patterns: str) -> list[dict]:
@@ -61,7 +61,7 @@ def divide(emoji: Path) -> Division:
         drawn.setdefault(concept(record), []).append(record)
     held = {concept(r): r for r in read("heldout_dev.json", "heldout_test.json")}
     names = [rows[0]["conversations"][1]["value"] for rows in drawn.values()]
-    words = sorted({w for name in names for w in name.split() if re.fullmatch("[a-z]{3,5}", w)})
+    words = sorted({w for name in names for w in name.split() if re.fullmatch("[a-z]{3,4}", w)})
     order = [drawn[code] for code in sorted(drawn)]
     random.Random(f"{SEED} concepts").shuffle(order)
     random.Random(f"{SEED} words").shuffle(words)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import lru_cache
 
 from cut_clients import KINDS
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +21,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")  
 SHAPES = ("circle", "rectangle", "triangle")
 INKS = ("black", "navy", "darkgreen", "darkred", "indigo", "saddlebrown")
 PALE = 0.25  # the share that the emoji keeps under a word; the rest is white
-LARGEST, WIDEST = 32, 58  # of letters and of a word, in px
+LETTER, LETTERS = 20, 4  # size of letters in px, of which each has 16 px; the longest word
 
 
 def box(place: int) -> str:
@@ -57,20 +56,19 @@ def collage(drawings: Sequence[Image.Image], where_to: Sequence[int]) -> Image.I
     return canvas
 
 
-@lru_cache
-def _font(word: str) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, as large as the word may be."""
-    size = LARGEST
-    while ImageFont.load_default(size).getlength(word) > WIDEST:
-        size -= 1
-    return ImageFont.load_default(size)
-
-
 def written(word: str, behind: Image.Image, dice: random.Random) -> Image.Image:
-    """The word, dark, near the middle of a 64 px emoji that is mixed with white."""
+    """The word, dark, on a 64 px emoji that is mixed with white: a letter every 16 px, on one of
+    two lines, so that a letter is about one of the tower's patches.
+
+    (With letters of natural distances, words of five and any height, the tower had hardly begun to
+    tell letters apart after 1,000 steps: 2.6 nats a letter.)
+    """
     canvas = Image.blend(Image.new("RGB", (SIDE, SIDE), "white"), behind.convert("RGB"), PALE)
-    at = (SIDE / 2 + dice.randint(-2, 2), SIDE / 2 + dice.randint(-4, 4))
-    ImageDraw.Draw(canvas).text(at, word, fill=dice.choice(INKS), font=_font(word), anchor="mm")
+    draw, pitch = ImageDraw.Draw(canvas), SIDE // LETTERS
+    left, middle = pitch / 2 + dice.randint(0, 1), dice.choice((24, 40)) + dice.randint(-1, 1)
+    ink, font = dice.choice(INKS), ImageFont.load_default(LETTER)
+    for place, letter in enumerate(word):
+        draw.text((left + pitch * place, middle), letter, fill=ink, font=font, anchor="mm")
     return canvas
 
 
