@@ -101,16 +101,11 @@ class Cutter:
             self.left[part] = source[count:]
         chosen = [tasks.emoji_record(r, task, self.dice) for r in source[:count]]
         for record in chosen:
-            self.copy(record["image"].removeprefix("emoji/"))
+            _copy(self.folder, self.emoji, record)
         return chosen
 
     def _shuffled(self, rows: list[dict]) -> list[dict]:
         return self.dice.sample(rows, len(rows))
-
-    def copy(self, name: str) -> None:
-        target = self.folder / "images/emoji" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.emoji / "images" / name, target)
 
     def _open(self, record: dict) -> Image.Image:
         return Image.open(self.emoji / "images" / record["image"]).convert("RGB")
@@ -170,7 +165,14 @@ def cut(folder: Path, emoji: Path) -> None:
             _write(folder / f"heldout_{part}_{scenario}.json", rows)
     dice = random.Random(f"{SEED} public")
     plain = dice.sample([record for rows in known.public for record in rows], PUBLIC)
-    cutter = Cutter(folder, emoji, "a", known)
-    for record in plain:
-        cutter.copy(record["image"])
-    _write(folder / "public.json", [tasks.emoji_record(r, "caption", dice) for r in plain])
+    captions = [tasks.emoji_record(record, "caption", dice) for record in plain]
+    for record in captions:
+        _copy(folder, emoji, record)
+    _write(folder / "public.json", captions)
+
+
+def _copy(folder: Path, emoji: Path, record: dict) -> None:
+    """A task's emoji picture, from the folder of the emoji."""
+    target = folder / "images" / record["image"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(emoji / "images" / record["image"].removeprefix("emoji/"), target)
