@@ -19,13 +19,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="a .bin or .safetensors file")
     args = parser.parse_args(argv)
 
+    from llava.model.checkpoint import projector_name
     from llava.model.shards import Shards, local_folder
     from llava.state import load, save
 
     folder = local_folder(args.model_path)
     beside_lora = folder / "non_lora_trainables.bin"
     weights = load(beside_lora) if beside_lora.is_file() else Shards(folder)
-    projector = {name: weights[name] for name in weights if "mm_projector." in name}
+    names = {
+        name: name.rpartition("mm_projector.")[2] for name in weights if "mm_projector." in name
+    }
+    projector = {projector_name(short): weights[name] for name, short in names.items()}
     if not projector:
         raise InputError(f"{args.model_path}: has no projector (no mm_projector tensors)")
     save(projector, args.output)

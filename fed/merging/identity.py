@@ -38,6 +38,8 @@ def _of_upstream(config: Config) -> dict[str, Any]:
     return {key: config.get(key) for key in keys} | {
         "model_type": language_model_type(config),
         "mm_projector_type": config.get("mm_projector_type") or "linear",
+        # Adapters have their places by the order of the tasks, which is another for each task.
+        "mm_pilot tasks": (config.get("mm_pilot") or {}).get("tasks"),
         "mm_vision_select_feature": config.get("mm_vision_select_feature") or "patch",
     }
 

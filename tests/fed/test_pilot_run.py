@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fed import state as states
 from fed.drivers.resident import ResidentDriver
+from fed.merge import merge
 from fed.train import train
 from llava.errors import InputError
+from llava.model import convert
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import load_projector
 
 from .test_train import Stop, stop_after
 
+ROOT = Path(__file__).parents[2]
 TASKS = {"a": "colour", "b": "colour", "c": "shape"}
 
 
@@ -239,3 +246,31 @@ def test_a_client_may_join_later_with_the_others_adapters(pilot, tiny, tmp_path)
     (tmp_path / "none.yaml").write_text(text.replace("task:", "from_round: 2, task:"))
     with pytest.raises(InputError, match="no client has from_round 1"):
         pilot(tmp_path / "never", fed_clients=tmp_path / "none.yaml")
+
+
+def test_other_tools_take_what_it_leaves_or_say_why_not(pilot, tiny, tmp_path):
+    """Merging LoRA in, extracting a connector, merging experts, other layouts."""
+    pilot(tmp_path / "run", fed_rounds=1)
+    clients, base = tmp_path / "run/clients", str(tiny / "llm")
+    a, full = str(clients / "a"), str(tmp_path / "full")
+    tool("scripts/merge_lora_weights.py", model_path=a, model_base=base, save_model_path=full)
+    _, whole, _, _ = load_pretrained_model(full, None, "x", device="cpu")
+    _, apart, _, _ = load_pretrained_model(a, base, "x", device="cpu")
+    pixels = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(whole.encode_images(pixels), apart.encode_images(pixels))
+    tool("scripts/extract_mm_projector.py", model_path=full, output=tmp_path / "connector.bin")
+    load_projector(apart, states.load(tmp_path / "connector.bin"), "connector.bin")
+    torch.testing.assert_close(whole.encode_images(pixels), apart.encode_images(pixels))
+
+    with pytest.raises(InputError, match="c has mm_pilot tasks .'shape', 'colour'., .*a has"):
+        merge([a, str(clients / "c")], str(tmp_path / "merged"), method="linear", scope="all")
+    merge([a, str(clients / "b")], str(tmp_path / "merged"), method="linear", scope="all")
+    load_pretrained_model(str(tmp_path / "merged"), base, "x", device="cpu")
+    with pytest.raises(InputError, match="mm_projector_type is 'pilot', which the other layout"):
+        convert.main(["--to", "hf", "--model-path", full, "--output", str(tmp_path / "hf")])
+
+
+def tool(script: str, **options) -> None:
+    words = [word for name, value in options.items()
+             for word in ("--" + name.replace("_", "-"), str(value))]  # fmt: skip
+    subprocess.run([sys.executable, script, *words], cwd=ROOT, check=True)
