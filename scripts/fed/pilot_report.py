@@ -33,6 +33,7 @@ def page(found: PilotFound, rows: Sequence[dict], name: str = "pilot") -> str:
     others = [title for title in found.methods if title != ours]
     seeds = "; ".join(f"{s}: {', '.join(map(str, found.seeds(s)))}" for s in found.scenarios)
     part = plan.document["report"]["part"]
+    ablated = plan.document["ablation"]["scenarios"]
     text = f"""# Pilot and its baselines on the playground's tasks
 
 Made by `bash scripts/fed/pilot_study.sh` from the {len(rows)} runs in
@@ -49,7 +50,7 @@ the models of the clients of a task, asked that task; `others`: the models of al
 
 The mean over tasks; loss in nats a token, of all.
 
-{overall_table(found, found.methods)}
+{overall_table(found, found.methods, found.scenarios)}
 ![exact answers by method]({name}.png)
 
 """
@@ -73,9 +74,9 @@ Exact answers of all models, %, task by task, and of how many seeds {ours} is ah
 {tasks_table(found, others)}
 ## {ours} without its parts
 
-With the setting that {ours} has chosen.
+With the setting that {ours} has chosen, in scenario {" and ".join(ablated)}.
 
-{overall_table(found, [ours, *found.variants]) if found.variants else "Not run yet."}
+{overall_table(found, [ours, *found.variants], ablated) if found.variants else "Not run yet."}
 """
     if found.variants:
         text += f"""{ours} less each of them:
@@ -93,10 +94,11 @@ state that the run keeps.
 {cost_table(found, [*found.methods, *found.variants])}
 ## How settings were chosen
 
-By the mean over tasks and models of the loss on the development part (samples
+By the loss on the development part, the mean over tasks, of a task's own clients and of the others,
+which count alike (samples
 `{plan.document["development"]["part"]}`, scenario {" and ".join(plan.scenarios("development"))},
-seed {", ".join(map(str, plan.seeds("development")))}); local only by that of a task's own clients,
-as nothing else is claimed of it. The chosen ones are marked.
+seed {", ".join(map(str, plan.seeds("development")))}); local only by that of the own clients, as
+nothing else is claimed of it. The chosen ones are marked.
 
 {tuning_table(found, rows)}"""
     )

@@ -31,7 +31,9 @@ class PilotFound(Found):
             if job.key in by_key:
                 self.cells[job.title, job.scenario, job.seed] = by_key[job.key]
         for title in plan.variants():
-            if all((title, *place) in self.cells for place in self.places):
+            of = plan.document["ablation"]["scenarios"]
+            places = [(scenario, seed) for scenario, seed in self.places if scenario in of]
+            if places and all((title, *place) in self.cells for place in places):
                 self.variants.append(title)
 
     def best_baseline(self) -> str:
@@ -46,9 +48,9 @@ class PilotFound(Found):
         return self.cells[title, scenario, self.seeds(scenario)[0]]
 
     def less(self, ours: str, other: str, value: Of) -> list[float]:
-        """Pair by pair of the same scenario and seed."""
+        """Pair by pair of the same scenario and seed, where there is the other."""
         return [value(self.cells[ours, s, k]) - value(self.cells[other, s, k])
-                for s, k in self.places]  # fmt: skip
+                for s, k in self.places if (other, s, k) in self.cells]  # fmt: skip
 
     def ordered(self, titles: Sequence[str]) -> list[str]:
         return sorted(titles, key=lambda t: -self.over_scenarios(t, of("all", "exact")))
@@ -62,17 +64,23 @@ def of(whose: str, what: str, task: str | None = None) -> Of:
     return lambda row: scale * measure(row, task, whose, what)
 
 
-def overall_table(found: PilotFound, titles: Sequence[str]) -> str:
+def overall_table(found: PilotFound, titles: Sequence[str], scenarios: Sequence[str]) -> str:
     """Exact answers and loss, the mean over tasks, by who is asked."""
     head = [""]
-    head += [f"{s}: {whose} exact %" for s in found.scenarios for whose in WHOSE]
-    head += [f"{s}: loss" for s in found.scenarios]
+    head += [f"{s}: {whose} exact %" for s in scenarios for whose in WHOSE]
+    head += [f"{s}: loss" for s in scenarios]
     body = []
-    for title in found.ordered(titles):
+    value = of("all", "exact")
+
+    def order(title: str) -> float:
+        means = [statistics.mean(found.values(title, s, value)) for s in scenarios]
+        return -statistics.mean(means)
+
+    for title in sorted(titles, key=order):
         cells = [title]
-        for s in found.scenarios:
+        for s in scenarios:
             cells += [spread(found.values(title, s, of(whose, "exact")), 1) for whose in WHOSE]
-        cells += [spread(found.values(title, s, of("all", "loss")), 3) for s in found.scenarios]
+        cells += [spread(found.values(title, s, of("all", "loss")), 3) for s in scenarios]
         body.append(cells)
     return markdown(head, body)
 
