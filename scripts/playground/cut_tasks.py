@@ -89,6 +89,8 @@ class Cutter:
         order = sorted(asked, key=int)
         random.Random(f"{SEED} vqa").shuffle(order)
         self.shapes = [(number, asked[number]) for number in order]
+        silent = [number for number in order if not asked[number]]  # no task asks about these
+        self.grounds = {part: silent[i::3] for i, part in enumerate(self.drawings)}
         self.left = {part: self._shuffled(rows) for part, rows in self.drawings.items()}
 
     def samples(self, task: str, part: str, count: int) -> list[dict]:
@@ -127,15 +129,14 @@ class Cutter:
         raise ValueError("easy_vqa.tar.xz: too few private pictures for the scenario's clients")
 
     def _grounding(self, part: str, number: int) -> dict:
-        count, chosen = self.dice.choice((3, 4)), []
-        while len({concept(r) for r in chosen}) < count:
-            chosen = self.dice.sample(self.drawings[part], count)
-        at = tasks.places(count, self.dice)
+        shows, place = self.dice.choice(self.drawings[part]), self.dice.randrange(tasks.PLACES)
+        ground = self.folder / f"images/shapes/private/{self.dice.choice(self.grounds[part])}.webp"
         name = f"collage/{self.scenario}-{part}-{number}"
-        image = self._save(tasks.collage([self._open(r) for r in chosen], at), f"{name}.png")
-        question = tasks.where(chosen[0]["conversations"][1]["value"])
-        shows = chosen[0]["image"]
-        return tasks.record(name, image, "grounding", question, tasks.box(at[0]), shows=shows)
+        collage = tasks.collage(self._open(shows), Image.open(ground), place)
+        image = self._save(collage, f"{name}.png")
+        question = tasks.where(shows["conversations"][1]["value"])
+        more = {"shows": shows["image"]}
+        return tasks.record(name, image, "grounding", question, tasks.box(place), **more)
 
     def _text(self, part: str, number: int) -> dict:
         word = self.words[number % len(self.words)]

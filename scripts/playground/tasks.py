@@ -1,8 +1,11 @@
 """The playground's tasks: what each of them asks of a picture, and how its pictures are composed.
 
 caption, category: an emoji. vqa: a picture of easy-VQA (one coloured shape), asked for its colour
-or its shape. grounding: four places of 32 px with three or four emoji, asked where one of them is.
-text: a word in large letters over a pale emoji.
+or its shape. grounding: a small emoji on such a picture, beside or over the shape, asked where it
+is. text: a word in large letters over a pale emoji.
+
+(Grounding had three or four emoji in a picture at first. A language model this small had not begun
+to look for the one that was named after 9,600 questions, nor for the shape of a named colour.)
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Sequence
 from cut_clients import KINDS
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, CELL, PLACES = 64, 32, 4
+SIDE, CELL, RASTER, PLACES = 64, 32, 16, 9  # sizes in px
 CAPTION_QUESTIONS = ("Describe the picture.", "What is this?")
 CATEGORY_QUESTION = "What kind of thing is this?"
 TEXT_QUESTION = "What is written in the picture?"
@@ -24,14 +27,19 @@ PALE = 0.25  # the share that the emoji keeps under a word; the rest is white
 LETTER, LETTERS = 20, 4  # size of letters in px, of which each has 16 px; the longest word
 
 
+def corner(place: int) -> tuple[int, int]:
+    """Left and top, in px, of place 0..8: three columns and three rows, 16 px apart."""
+    return place % 3 * RASTER, place // 3 * RASTER
+
+
 def box(place: int) -> str:
-    """Place 0..3, row by row, as LLaVA writes a box: x1, y1, x2, y2 as shares of the sides.
+    """A place as LLaVA writes a box: x1, y1, x2, y2 as shares of the sides.
 
     >>> box(1)
-    '[0.50, 0.00, 1.00, 0.50]'
+    '[0.25, 0.00, 0.75, 0.50]'
     """
-    left, top = place % 2 / 2, place // 2 / 2
-    return "[" + ", ".join(f"{v:.2f}" for v in (left, top, left + 0.5, top + 0.5)) + "]"
+    left, top = corner(place)
+    return f"[{', '.join(f'{v / SIDE:.2f}' for v in (left, top, left + CELL, top + CELL))}]"
 
 
 def where(name: str) -> str:
@@ -39,20 +47,14 @@ def where(name: str) -> str:
 
 
 def small(emoji: Image.Image) -> Image.Image:
-    """An emoji at the size of a collage's place, 32 px."""
+    """An emoji at the size of a place, 32 px."""
     return emoji.resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 
-def places(count: int, dice: random.Random) -> list[int]:
-    """Which of the four places `count` drawings take, in the order of the drawings."""
-    return dice.sample(range(PLACES), count)
-
-
-def collage(drawings: Sequence[Image.Image], where_to: Sequence[int]) -> Image.Image:
-    """Emoji of any size, each scaled to 32 px and put at its place, on white."""
-    canvas = Image.new("RGB", (SIDE, SIDE), "white")
-    for drawing, place in zip(drawings, where_to, strict=True):
-        canvas.paste(small(drawing), (place % 2 * CELL, place // 2 * CELL))
+def collage(emoji: Image.Image, ground: Image.Image, place: int) -> Image.Image:
+    """An emoji, scaled to 32 px, at its place on a picture of easy-VQA with its shape."""
+    canvas = ground.convert("RGB")
+    canvas.paste(small(emoji), corner(place))
     return canvas
 
 
