@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fed.arguments import FedArguments
+from fed.personalise import PersonaliseArguments
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model import apply_delta, consolidate, make_delta
 from llava.model.builder import load_pretrained_model
 from llava.model.shards import Shards, write_shards
-from llava.train.arguments import parse
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -105,11 +107,11 @@ def pairs(argv: list[str]) -> dict[str, str]:
     return dict(zip(argv[::2], argv[1::2], strict=True))
 
 
-def parsed(argv: list[str]) -> tuple:
+def parsed(argv: list[str], *kinds: type) -> tuple:
     """The flags as our parser takes them, without starting DeepSpeed's process group."""
     values = pairs(argv)
     assert (ROOT / values.pop("--deepspeed")).is_file()
-    return parse([word for pair in values.items() for word in pair])
+    return parse([word for pair in values.items() for word in pair], *kinds)
 
 
 @pytest.fixture
@@ -120,7 +122,9 @@ def argv_of(tmp_path):
     fake.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" > "$ARGV"\n')
     fake.chmod(0o755)
 
-    def run(script: str, *more: str, **variables: str) -> list[str]:
+    def run(
+        script: str, *more: str, module: str = "llava/train/train_mem.py", **variables: str
+    ) -> list[str]:
         environment = {
             **os.environ,
             "PATH": f"{fake.parent}:{os.environ['PATH']}",
@@ -129,7 +133,9 @@ def argv_of(tmp_path):
         }
         subprocess.run(["bash", SCRIPTS / script, *more], cwd=ROOT, env=environment, check=True)
         program, *argv, _ = (tmp_path / "argv").read_text().split("\0")
-        assert program == "llava/train/train_mem.py"
+        if program == "--module":
+            program, *argv = argv
+        assert program == module
         return argv
 
     return run
@@ -152,6 +158,21 @@ def test_our_script_gives_upstreams_flags(name, argv_of):
         if theirs[place].startswith("/"):  # a placeholder
             theirs[place] = ours[place]
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "own"),
+    [("finetune_pilot", "fed.train", FedArguments),
+     ("personalise", "fed.personalise", PersonaliseArguments)],
+)  # fmt: skip
+def test_pilots_scripts_parse_and_agree_on_the_model(argv_of, name, module, own):
+    kinds = (ModelArguments, DataArguments, TrainingArguments, own)
+    model_args, _, training_args, _ = parsed(argv_of(f"fed/{name}.sh", module=module), *kinds)
+    assert model_args.mm_projector_type == "pilot" and not model_args.pilot_tasks
+    assert training_args.lora_enable and training_args.lora_r == 64
+    plain = pairs(argv_of("v1_5/finetune_lora.sh"))
+    for flag in ("version", "vision_tower", "mm_vision_select_layer", "image_aspect_ratio"):
+        assert pairs(argv_of(f"fed/{name}.sh", module=module))[f"--{flag}"] == plain[f"--{flag}"]
 
 
 def test_flags_at_the_end_of_a_script_win(argv_of):
