@@ -23,7 +23,7 @@ from PIL import Image
 
 SCENARIOS = {"a": ("caption", "vqa", "grounding"), "b": ("category", "text", "caption")}
 CLIENTS, SAMPLES = 3, 160  # of each task; of each client
-HELD_OUT = {"dev": 100, "test": 200}  # samples of each task
+HELD_OUT = {"dev": 100, "test": 100}  # samples of each task
 POOL = 340  # concepts of a scenario
 DEV_SHARE = 1 / 3
 PUBLIC = 1500  # records of public.json
