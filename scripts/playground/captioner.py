@@ -26,20 +26,25 @@ SYSTEM = (
 Row = tuple[list[int], list[int]]  # token ids and labels of one sample
 
 
-def records(*names: str) -> list[dict]:
+def records(*names: str, folder: Path = DATA) -> list[dict]:
     """Records of the JSON files of these names (without `.json`) in playground/data/emoji."""
-    return [r for name in names for r in json.loads((DATA / f"{name}.json").read_text())]
+    return [r for name in names for r in json.loads((folder / f"{name}.json").read_text())]
 
 
 def name_of(record: dict) -> str:
     return record["conversations"][1]["value"]
 
 
-def pictures(rows: list[dict]) -> torch.Tensor:
+def pictures(rows: list[dict], folder: Path = DATA) -> torch.Tensor:
     """uint8, (N, 3, 64, 64)."""
-    opened = [Image.open(DATA / "images" / r["image"]).convert("RGB") for r in rows]
+    return pixels([Image.open(folder / "images" / r["image"]).convert("RGB") for r in rows])
+
+
+def pixels(opened: list[Image.Image]) -> torch.Tensor:
+    """RGB pictures of one size -> uint8, (N, 3, height, width)."""
     flat = torch.frombuffer(bytearray(b"".join(p.tobytes() for p in opened)), dtype=torch.uint8)
-    return flat.view(len(rows), 64, 64, 3).permute(0, 3, 1, 2).contiguous()
+    width, height = opened[0].size
+    return flat.view(len(opened), height, width, 3).permute(0, 3, 1, 2).contiguous()
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -102,7 +107,7 @@ def embed(llm: LlamaForCausalLM, ids: torch.Tensor, image: torch.Tensor | None) 
     embeds = llm.get_input_embeddings()(ids.clamp_min(0))
     if image is None:
         return embeds
-    return embeds.masked_scatter((ids == IMAGE).unsqueeze(-1), image)
+    return embeds.masked_scatter((ids == IMAGE).unsqueeze(-1), image.to(embeds))
 
 
 def losses(
@@ -114,8 +119,15 @@ def losses(
     No attention mask is needed: attention is causal and the padding is on the right.
     """
     ids, labels = pad(rows)
-    hidden = llm.model(inputs_embeds=embed(llm, ids, image)).last_hidden_state[:, :-1]
-    learnt = labels[:, 1:] != IGNORE
+    hidden = llm.model(inputs_embeds=embed(llm, ids, image)).last_hidden_state
+    return score(llm, hidden, labels)
+
+
+def score(
+    llm: LlamaForCausalLM, hidden: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`losses`, given the last hidden states (N, L, hidden)."""
+    hidden, learnt = hidden[:, :-1], labels[:, 1:] != IGNORE
     logits, targets = llm.lm_head(hidden[learnt]), labels[:, 1:][learnt]
     wrong = torch.zeros(learnt.shape, dtype=torch.bool)
     wrong[learnt] = logits.argmax(-1) != targets

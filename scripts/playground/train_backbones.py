@@ -140,10 +140,10 @@ def new_models() -> tuple[CLIPVisionModel, LlamaForCausalLM]:
     return CLIPVisionModel(tower), LlamaForCausalLM(llm)
 
 
-def save(tower: CLIPVisionModel, llm: LlamaForCausalLM) -> None:
+def save(tower: CLIPVisionModel, llm: LlamaForCausalLM, parent: Path = BACKBONES) -> None:
     """Write both folders; weights as float16 under their classic names."""
     for model, name in ((tower, "vision_tower"), (llm, "llm")):
-        folder = BACKBONES / name
+        folder = parent / name
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.half().contiguous() for k, v in model.state_dict().items()}
         if model is tower:  # transformers 5 holds them without the prefix that it had on disk
@@ -157,11 +157,11 @@ def save(tower: CLIPVisionModel, llm: LlamaForCausalLM) -> None:
         # both spellings of the type, for transformers 4 and 5
         write_json(folder / "config.json", config | {"dtype": "float16", "torch_dtype": "float16"})
     write_json(
-        BACKBONES / "llm/generation_config.json",
+        parent / "llm/generation_config.json",
         {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     )
     write_json(
-        BACKBONES / "vision_tower/preprocessor_config.json",
+        parent / "vision_tower/preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,

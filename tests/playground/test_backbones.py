@@ -1,4 +1,4 @@
-"""The shipped frozen parts: whole, small, and readable as CLIP and Llama."""
+"""The shipped frozen parts, both pairs: whole, small, and readable as CLIP and Llama."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 BACKBONES = Path(__file__).resolve().parents[2] / "playground/backbones"
 TOWER, LLM = BACKBONES / "vision_tower", BACKBONES / "llm"
+TOWERS, LLMS = (TOWER, BACKBONES / "instruct/vision_tower"), (LLM, BACKBONES / "instruct/llm")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -23,7 +24,10 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(LLM)
 
 
-@pytest.mark.parametrize(("kind", "folder"), [(CLIPVisionModel, TOWER), (LlamaForCausalLM, LLM)])
+@pytest.mark.parametrize(
+    ("kind", "folder"),
+    [(CLIPVisionModel, tower) for tower in TOWERS] + [(LlamaForCausalLM, llm) for llm in LLMS],
+)
 def test_every_tensor_is_found_and_used(kind, folder):
     model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
@@ -32,7 +36,8 @@ def test_every_tensor_is_found_and_used(kind, folder):
 
 @pytest.mark.parametrize(
     ("folder", "prefixes"),
-    [(TOWER, ("vision_model.",)), (LLM, ("model.", "lm_head."))],
+    [(tower, ("vision_model.",)) for tower in TOWERS]
+    + [(llm, ("model.", "lm_head.")) for llm in LLMS],
 )
 def test_names_on_disk_are_the_classic_ones(folder, prefixes):
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -42,12 +47,13 @@ def test_names_on_disk_are_the_classic_ones(folder, prefixes):
 
 
 def test_small_enough_for_a_repository():
-    assert sum(p.stat().st_size for p in BACKBONES.rglob("*") if p.is_file()) < 25e6
+    assert sum(p.stat().st_size for p in BACKBONES.rglob("*") if p.is_file()) < 30e6
 
 
-def test_shapes_that_llava_relies_on():
-    tower = json.loads((TOWER / "config.json").read_text())
-    llm = json.loads((LLM / "config.json").read_text())
+@pytest.mark.parametrize(("tower", "llm"), zip(TOWERS, LLMS, strict=True))
+def test_shapes_that_llava_relies_on(tower, llm):
+    tower = json.loads((tower / "config.json").read_text())
+    llm = json.loads((llm / "config.json").read_text())
     assert (tower["image_size"], tower["patch_size"]) == (64, 16)
     assert (tower["model_type"], llm["model_type"]) == ("clip_vision_model", "llama")
     assert llm["architectures"] == ["LlamaForCausalLM"]
@@ -59,6 +65,11 @@ def test_processor_only_normalises_a_picture_of_the_towers_size():
     assert pixels.shape == (1, 3, 64, 64)
     white = [(1 - m) / s for m, s in zip(processor.image_mean, processor.image_std, strict=True)]
     assert torch.allclose(pixels[0, :, 0, 0].double(), torch.tensor(white).double(), atol=1e-5)
+
+
+def test_both_pairs_have_the_same_tokenizer():
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (LLMS[1] / name).read_bytes() == (LLM / name).read_bytes()
 
 
 def test_tokenizer_is_llamas(tokenizer):
