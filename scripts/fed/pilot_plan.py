@@ -30,10 +30,8 @@ class PilotPlan(Plan):
         self.start = self.work / "start"  # a folder that gets its name when it is whole
 
     def score(self, row: Mapping) -> float:
-        """The held-out loss, mean over tasks: of the models of a task's own clients and of those of
-        the others, which count alike; with `choose: own` of the former alone."""
-        whose = ("own",) if self.methods[row["job"]["title"]].get("choose") else ("own", "others")
-        return statistics.mean(over_tasks(row, of, "loss") for of in whose)
+        """The held-out loss of the models of each task's own clients, the mean over tasks."""
+        return over_tasks(row, "own", "loss")
 
     def values(self, job: Job) -> dict:
         scenario = self.document["scenarios"][job.scenario]

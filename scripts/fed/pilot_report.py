@@ -94,11 +94,9 @@ state that the run keeps.
 {cost_table(found, [*found.methods, *found.variants])}
 ## How settings were chosen
 
-By the loss on the development part, the mean over tasks, of a task's own clients and of the others,
-which count alike (samples
+By the loss of each task's own clients on the development part, the mean over tasks (samples
 `{plan.document["development"]["part"]}`, scenario {" and ".join(plan.scenarios("development"))},
-seed {", ".join(map(str, plan.seeds("development")))}); local only by that of the own clients, as
-nothing else is claimed of it. The chosen ones are marked.
+seed {", ".join(map(str, plan.seeds("development")))}). The chosen ones are marked.
 
 {tuning_table(found, rows)}"""
     )
