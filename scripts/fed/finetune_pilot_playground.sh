@@ -50,9 +50,9 @@ fi
     --pretrain_mm_mlp_adapter $start/mm_projector.bin \
     --mm_projector_type pilot \
     --num_train_epochs 1 \
-    --per_device_train_batch_size 8 \
+    --per_device_train_batch_size 4 \
     --per_device_eval_batch_size 64 \
-    --learning_rate 4e-3 \
+    --learning_rate 2e-3 \
     --save_strategy no \
     --logging_steps 1 \
     --output_dir runs/pilot \

@@ -87,7 +87,7 @@ With the setting that {ours} has chosen, in scenario {" and ".join(ablated)}.
         text
         + f"""## What an exchange costs
 
-Thousands of numbers a client, as the runs have counted them (scenario {found.scenarios[0]}); one
+Thousands of numbers a client, as the runs have counted them; one
 number where all exchanges are alike, else one for each. Where nothing is exchanged there is still a
 state that the run keeps.
 

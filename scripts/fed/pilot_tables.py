@@ -142,8 +142,10 @@ def paired_table(found: PilotFound, others: Sequence[str]) -> str:
 
 def cost_table(found: PilotFound, titles: Sequence[str]) -> str:
     """Numbers a client and exchange, in thousands, as the runs have counted them; seconds a run."""
-    scenario, body = found.scenarios[0], []
+    body = []
     for title in titles:
+        places = {scenario for other, scenario, _ in found.cells if other == title}
+        scenario = next(s for s in found.scenarios if s in places)
         runs = [found.cells[title, scenario, seed] for seed in found.seeds(scenario)]
         seconds = f"{statistics.mean(row['seconds'] for row in runs):.0f}"
         rounds = runs[0]["parameters"]
