@@ -191,6 +191,12 @@ def test_pilot_on_two_ranks_with_zero_3_equals_one_process(flags, tiny, tmp_path
     fed_train(flags(**lora, gradient_accumulation_steps=2, output_dir=tmp_path / "one"))
     two = {"deepspeed": ROOT / "scripts" / "zero3.json", "use_cpu": True}
     on_two_ranks([("fed", flags(**lora, **two, output_dir=tmp_path / "two"))])
+    counts = [
+        [client["parameters"] for client in json.loads(line)["clients"].values()]
+        for run in ("one", "two")
+        for line in (tmp_path / run / "rounds.jsonl").read_text().splitlines()
+    ]
+    assert counts[:3] == counts[3:]
     for name in "ab":
         places = (
             tmp_path / "start",

@@ -174,14 +174,17 @@ class ResidentDriver:
         if self.own:
             self.own.keep(client.name, round)
         metrics["parameters"] = {
-            "trained": sum(p.numel() for p in self._trained()),
+            "trained": _trained_numbers(self.session.model),
             "received": _numbers(state) + _numbers(extras or {}),
             "sent": _numbers(update.state) + _numbers(update.extras),
         }
         return update
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.session.model.parameters() if p.requires_grad]
+
+def _trained_numbers(model: nn.Module) -> int:
+    """Of all ranks together: ZeRO-3 leaves next to nothing of a parameter on each."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
 
 
 def _numbers(state: State) -> int:
