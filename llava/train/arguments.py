@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import math
@@ -308,10 +307,9 @@ def _check_what_trains(
     """Refuse flags that contradict each other about what trains."""
     tunes_tower = model_args.unfreeze_mm_vision_tower
     if model_args.mm_projector_type != "pilot":
-        for own in dataclasses.fields(ModelArguments):
-            changed = getattr(model_args, own.name) != getattr(ModelArguments(), own.name)
-            if own.name.startswith("pilot_") and changed:
-                raise InputError(f"--{own.name} is for --mm_projector_type pilot")
+        for name, default in vars(ModelArguments()).items():
+            if name.startswith("pilot_") and getattr(model_args, name) != default:
+                raise InputError(f"--{name} is for --mm_projector_type pilot")
     if not model_args.vision_tower:
         if model_args.tune_mm_mlp_adapter:
             raise InputError(
