@@ -244,6 +244,7 @@ def test_the_study_itself_on_a_small_model(tiny, tmp_path):
     scenario = {"clients": str(tmp_path / "clients.yaml"), "heldout": "heldout"}
     one = {"scenarios": ["a"], "seeds": [31]}
     document["scenarios"] = {"a": scenario}
+    document["development"] |= {"scenarios": ["a"]}
     document["report"] |= one
     document["ablation"] |= one | {"variants": {"mean": {"weighting": "mean"}}}
     kept = {title: document["methods"][title] for title in ("FedAvg", "Pilot", "centralised")}
