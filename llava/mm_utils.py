@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 256 << 20
 """The largest picture that is taken from an address."""
+
+MOST_PIXELS = 64_000_000
+"""The largest picture that is taken from a request."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -79,9 +83,18 @@ def load_images(paths_or_urls: Sequence[str]) -> list[Image.Image]:
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The whole picture that a request carries; `InputError` when it is none."""
+    """The whole picture that a request carries.
+
+    `InputError` when it is none, or has over `MOST_PIXELS`, which its head tells before it is
+    decoded: a stranger's few kilobytes must not become gigabytes.
+    """
     try:
         picture = Image.open(io.BytesIO(base64.b64decode(image)))
+        if picture.width * picture.height > MOST_PIXELS:
+            raise InputError(
+                f"{picture.width} x {picture.height} pixels; "
+                f"at most {MOST_PIXELS // 10**6} million are taken"
+            )
         picture.load()
         return picture
     except Exception as error:
@@ -93,6 +106,8 @@ def _reason(error: Exception) -> str:
         return "no such file"
     if isinstance(error, UnidentifiedImageError):
         return "cannot identify it as a picture"
+    if isinstance(error, binascii.Error):
+        return "this is not base64"
     return str(error) or type(error).__name__
 
 

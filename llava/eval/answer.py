@@ -34,16 +34,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", help="cuda where there is one, else the CPU")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
+    parser.add_argument(
+        "--attn_implementation", help="sdpa (default), eager, flash_attention_2, flex_attention"
+    )
 
 
 @dataclasses.dataclass
 class Answerer:
-    """A model with its tokenizer, its image processor (None: text alone) and its name."""
+    """A model with its tokenizer, its image processor (None: text alone) and its name.
+
+    `context_length` is how many tokens it reads and writes at most.
+    """
 
     tokenizer: Any
     model: Any
     image_processor: Any
     name: str
+    context_length: int = 2048
 
     @classmethod
     def load(cls, args: argparse.Namespace) -> Answerer:
@@ -56,10 +63,13 @@ class Answerer:
 
         path = os.path.expanduser(args.model_path)
         name = get_model_name_from_path(path)
+        attention = getattr(args, "attn_implementation", None)
+        more = {"attn_implementation": attention} if attention else {}
         tokenizer, model, image_processor, _ = load_pretrained_model(
-            path, args.model_base, name, args.load_8bit, args.load_4bit, device=args.device
+            path, args.model_base, name, args.load_8bit, args.load_4bit, device=args.device, **more
         )
-        return cls(tokenizer, model, image_processor, name)
+        positions = getattr(model.config, "max_position_embeddings", None) or 2048
+        return cls(tokenizer, model, image_processor, name, positions)
 
     def template(
         self, asked: str | None, default: str | None = None, mmtag: bool = False

@@ -56,18 +56,16 @@ def _streamer(tokenizer, stop: str):
     """Print words as they come, up to the mark that ends the answer."""
     from transformers import TextStreamer
 
+    from llava.serve.generated import shown
+
     class UpToStop(TextStreamer):
-        text, shown = "", 0
+        text, printed = "", 0
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            end = self.text.find(stop)
-            if end < 0:  # what may be the beginning of the mark waits
-                end = len(self.text)
-                parts = (n for n in range(len(stop), 0, -1) if self.text.endswith(stop[:n]))
-                end -= 0 if stream_end else next(parts, 0)
-            print(self.text[self.shown : end], end="\n" if stream_end else "", flush=True)
-            self.shown = max(self.shown, end)
+            now = shown(self.text, stop, stream_end)
+            print(now[self.printed :], end="\n" if stream_end else "", flush=True)
+            self.printed = max(self.printed, len(now))
 
     return UpToStop(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
