@@ -1,0 +1,274 @@
+"""Many conversations on one model at once: continuous batching.
+
+One thread owns the model. In each step it takes in at most one waiting question (its prompt runs
+through the model by itself, and its cache joins the others', padded on the left), then makes one
+token for everybody. Who is finished, or has hung up, leaves before the next step. Questions are
+taken in as they came; who came while all rows were taken waits for the first that is free.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
+
+from llava.errors import InputError
+from llava.eval.answer import Answerer, Picture
+from llava.mm_utils import tokenizer_image_token
+from llava.serve.generated import Generated
+
+GREEDY_BELOW = 1e-3
+"""A temperature up to this takes the likeliest token, as upstream's worker does."""
+
+
+@dataclasses.dataclass(eq=False)
+class Question:
+    """A prompt on its way through the engine.
+
+    `tell` is called from the engine's thread: with the text so far whenever there is more of it,
+    at the end with None, or with the exception that ended it.
+    """
+
+    prompt: str
+    pictures: Sequence[Picture]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop: str
+    tell: Callable[[str | Exception | None], None]
+    cancelled: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A question that is being answered; `position` is that of its next token."""
+
+    question: Question
+    generated: Generated
+    position: int
+    left: int  # how many tokens it may still make
+
+
+class Engine:
+    """The thread that answers; `rows` questions at most are answered at the same time."""
+
+    def __init__(self, answerer: Answerer, rows: int):
+        if rows < 1:
+            raise InputError(f"--limit-model-concurrency {rows}: at least 1 is expected")
+        self.answerer, self.most = answerer, rows
+        self.rows: list[Row] = []
+        self._cache: DynamicCache | None = None
+        self._mask = torch.zeros(0, 0, dtype=torch.long)
+        self._next = torch.zeros(0, 1, dtype=torch.long)
+        self._waiting: collections.deque[Question] = collections.deque()
+        self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def length(self) -> int:
+        """How many questions are being answered or wait."""
+        return len(self.rows) + len(self._waiting)
+
+    def ask(self, question: Question) -> None:
+        """Put a question in the queue."""
+        with self._changed:
+            self._waiting.append(question)
+            self._changed.notify()
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run `function`, which uses the model, between two steps."""
+        future: Future = Future()
+        with self._changed:
+            self._calls.append((function, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Stop; who is not answered yet is told so."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    # -- the engine's thread ---------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._calls or self._waiting or self.rows):
+                    self._changed.wait()
+                if self._closed:
+                    break
+                call = self._calls.popleft() if self._calls else None
+                question = self._first() if len(self.rows) < self.most else None
+            if call is not None:
+                _run_call(*call)
+            if question is not None:
+                try:
+                    self._take_in(question)
+                except Exception as error:
+                    question.tell(error)
+            try:
+                self._step()
+            except Exception as error:  # out of memory, say: these are lost, the next are not
+                lost, self.rows, self._cache = self.rows, [], None
+                for row in lost:
+                    row.question.tell(error)
+        stopped = InputError("the worker was stopped")
+        for question in [row.question for row in self.rows] + list(self._waiting):
+            question.tell(stopped)
+
+    def _first(self) -> Question | None:
+        while self._waiting:
+            question = self._waiting.popleft()
+            if not question.cancelled:
+                return question
+        return None
+
+    def _take_in(self, question: Question) -> None:
+        """Run a prompt through the model, make its first token, and give it a row."""
+        model, tokenizer = self.answerer.model, self.answerer.tokenizer
+        ids = tokenizer_image_token(question.prompt, tokenizer, return_tensors="pt")[None]
+        embeds = embedded(self.answerer, ids, question.pictures)
+        length, context = embeds.shape[1], self.answerer.context_length
+        if length >= context:
+            raise InputError(
+                f"the conversation has {length} tokens, pictures included; this model reads "
+                f"{context}. Clear it and start anew, or ask for less at once"
+            )
+        mask = torch.ones(1, length, dtype=torch.long, device=embeds.device)
+        cache = DynamicCache()
+        logits = model(
+            inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+        left = min(question.max_new_tokens, context - length)
+        row = Row(
+            question, Generated(tokenizer, question.stop, ends_of(self.answerer)), length, left
+        )
+        token = choose(logits, [question])
+        if self._tell(row, int(token)):
+            return
+        if self.rows:
+            self._mask = join(self._cache, self._mask, cache, mask)
+            self._next = torch.cat([self._next, token[:, None]])
+        else:
+            self._cache, self._mask, self._next = cache, mask, token[:, None]
+        self.rows.append(row)
+
+    def _step(self) -> None:
+        """One more token for every row that goes on."""
+        self._keep([i for i, row in enumerate(self.rows) if not row.question.cancelled])
+        if not self.rows:
+            return
+        self._mask = torch.cat([self._mask, torch.ones_like(self._next)], 1)
+        positions = torch.tensor([[row.position] for row in self.rows], device=self._next.device)
+        logits = self.answerer.model(
+            input_ids=self._next,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits[:, -1]
+        tokens = choose(logits, [row.question for row in self.rows])
+        self._next = tokens[:, None]
+        going = []
+        for i, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
+            row.position += 1
+            if not self._tell(row, token):
+                going.append(i)
+        self._keep(going)
+
+    def _keep(self, kept: list[int]) -> None:
+        """Let all rows but these go."""
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in kept]
+        if not kept:
+            self._cache = None
+            return
+        index = torch.tensor(kept, device=self._next.device)
+        self._next, self._mask = self._next[index], self._mask[index]
+        start = int(self._mask.argmax(1).min())  # what is padding in all rows goes
+        self._mask = self._mask[:, start:]
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[index][:, :, start:]
+            layer.values = layer.values[index][:, :, start:]
+
+    def _tell(self, row: Row, token: int) -> bool:
+        """Add a token to a row's text and tell it; whether the answer ends with it."""
+        row.left -= 1
+        done = row.generated.add(token) or row.left == 0
+        text = row.generated.text(done)
+        if text is not None:
+            row.question.tell(text)
+        if done:
+            row.question.tell(None)
+        return done
+
+
+def embedded(answerer: Answerer, ids: torch.Tensor, pictures: Sequence[Picture]) -> torch.Tensor:
+    """(1, length, hidden) embeddings of ids (1, n) with pictures in the places of image tokens."""
+    from llava.mm_utils import stack_same
+
+    model = answerer.model
+    ids = ids.to(model.device)
+    if not pictures:
+        return model.get_input_embeddings()(ids)
+    pixels = stack_same([p.to(model.device, model.dtype) for p, _ in pictures])
+    sizes = [size for _, size in pictures]
+    prepared = model.prepare_inputs_labels_for_multimodal(
+        ids, None, None, None, None, pixels, sizes
+    )
+    return prepared[4]
+
+
+def choose(logits: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
+    """The next token of each row, (rows,), by its own temperature and top-p."""
+    tokens = logits.argmax(-1)
+    for i, question in enumerate(questions):
+        if question.temperature > GREEDY_BELOW:
+            scores = TemperatureLogitsWarper(question.temperature)(None, logits[i : i + 1].float())
+            if question.top_p < 1:
+                scores = TopPLogitsWarper(question.top_p)(None, scores)
+            tokens[i] = torch.multinomial(scores.softmax(-1), 1)[0, 0]
+    return tokens
+
+
+def join(cache: DynamicCache, mask, other: DynamicCache, other_mask) -> torch.Tensor:
+    """Add the rows of `other` to `cache`; shorter ones are padded on the left. Returns the mask."""
+    length = max(mask.shape[1], other_mask.shape[1])
+
+    def pad(tensor, dim):
+        missing = length - tensor.shape[dim]
+        spare = tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])
+        return torch.cat([spare, tensor], dim)
+
+    for layer, more in zip(cache.layers, other.layers, strict=True):
+        layer.keys = torch.cat([pad(layer.keys, 2), pad(more.keys, 2)])
+        layer.values = torch.cat([pad(layer.values, 2), pad(more.values, 2)])
+    return torch.cat([pad(mask, 1), pad(other_mask, 1)])
+
+
+def ends_of(answerer: Answerer) -> set[int]:
+    """The tokens that end an answer."""
+    configured = answerer.model.generation_config.eos_token_id
+    found = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*found, answerer.tokenizer.eos_token_id] if token is not None}
+
+
+def _run_call(function: Callable[[], Any], future: Future) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)

@@ -1,0 +1,158 @@
+"""A worker: one model that answers over HTTP, many conversations at once.
+
+python -m llava.serve.model_worker --model-path … --controller-address http://localhost:21001
+
+It registers with its controller and tells it every 15 seconds that it lives. Up to
+`--limit-model-concurrency` questions are answered in one batch, more wait in their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from llava.errors import InputError, one_clear_error
+from llava.eval.answer import Answerer, Picture, add_model_flags, conv_mode_of, end_mark
+from llava.serve import wire
+
+if TYPE_CHECKING:
+    from llava.serve.engine import Engine
+
+
+class ModelBackend:
+    """A loaded model behind the wire format."""
+
+    def __init__(self, answerer: Answerer, engine: Engine, runs: str | None = None):
+        self.answerer, self.engine, self.runs = answerer, engine, runs
+        self.template = answerer.template(None, conv_mode_of(answerer.name))
+        config = answerer.model.config
+        self.mode = getattr(config, "conversation_template", None) or conv_mode_of(answerer.name)
+
+    def status(self) -> dict[str, Any]:
+        """Upstream's three values, and what a page needs to make this model's prompts."""
+        return {
+            "model_names": [self.answerer.name],
+            "speed": 1,
+            "queue_length": self.engine.length,
+            "template": self.mode,
+            "multimodal": self.answerer.image_processor is not None,
+            "image_token": self.answerer.with_pictures("", 1).strip(),
+            "context_length": self.answerer.context_length,
+            "runs": self.runs,
+        }
+
+    async def stream(self, request: wire.Request) -> AsyncIterator[str]:
+        """The answer so far, whenever there is more of it."""
+        from llava.serve.engine import Question
+
+        pictures = await asyncio.to_thread(self._pictures, request.images)
+        loop, told = asyncio.get_running_loop(), asyncio.Queue()
+        question = Question(
+            request.prompt,
+            pictures,
+            request.temperature,
+            request.top_p,
+            request.max_new_tokens,
+            request.stop or end_mark(self.template),
+            lambda news: loop.call_soon_threadsafe(told.put_nowait, news),
+        )
+        self.engine.ask(question)
+        try:
+            while (news := await told.get()) is not None:
+                if isinstance(news, Exception):
+                    raise news
+                yield news
+        finally:
+            question.cancelled = True  # no more to say, or nobody listens
+
+    async def attention(self, body: Any) -> dict[str, Any]:
+        """How much an answer's tokens attended to the places of each picture."""
+        from llava.serve.attention import grids
+
+        request = wire.read_request(body)
+        answer = body.get("answer")
+        if not isinstance(answer, str) or not answer.strip() or answer not in request.prompt:
+            raise InputError("answer: the text of the prompt's last answer is expected")
+        if not request.images:
+            raise InputError("there is no picture in this conversation")
+        pictures = await asyncio.to_thread(self._pictures, request.images)
+        head, _, _ = request.prompt.rpartition(answer)
+        found = await asyncio.wrap_future(
+            self.engine.call(lambda: grids(self.answerer, head, answer, pictures))
+        )
+        cropped = getattr(self.answerer.model.config, "image_aspect_ratio", None) == "square"
+        return {"grids": found, "fit": "crop" if cropped else "pad", "error_code": 0}
+
+    def _pictures(self, images: tuple[str, ...]) -> list[Picture]:
+        from llava.mm_utils import load_image_from_base64
+
+        return [
+            self.answerer.picture(load_image_from_base64(image).convert("RGB")) for image in images
+        ]
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Upstream's flags, and `--attn_implementation`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--model-name", help="the name to serve under, else the folder's")
+    add_worker_flags(parser)
+    parser.add_argument("--use-flash-attn", action="store_true")
+    return parser.parse_args(argv)
+
+
+def add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that all workers share; those of upstream that say nothing here are taken too."""
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=21002)
+    parser.add_argument("--worker-address", help="where others reach it, else host and port")
+    parser.add_argument("--controller-address", default="http://localhost:21001")
+    parser.add_argument("--limit-model-concurrency", type=int, default=5, help="rows of a batch")
+    parser.add_argument("--no-register", action="store_true", help="serve without a controller")
+    parser.add_argument("--multi-modal", action="store_true", help="upstream's; told by the model")
+    parser.add_argument("--stream-interval", type=int, default=1, help="upstream's; always 1 here")
+
+
+def address_of(args: argparse.Namespace) -> str:
+    """Where a worker or controller with these flags is reached."""
+    return getattr(args, "worker_address", None) or f"http://{args.host}:{args.port}"
+
+
+def run_folder(model_path: str) -> str | None:
+    """The federated run that a model lies in or under, if it does."""
+    from pathlib import Path
+
+    folder = Path(model_path).expanduser().absolute()
+    for place in (folder, *list(folder.parents)[:2]):
+        if (place / "rounds.jsonl").is_file() or (place / "merge.json").is_file():
+            return str(place)
+    return None
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load the model and serve it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args.conv_mode = None
+    if args.use_flash_attn:
+        args.attn_implementation = args.attn_implementation or "flash_attention_2"
+    answerer = Answerer.load(args)
+    answerer.name = args.model_name or answerer.name
+    from llava.serve.engine import Engine
+    from llava.serve.registration import Registration
+    from llava.serve.web import serve
+    from llava.serve.worker_app import worker_app
+
+    backend = ModelBackend(
+        answerer, Engine(answerer, args.limit_model_concurrency), run_folder(args.model_path)
+    )
+    if not args.no_register:
+        Registration(args.controller_address, address_of(args), backend.status).start()
+    serve(worker_app(backend), args)
+
+
+if __name__ == "__main__":
+    with one_clear_error():
+        main(arguments())

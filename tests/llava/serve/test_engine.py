@@ -1,0 +1,199 @@
+"""Continuous batching on a real small model: the same answers as one by one, in a fair order."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from PIL import Image
+
+from llava.conversation import get_template
+from llava.errors import InputError
+from llava.eval.answer import generation_options, single_turn
+from llava.serve.engine import Engine, Question
+from llava.serve.generated import Generated, shown
+
+TEXTS = ("What is this?", "Name it.", "What colours does the picture show, and where?", "Why?")
+
+
+class Listener:
+    """Gathers what the engine tells, and waits for the end."""
+
+    def __init__(self, order: list | None = None, name=None):
+        self.news: list = []
+        self.ended, self.began = threading.Event(), threading.Event()
+        self.order, self.name = order, name
+
+    def __call__(self, news) -> None:
+        self.began.set()
+        if news is None or isinstance(news, Exception):
+            if self.order is not None:
+                self.order.append(self.name)
+            self.ended.set()
+        if news is not None:
+            self.news.append(news)
+
+    def answer(self):
+        assert self.ended.wait(60), "no end was told"
+        return self.news[-1] if self.news else ""
+
+
+@pytest.fixture
+def engine(answerer):
+    engine = Engine(answerer, 3)
+    yield engine
+    engine.close()
+
+
+def asked(answerer, pictures, text: str, tell, shot: int | None = 0, **more) -> Question:
+    images = [] if shot is None else [answerer.picture(Image.open(pictures / f"{shot}.png"))]
+    text = "<image>\n" * len(images) + text
+    options = {"temperature": 0, "top_p": 1.0, "max_new_tokens": 12, "stop": "###"} | more
+    prompt = single_turn(get_template("llava_v0"), text)
+    return Question(prompt, images, tell=tell, **options)
+
+
+def test_many_at_once_answer_as_each_does_alone(engine, answerer, pictures):
+    listeners, expected = [], []
+    for i in range(10):  # of different lengths, with and without a picture, over three rows
+        listeners.append(Listener())
+        question = asked(
+            answerer, pictures, TEXTS[i % 4], listeners[-1], shot=None if i == 4 else i % 7,
+            max_new_tokens=3 + 2 * i,
+        )  # fmt: skip
+        options = generation_options(0, question.max_new_tokens)
+        expected += answerer.answer([question.prompt], [question.pictures], "###", options)
+        engine.ask(question)
+    assert [listener.answer() for listener in listeners] == expected
+    assert len(set(expected)) > 3 and engine.length == 0
+    clean = [listener.news for listener in listeners if "\ufffd" not in "".join(listener.news)]
+    assert len(clean) > 2  # noise may make bytes that are no text, which change what was before
+    for texts in clean:  # every piece is the beginning of the next
+        assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+
+
+def test_who_came_first_is_taken_first(engine, answerer, pictures):
+    order: list[int] = []
+    listeners = [Listener(order, i) for i in range(9)]
+    held = threading.Event()
+    engine.call(held.wait)  # all are there before the first is taken
+    for listener in listeners:
+        engine.ask(asked(answerer, pictures, "Why?", listener, max_new_tokens=8))
+    held.set()
+    for listener in listeners:
+        listener.answer()
+    assert order == list(range(9))
+
+
+def test_who_hangs_up_makes_room_at_once(engine, answerer, pictures, monkeypatch):
+    monkeypatch.setattr("llava.serve.engine.ends_of", lambda answerer: set())
+    order: list[str] = []
+    began, held = threading.Event(), threading.Event()
+
+    def hold(news):
+        began.set()
+        held.wait(30)
+
+    more = {"temperature": 5.0, "stop": "", "max_new_tokens": 150}
+    tells = [Listener(order, "long"), Listener(order, "cancelled"), hold]
+    questions = [asked(answerer, pictures, TEXTS[0], tell, **more) for tell in tells]
+    for question in questions:
+        engine.ask(question)
+    assert began.wait(30)  # the three rows are taken
+    waiting, gone = Listener(order, "waiting"), Listener(order, "gone")
+    left = asked(answerer, pictures, TEXTS[1], gone)
+    engine.ask(left)
+    engine.ask(asked(answerer, pictures, TEXTS[1], waiting))
+    left.cancelled = questions[1].cancelled = True
+    held.set()
+    waiting.answer()
+    tells[0].answer()
+    assert order == ["waiting", "long"]
+
+
+def test_one_questions_trouble_is_its_own(engine, answerer, pictures):
+    good, bad, mismatched = Listener(), Listener(), Listener()
+    engine.ask(asked(answerer, pictures, TEXTS[0], good, max_new_tokens=30, stop=""))
+    engine.ask(asked(answerer, pictures, "word " * 300, bad))
+    question = asked(answerer, pictures, TEXTS[0], mismatched)
+    question.prompt = question.prompt.replace("<image>", "<image> <image>")
+    engine.ask(question)
+    assert isinstance(bad.answer(), InputError) and "this model reads 256" in str(bad.answer())
+    assert isinstance(mismatched.answer(), InputError)
+    assert isinstance(good.answer(), str)
+
+
+def test_a_failing_step_loses_its_rows_and_no_more(engine, answerer, pictures, monkeypatch):
+    first, second = Listener(), Listener()
+    forward, failed = answerer.model.forward, []
+
+    def fails(*args, **kwargs):
+        if kwargs.get("position_ids") is not None and not failed:
+            failed.append(True)
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", fails)
+    engine.ask(asked(answerer, pictures, TEXTS[0], first))
+    assert str(first.answer()) == "out of memory"
+    engine.ask(asked(answerer, pictures, TEXTS[0], second))
+    assert isinstance(second.answer(), str) and engine.length == 0
+
+
+def test_an_answer_ends_where_the_context_does(engine, answerer, pictures):
+    listener = Listener()
+    engine.ask(
+        asked(answerer, pictures, TEXTS[0], listener, stop="", max_new_tokens=1000, temperature=9.0)
+    )
+    assert isinstance(listener.answer(), str)
+
+
+def test_sampling_follows_temperature_and_top_p(answerer):
+    import torch
+
+    from llava.serve.engine import choose
+
+    def question(temperature, top_p):
+        return Question("", (), temperature, top_p, 1, "", lambda news: None)
+
+    torch.manual_seed(0)
+    logits = torch.tensor([[3.0, 2.0, -5.0]] * 4)
+    kinds = [question(0, 1), question(1.0, 1.0), question(1.0, 0.5), question(100.0, 1.0)]
+    drawn = torch.stack([choose(logits, kinds) for _ in range(600)])
+    shares = [(drawn[:, i] == torch.arange(3)[:, None]).float().mean(1) for i in range(4)]
+    assert shares[0].tolist() == [1, 0, 0] and shares[2].tolist() == [1, 0, 0]
+    torch.testing.assert_close(shares[1], logits[0].softmax(0), atol=0.06, rtol=0)
+    assert shares[3].min() > 0.25
+
+
+def test_a_stopped_engine_says_so(answerer, pictures):
+    engine, listener = Engine(answerer, 1), Listener()
+    held = threading.Event()
+    engine.call(lambda: held.wait(30))
+    engine.ask(asked(answerer, pictures, TEXTS[0], listener))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while not engine._closed:
+        pass
+    held.set()
+    closing.join()
+    assert "stopped" in str(listener.answer())
+    with pytest.raises(InputError, match="--limit-model-concurrency 0"):
+        Engine(answerer, 0)
+
+
+def test_what_may_begin_the_end_mark_waits():
+    assert shown("cat #", "###", False) == "cat "
+    assert shown("cat #", "###", True) == "cat #"
+    assert shown("cat ### USER", "###", False) == "cat "
+    assert shown("cat", "", False) == "cat"
+
+
+def test_half_a_character_waits(answerer):
+    ids = answerer.tokenizer("é☃", add_special_tokens=False).input_ids
+    generated, told = Generated(answerer.tokenizer, "###", {2}), []
+    for token in ids:
+        assert not generated.add(token)
+        told.append(generated.text(False))
+    assert generated.add(2) and "\ufffd" not in "".join(t or "" for t in told)
+    assert (generated.text(True) or told[-1]) == "é☃"
