@@ -47,6 +47,18 @@ def quantization(
     return {"quantization_config": config, "device_map": device_map}
 
 
+def keep_trainable(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers in the form that gradients pass through.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a layer when it is run in eval mode, for good, and
+    the repacked one hands back no gradient: training would go on after an evaluation and learn
+    nothing, without a word.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
 def check_4bit_on_cpu(model: torch.nn.Module) -> None:
     """`InputError` for a layer that the CPU's 4-bit kernels of inference do not take."""
     for name, module in model.named_modules():

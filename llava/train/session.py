@@ -29,7 +29,7 @@ from llava.model.lora import NON_LORA_FILE, add_lora, attach_lora, load_non_lora
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.multimodal_projector.pilot import EXTRA, PilotSettings
-from llava.model.quantize import quantization
+from llava.model.quantize import keep_trainable, quantization
 from llava.state import load
 from llava.tiling import default_resolutions
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -77,6 +77,7 @@ def load_session(
             training_args.double_quant,
         ),
     )
+    keep_trainable(model)
     model.config.use_cache = False
     tokenizer = _training_tokenizer(model_args, training_args, model)
     data_args.version = model_args.version

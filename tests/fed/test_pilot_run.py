@@ -21,6 +21,7 @@ from llava.model import convert
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import load_projector
 
+from ..conftest import make_llm
 from .test_train import Stop, stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -274,3 +275,24 @@ def tool(script: str, **options) -> None:
     words = [word for name, value in options.items()
              for word in ("--" + name.replace("_", "-"), str(value))]  # fmt: skip
     subprocess.run([sys.executable, script, *words], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora_learns_beside_quantised_weights_after_an_evaluation_too(pilot, tiny, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    llm = tmp_path / "llm"  # of a width that bitsandbytes could repack
+    make_llm(llm, hidden_size=64)
+    out, unmeasured = tmp_path / "measured", tmp_path / "unmeasured"
+    common = {"model_name_or_path": llm, "fed_rounds": 1, "bits": bits}
+    pilot(out, **common, fed_eval_data_path=tiny / "heldout.json", fed_eval_every=1)
+    pilot(unmeasured, **common)
+    drift = load_file(out / "clients/a/adapter_model.safetensors")
+    assert any(t.abs().max() > 0 for n, t in drift.items() if "lora_B" in n)
+    for name, tensor in load_file(unmeasured / "clients/a/adapter_model.safetensors").items():
+        torch.testing.assert_close(drift[name], tensor, rtol=0, atol=0)
+    model = load_pretrained_model(
+        str(out / "clients/a"), str(llm), "a", device="cpu", **{f"load_{bits}bit": True}
+    )[1]
+    kinds = {p.dtype for n, p in model.named_parameters() if "q_proj" in n and "lora" not in n}
+    assert kinds == {torch.uint8 if bits == 4 else torch.int8}
+    assert {p.dtype for n, p in model.named_parameters() if "mm_projector" in n} == {torch.float32}
