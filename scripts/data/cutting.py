@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import keys
 import numpy as np
@@ -39,12 +39,16 @@ class Cut:
         clients: their names.
         column: the key that they differ in.
         domains: by number of the key, the domain that a sample held out is counted to.
+        tasks: the task of each client, where clients have tasks.
+        dropped: why samples without a fault are in no client → how many; empty: they are rare.
     """
 
     owner: np.ndarray
     clients: list[str]
     column: Column
     domains: list[str]
+    tasks: list[str] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 def survey(source: Source, wanted: Sequence[str], styles: Sequence[Style]) -> list[Column]:

@@ -1,8 +1,9 @@
-"""Federated clients out of one data set: by source, by cluster, by caption style, by Dirichlet.
+"""Federated clients out of one data set: by source, cluster, caption style, Dirichlet or task.
 
     python scripts/data/make_clients.py SHAPE --input DATA --output FOLDER …
 
-scripts/data/README.md has the commands for LLaVA-Pretrain and CC12M, and says what they cost.
+scripts/data/README.md has the commands for LLaVA-Pretrain, CC12M and LLaVA's mix665k, and says what
+they cost.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llava.errors import InputError, one_clear_error
 if TYPE_CHECKING:
     import numpy as np
     from cutting import Column, Cut
+    from mix665k import Mix
     from samples import Sample, Source
 
 SHAPES = {
@@ -28,7 +30,13 @@ SHAPES = {
     "cluster": "a client for each cluster of pictures",
     "style": "a client for each style of captions",
     "dirichlet": "clients that mix a key's values, more or less unlike each other",
+    "task": "clients of LLaVA's mix665k with a task each, all of one size",
 }
+COUNTS = (
+    *("clients", "minimum_size", "clusters", "fit_samples", "batch_size"),
+    *("clients_per_task", "samples"),
+)
+"""Flags that are 1 or more."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,17 +48,24 @@ def parser() -> argparse.ArgumentParser:
         add("--input", nargs="+", required=True, help="a LLaVA JSON, or tars: a-{000..123}.tar")
         add("--output", required=True, type=Path, help="a folder that is new or empty")
         add("--image-folder", help="JSON: where the pictures lie")
-        add("--meta", help="JSON: a list of objects with the same ids, whose keys are used too")
-        add("--caption", default="txt", help="tars: the field that is the caption (txt)")
-        add("--question", default="Describe the picture.", help="tars: what the human asks")
         add(
             "--skip-bad",
             action="store_true",
             help="JSON: leave out records without picture, key or style",
         )
         add("--decode", action="store_true", help="decode each picture to find broken ones; slow")
-        add("--heldout", type=float, default=0, help="share (below 1) or number held out")
+        each = " of each task" if name == "task" else ""
+        add("--heldout", type=float, default=0, help=f"share (below 1) or number held out{each}")
         add("--seed", type=int, default=0)
+        if name == "task":
+            add("--tasks", nargs="+", required=True, help="which, as scripts/data/README.md has it")
+            add("--clients-per-task", type=int, default=3)
+            add("--samples", type=int, help="of each client; else as many as the tasks allow")
+            one.set_defaults(styles=[], key=["task", "picture"])
+            continue
+        add("--meta", help="JSON: a list of objects with the same ids, whose keys are used too")
+        add("--caption", default="txt", help="tars: the field that is the caption (txt)")
+        add("--question", default="Describe the picture.", help="tars: what the human asks")
         add(
             "--styles",
             nargs="+",
@@ -116,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if dealt:
             named["style"] = dealt
-        cut = _cut(args, cutting.product([named[key] for key in wanted]))
+        cut = _cut(args, source, [named[key] for key in wanted])
 
         def record_of(number: int, sample: Sample) -> dict:
             return restyle(sample, styles[dealt.codes[number]]) if dealt else sample.record
@@ -140,13 +155,16 @@ def _check(args: argparse.Namespace, wanted: list[str]) -> None:
         flag = f"--{name.replace('_', '-')}"
         if name in ("alpha", "size_alpha") and value is not None and not 0 < value < math.inf:
             raise InputError(f"{flag} {value}: a number over 0 is expected")
-        counts = ("clients", "minimum_size", "clusters", "fit_samples", "batch_size")
-        if name in counts and value is not None and value < 1:
+        if name in COUNTS and value is not None and value < 1:
             raise InputError(f"{flag} {value}: 1 or more is expected")
     if not 0 <= args.heldout < 1 and not (args.heldout >= 1 and args.heldout.is_integer()):
         raise InputError(
             f"--heldout {args.heldout}: a share below 1, or a whole number, is expected"
         )
+    if args.shape == "task":
+        from mix665k import check_tasks
+
+        check_tasks(args.tasks)
     if len(set(wanted)) < len(wanted):
         raise InputError("--key: the same key twice")
     if getattr(args, "tower", None):
@@ -170,15 +188,21 @@ def open_source(args: argparse.Namespace) -> Source:
 
     paths = expand(args.input)
     tars = [path.endswith(".tar") for path in paths]
-    if all(tars):
+    if all(tars) and args.shape != "task":
         for flag in ("image_folder", "meta"):
             if getattr(args, flag):
                 raise InputError(f"--{flag.replace('_', '-')} is for a JSON, not for tar files")
         return Shards(paths, args.caption, args.question, args.decode)
-    if len(paths) > 1:
+    if len(paths) > 1 or any(tars):
+        if args.shape == "task":
+            raise InputError("--input: one JSON is expected, the mix of LLaVA 1.5")
         raise InputError("--input: one JSON, or files that end in .tar, are expected")
     if not args.image_folder:
         raise InputError("--image-folder is missing: where the pictures of the JSON lie")
+    if args.shape == "task":
+        from mix665k import Mix
+
+        return Mix(paths[0], args.image_folder, args.tasks, args.skip_bad, args.decode)
     return LlavaJson(paths[0], args.image_folder, args.meta, args.skip_bad, args.decode)
 
 
@@ -206,9 +230,15 @@ class Clusters:
         return assign(self.encoder, source, used, centroids)
 
 
-def _cut(args: argparse.Namespace, column: Column) -> Cut:
+def _cut(args: argparse.Namespace, source: Source | Mix, columns: list[Column]) -> Cut:
     import cutting
 
+    if args.shape == "task":
+        from shares import by_task
+
+        shares = (args.tasks, args.clients_per_task, args.samples)
+        return by_task(*columns, source.counts, *shares, args.heldout, args.seed)
+    column = cutting.product(columns)
     held = cutting.hold_out(column.codes >= 0, args.heldout, args.seed)
     if args.shape == "dirichlet":
         sizes = (args.size_alpha, args.minimum_size)

@@ -85,13 +85,14 @@ class LlavaJson:
     def read(self, check: bool) -> Iterator[Sample | None]:
         for index, record in enumerate(stream_json(self.path)):
             sample = self._sample(index, record)
-            pictures = sample.pictures() if check else []
+            pictures = sample.pictures() if sample and check else []
             fault = next(filter(None, (check_picture(p, self._decode) for p in pictures)), None)
             if fault:
                 self.left_out.add(sample.name, fault)
             yield None if fault else sample
 
-    def _sample(self, index: int, record: Any) -> Sample:
+    def _sample(self, index: int, record: Any) -> Sample | None:
+        """The sample; None (a subclass's) if the record is passed over. Malformed: `InputError`."""
         name = f"{self.path}: record {index}"
         if not isinstance(record, dict):
             raise InputError(f"{name} is not an object but {record!r:.80}")

@@ -98,12 +98,14 @@ def _write_picture(path: Path, sample: Sample) -> None:
 def clients_yaml(header: str, cut: Cut, image_folder: str | None, output: Path) -> str:
     """The text of clients.yaml; `header` becomes its comment."""
     entries = []
-    for name in cut.clients:
+    for number, name in enumerate(cut.clients):
         images = f"{name}/images"
         if image_folder is not None:
             # Real paths, for ".." out of a linked folder leads elsewhere.
             images = os.path.relpath(os.path.realpath(image_folder), os.path.realpath(output))
-        entries.append({"name": name, "data_path": f"{name}/captions.json", "image_folder": images})
+        task = {"task": cut.tasks[number]} if cut.tasks else {}
+        data = {"data_path": f"{name}/captions.json", "image_folder": images}
+        entries.append({"name": name, **task, **data})
     body = yaml.safe_dump({"clients": entries}, sort_keys=False, allow_unicode=True, width=1000)
     return comment(header) + body
 
@@ -125,9 +127,10 @@ def report(header: str, cut: Cut, left_out: LeftOut) -> str:
         size = int(counts.sum())
         share = f"{size / total:.1%}" if number >= 0 else ""
         lines.append(f"| {name} | {size} | {share} | {_main_keys(counts, cut.column.names)} |")
-    dropped = int((cut.owner == LEFT_OUT).sum()) - left_out.count
-    if dropped:
-        lines += ["", f"Dropped as rare: {dropped} samples."]
+    rare = int((cut.owner == LEFT_OUT).sum()) - left_out.count
+    for why, count in (cut.dropped or {"as rare": rare}).items():
+        if count:
+            lines += ["", f"Dropped {why}: {count} samples."]
     if left_out.count:
         lines += ["", f"Left out for a fault: {left_out.count} samples."]
         lines += [f"- {name}" for name in left_out.names]

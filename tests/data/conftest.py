@@ -23,3 +23,10 @@ def cc12m(tmp_path_factory) -> Path:
     from small import make_shards
 
     return make_shards(tmp_path_factory.mktemp("data") / "cc12m")
+
+
+@pytest.fixture(scope="session")
+def mix(tmp_path_factory) -> Path:
+    from small import make_mix
+
+    return make_mix(tmp_path_factory.mktemp("data") / "mix")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -69,4 +70,49 @@ def make_shards(folder: Path, shards: int = 2, samples: int = 30) -> Path:
                 add(tar, f"{key}.jpg", picture(number))
                 add(tar, f"{key}.json", json.dumps(fields))
                 add(tar, f"{key}.txt", caption)
+    return folder
+
+
+REGION = "Please provide a short description for this region: [0.1, 0.2, 0.5, 0.6]."
+BOX = "Please provide the bounding box coordinate of the region this sentence describes: the dog."
+WORD = "\nAnswer the question using a single word or phrase."
+LETTER = "\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+MIX = {
+    "gqa": (12, "gqa/images/23{:02d}.jpg", f"Is it red?{WORD}"),
+    "ocr-vqa": (13, "ocr_vqa/images/{:09d}.jpg", f"Who wrote this book?{WORD}"),
+    "textcaps": (
+        *(9, "textvqa/train_images/{:04x}.jpg"),
+        "Provide a one-sentence caption for the provided image.\nReference OCR token: ON, OFF",
+    ),
+    "vg": (12, "vg/VG_100K_2/23{:02d}.jpg", REGION),
+    "refcoco": (18, "coco/train2017/{:012d}.jpg", BOX),
+    "a-okvqa": (8, "coco/train2017/{:012d}.jpg", f"Which colour is it?{LETTER}"),
+    "vqa": (16, "coco/train2017/{:012d}.jpg", f"What is it?{WORD}"),
+    "coco-detail": (14, "coco/train2017/{:012d}.jpg", "What is this photo about'?"),
+    "llava-instruct": (7, "coco/train2017/{:012d}.jpg", "Why might it be red?"),
+    "text": (5, None, "Tell a joke."),
+    "other": (2, "textvqa/train_images/{:04x}.jpg", f"What does it say?{WORD}"),
+}
+"""Task → records, picture, first question. In coco/ the pictures 0 to 17 are in several tasks."""
+
+
+def make_mix(folder: Path) -> Path:
+    """LLaVA's mix665k: its JSON in no order, and the pictures of its folders."""
+    records = []
+    for task, (count, image, question) in MIX.items():
+        for i in range(count):
+            asked = (f"<image>\n{question}", f"{question}\n<image>")[i % 2] if image else question
+            turns = [("human", asked), ("gpt", f"{task} {i}")]
+            if task in ("gqa", "ocr-vqa", "vqa"):
+                turns += [("human", "And what else?"), ("gpt", "nothing")]
+            conversations = [{"from": who, "value": text} for who, text in turns]
+            record = {"id": f"{task}-{i}", "conversations": conversations}
+            if image:  # two boxes of one picture
+                name = image.format(i // 2 if task == "refcoco" else i)
+                record["image"] = name
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(picture(i))
+            records.append(record)
+    random.Random(0).shuffle(records)
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(records))
     return folder
