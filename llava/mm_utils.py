@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import StoppingCriteria
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX, MOST_PIXELS
 from llava.errors import InputError
 
 # Upstream has these here too.
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 256 << 20
 """The largest picture that is taken from an address."""
-
-MOST_PIXELS = 64_000_000
-"""The largest picture that is taken from a request."""
 
 
 def open_image(path: str | Path) -> Image.Image:

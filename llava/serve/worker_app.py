@@ -32,9 +32,12 @@ def worker_app(backend: Backend):
         try:
             request = wire.read_request(wire.read_json(body))
             _check_model(request, backend.status()["model_names"])
+            text = None
             async with contextlib.aclosing(backend.stream(request)) as texts:
                 async for text in texts:
                     yield wire.chunk(request.prompt + text)
+            if text is None:  # an empty answer is an answer, too
+                yield wire.chunk(request.prompt)
         except InputError as error:
             yield wire.chunk(str(error), wire.ERROR_MODEL)
         except Exception as error:  # one question's trouble is its own

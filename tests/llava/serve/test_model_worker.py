@@ -68,6 +68,13 @@ def test_without_a_stop_the_models_own_mark_ends_it(worker, answerer, pictures, 
     )
 
 
+def test_an_empty_answer_is_an_answer(worker, answerer, shots, monkeypatch):
+    every = set(range(answerer.model.config.vocab_size))
+    monkeypatch.setattr("llava.serve.engine.ends_of", lambda answerer: every)
+    body = question("Say nothing.", shots[:1])
+    assert answers(worker, body) == [{"text": body["prompt"], "error_code": 0}]
+
+
 def test_sixteen_users_at_once_lose_nothing(worker, backend, answerer, pictures, shots):
     bodies = [question(f"What is this, {i}?", shots[i % 7 : i % 7 + 1]) for i in range(16)]
     with ThreadPoolExecutor(16) as pool:
