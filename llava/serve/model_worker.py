@@ -14,6 +14,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import Answerer, Picture, add_model_flags, conv_mode_of, end_mark
 from llava.serve import wire
@@ -39,7 +40,6 @@ class ModelBackend:
             "queue_length": self.engine.length,
             "template": self.mode,
             "multimodal": self.answerer.image_processor is not None,
-            "image_token": self.answerer.with_pictures("", 1).strip(),
             "context_length": self.answerer.context_length,
             "runs": self.runs,
         }
@@ -51,7 +51,7 @@ class ModelBackend:
         pictures = await asyncio.to_thread(self._pictures, request.images)
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
         question = Question(
-            request.prompt,
+            self._marked(request.prompt),
             pictures,
             request.temperature,
             request.top_p,
@@ -79,12 +79,19 @@ class ModelBackend:
         if not request.images:
             raise InputError("there is no picture in this conversation")
         pictures = await asyncio.to_thread(self._pictures, request.images)
-        head, _, _ = request.prompt.rpartition(answer)
+        head, _, _ = self._marked(request.prompt).rpartition(answer)
         found = await asyncio.wrap_future(
             self.engine.call(lambda: grids(self.answerer, head, answer, pictures))
         )
         cropped = getattr(self.answerer.model.config, "image_aspect_ratio", None) == "square"
         return {"grids": found, "fit": "crop" if cropped else "pad", "error_code": 0}
+
+    def _marked(self, prompt: str) -> str:
+        """The prompt with the tokens around pictures that some models learnt; pages send none."""
+        if not getattr(self.answerer.model.config, "mm_use_im_start_end", False):
+            return prompt
+        whole = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        return prompt if whole in prompt else prompt.replace(DEFAULT_IMAGE_TOKEN, whole)
 
     def _pictures(self, images: tuple[str, ...]) -> list[Picture]:
         from llava.mm_utils import load_image_from_base64

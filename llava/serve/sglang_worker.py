@@ -59,7 +59,6 @@ class OpenAIBackend:
             "queue_length": self._asked,
             "template": self.mode,
             "multimodal": True,  # a server that takes no pictures says so itself
-            "image_token": "<image>",
             "runs": None,
         }
         return status | ({"context_length": self.context_length} if self.context_length else {})

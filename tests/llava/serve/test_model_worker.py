@@ -46,7 +46,7 @@ def test_the_status_is_upstreams_and_says_how_to_ask(worker):
     assert {n: status[n] for n in ("model_names", "speed", "queue_length")} == {
         "model_names": ["tiny-llava"], "speed": 1, "queue_length": 0,
     }  # fmt: skip
-    assert (status["template"], status["image_token"]) == ("llava_v0", "<image>")
+    assert status["template"] == "llava_v0"
     assert status["multimodal"] and status["context_length"] == 256 and status["runs"] is None
 
 
@@ -66,6 +66,19 @@ def test_without_a_stop_the_models_own_mark_ends_it(worker, answerer, pictures, 
     assert answers(worker, body)[-1]["text"].removeprefix(prompt) == alone(
         answerer, body, [pictures / "2.png"]
     )
+
+
+def test_a_model_that_learnt_tokens_around_pictures_is_given_them(
+    worker, backend, answerer, shots, monkeypatch
+):
+    asked, ask = [], backend.engine.ask
+    monkeypatch.setattr(backend.engine, "ask", lambda q: (asked.append(q.prompt), ask(q)))
+    monkeypatch.setattr(answerer.model.config, "mm_use_im_start_end", True)
+    body = question("What?", shots[:1])
+    found = answers(worker, body)
+    assert "<im_start><image><im_end>" in asked[0] and found[-1]["text"].startswith(body["prompt"])
+    answers(worker, body | {"prompt": asked[0]})
+    assert asked[1] == asked[0]
 
 
 def test_an_empty_answer_is_an_answer(worker, answerer, shots, monkeypatch):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from llava.errors import InputError
 from llava.serve import wire
+from tests.conftest import GOLDEN
 
 UPSTREAM = (  # two objects as upstream's worker writes them: its keys, ASCII JSON, a zero byte each
     b'{"text": "USER: Hi ASSISTANT: caf\\u00e9", "error_code": 0}\x00'
@@ -22,6 +25,27 @@ def test_objects_are_read_wherever_the_bytes_are_cut_and_written_as_upstream_doe
         assert [c["text"][-9:] for c in found] == ["ANT: café", "café noir"]
     assert b"".join(wire.chunk(**c) for c in found) == UPSTREAM
     assert list(wire.read_chunks([UPSTREAM[:-1]])) == found[:1]
+
+
+def test_what_upstreams_own_worker_answered_is_read():
+    """Recorded; `images` is their number, the pictures are left out."""
+    recorded = json.loads((GOLDEN / "upstream_serve.json").read_text())
+    assert recorded["status"].keys() == {"model_names", "speed", "queue_length"}
+    found = {}
+    for exchange in recorded["exchanges"]:
+        data = exchange["response"].encode("latin-1")
+        chunks = found[exchange["title"]] = list(wire.read_chunks([data]))
+        whole = [wire.chunk(c["text"], c["error_code"]) for c in chunks]
+        assert b"".join(whole) == data  # ours would be the same bytes
+        body = exchange["request"]
+        body["images"] = [""] * body["images"]
+        if exchange["title"] != "two pictures for one tag":
+            assert wire.read_request(body).prompt == body["prompt"]
+    prompt = recorded["exchanges"][0]["request"]["prompt"]
+    texts = [c["text"].removeprefix(prompt) for c in found["a question"]]
+    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert texts[-1] == "cat with flash"
+    assert [c["error_code"] for c in found["two pictures for one tag"]] == [wire.ERROR_MODEL]
 
 
 def test_a_question_with_all_fields_and_one_with_the_least():
