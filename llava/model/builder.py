@@ -91,8 +91,11 @@ def load_pretrained_model(
     has_config = (folder / "config.json").is_file() or not is_lora
     config = read_config(folder if has_config else source)
     _find_tower(config, folder)
-    if is_projector and not getattr(config, "mm_hidden_size", None):
-        raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
+    if is_projector:
+        if not getattr(config, "mm_hidden_size", None):
+            raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
+        # The base has no rows yet for the tokens that training added; they are added again.
+        config.vocab_size = min(config.vocab_size, read_config(source).vocab_size)
 
     kwargs.update(quantization(bits, dtype, where))
     if on_gpu and bits == 16:

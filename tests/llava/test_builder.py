@@ -18,6 +18,7 @@ from llava.model.checkpoint import projector_state, read_config, save_full, writ
 from llava.model.lora import add_lora, save_lora
 from llava.model.quantize import quantization
 from llava.state import save
+from llava.train.train import train
 
 IDS = torch.tensor([[1, 40, IMAGE_TOKEN_INDEX, 30, 31, 32]])
 PIXELS = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(4))
@@ -477,3 +478,23 @@ def test_quantising_without_bitsandbytes_says_what_to_install(full, monkeypatch)
     )
     with pytest.raises(InputError, match=r"fedllava\[quant\]"):
         load(full, load_4bit=True)
+
+
+def test_a_projector_goes_onto_its_base_though_training_added_a_token(tiny, flags, tmp_path):
+    """`mm_use_im_patch_token` is on by default, and a vocabulary may have no spare row for it."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, llm, out = load_tokenizer(str(tiny / "llm")), tmp_path / "llm", tmp_path / "out"
+    base = AutoModelForCausalLM.from_pretrained(tiny / "llm")
+    base.resize_token_embeddings(rows := len(tokenizer))
+    base.save_pretrained(llm)
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(tiny / "llm" / file, llm)
+    more = {"model_name_or_path": llm, "mm_use_im_patch_token": True, "max_steps": 1}
+    train(argv=flags(data_path=tiny / "a.json", output_dir=out, **more))
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == rows + 1
+    loaded = load(out, llm)
+    embedding = loaded.get_input_embeddings().weight
+    torch.testing.assert_close(embedding[:rows], base.get_input_embeddings().weight)
+    torch.testing.assert_close(embedding[rows], embedding[:rows].mean(0))
+    assert logits(loaded).shape[-1] == rows + 1
