@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import Answerer, Picture, add_model_flags, conv_mode_of, end_mark
 from llava.serve import wire
@@ -28,9 +30,9 @@ class ModelBackend:
 
     def __init__(self, answerer: Answerer, engine: Engine, runs: str | None = None):
         self.answerer, self.engine, self.runs = answerer, engine, runs
-        self.template = answerer.template(None, conv_mode_of(answerer.name))
         config = answerer.model.config
         self.mode = getattr(config, "conversation_template", None) or conv_mode_of(answerer.name)
+        self.template = get_template(self.mode)
 
     def status(self) -> dict[str, Any]:
         """Upstream's three values, and what a page needs to make this model's prompts."""
@@ -83,8 +85,9 @@ class ModelBackend:
         found = await asyncio.wrap_future(
             self.engine.call(lambda: grids(self.answerer, head, answer, pictures))
         )
-        cropped = getattr(self.answerer.model.config, "image_aspect_ratio", None) == "square"
-        return {"grids": found, "fit": "crop" if cropped else "pad", "error_code": 0}
+        squared = getattr(self.answerer.model.config, "image_aspect_ratio", None)
+        fit = {"pad": "pad", "anyres": "stretch"}.get(squared, "crop")  # see `image_pixels`
+        return {"grids": found, "fit": fit, "error_code": 0}
 
     def _marked(self, prompt: str) -> str:
         """The prompt with the tokens around pictures that some models learnt; pages send none."""
@@ -155,6 +158,7 @@ def main(args: argparse.Namespace) -> None:
     backend = ModelBackend(
         answerer, Engine(answerer, args.limit_model_concurrency), run_folder(args.model_path)
     )
+    print(f"{answerer.name}: conversation template {backend.mode}", file=sys.stderr, flush=True)
     if not args.no_register:
         Registration(args.controller_address, address_of(args), backend.status).start()
     serve(worker_app(backend), args)

@@ -395,7 +395,7 @@ def test_the_status_has_upstreams_values_and_ours(worker):
     status = httpx.post(f"{worker}/worker_get_status", trust_env=False).json()
     assert status == {
         "model_names": ["llava-v1.5-tiny"], "speed": 1, "queue_length": 0, "template": "llava_v1",
-        "multimodal": True, "image_token": "<image>", "context_length": 4096, "runs": None,
+        "multimodal": True, "context_length": 4096, "runs": None,
     }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The web page's parts: a tab each, and what they have in common."""

@@ -1,0 +1,56 @@
+"""What a model looked at, drawn on the picture: bright where its answer attended, else dark."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llava.serve.page.talk import Talk, Trouble
+from llava.serve.page.turns import Turn, images_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DARKEST = 0.15  # what nothing looked at keeps so much of its light
+
+
+async def overlays(talk: Talk, turns: list[Turn]) -> list[tuple[Image.Image, str]]:
+    """The conversation's pictures as the last answer saw them, each with a caption."""
+    from PIL import Image
+
+    if not turns or not turns[-1].answer or not images_of(turns):
+        raise Trouble("There is no answer about a picture yet.")
+    conversation, images = turns[-1].conversation, images_of(turns)
+    worker, answer = await talk.worker(turns[-1].model), conversation.messages[-1][1]
+    grids, fit = await talk.attention(worker, conversation.get_prompt(), answer, images)
+    drawn = []
+    for image, grid in zip(images, grids, strict=True):
+        picture = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+        brightest = f"brightest patch {max(map(max, grid)):.0%}"
+        drawn.append((overlay(picture, grid, fit), brightest))
+    return drawn
+
+
+def overlay(picture: Image.Image, grid: Sequence[Sequence[float]], fit: str) -> Image.Image:
+    """`picture` dimmed where `grid` is low.
+
+    Args:
+        grid: rows of patches over the picture as the model squared it.
+        fit: "pad", on a square as wide as the longer side; "crop", the centre cut out, where what
+            the model did not see is darkest; or "stretch".
+    """
+    from PIL import Image
+
+    most = max(map(max, grid)) or 1.0
+    shape = picture.size
+    if fit != "stretch":
+        shape = (max(shape) if fit == "pad" else min(shape),) * 2
+    small = Image.new("L", (len(grid[0]), len(grid)))
+    small.putdata([round(255 * value / most) for row in grid for value in row])
+    light = Image.new("L", picture.size, 0)
+    corner = ((picture.width - shape[0]) // 2, (picture.height - shape[1]) // 2)
+    light.paste(small.resize(shape, Image.Resampling.BICUBIC), corner)
+    light = light.point(lambda value: round(255 * DARKEST + (1 - DARKEST) * value))
+    return Image.composite(picture, Image.new("RGB", picture.size), light)

@@ -1,0 +1,103 @@
+"""The tab for talking to one model, as upstream's users know it."""
+
+# No postponed annotations: gradio finds its Request by them.
+import asyncio
+from collections.abc import AsyncIterator
+
+from llava.serve.page.attention import overlays
+from llava.serve.page.controls import options_of, question_box, settings, told, turn_of
+from llava.serve.page.talk import Options, Talk
+from llava.serve.page.turns import Turn, fill, open_again, shown
+from llava.serve.page.votes import Log
+
+VOTES = {"upvote": "Upvote", "downvote": "Downvote", "flag": "Flag"}
+
+
+def chat_tab(talk: Talk, log: Log):
+    """Build the tab; returns its choice of models."""
+    import gradio as gr
+
+    turns = gr.State([])
+    with gr.Row():
+        with gr.Column(scale=3, min_width=260):
+            model = gr.Dropdown([], label="Model", elem_id="model")
+            parameters = settings()
+        with gr.Column(scale=8, min_width=300):
+            chatbot = gr.Chatbot(
+                label="Conversation", height="60vh", elem_id="chatbot", buttons=["copy"]
+            )
+            box = question_box("Your question")
+            with gr.Row():
+                votes = [_button(label) for label in VOTES.values()]
+            with gr.Row():
+                stop, again, clear, look = map(
+                    _button, ("Stop", "Regenerate", "Clear", "What did it look at?")
+                )
+            looked = gr.Gallery(
+                label="What it looked at",
+                visible=False,
+                buttons=["fullscreen"],
+                columns=2,
+                fit_columns=False,
+                height="auto",
+                object_fit="contain",
+                format="png",
+            )
+    outputs = [chatbot, looked, *votes, stop, again, clear, look]
+
+    def view(turns: list[Turn], busy: bool = False) -> list:
+        """The outputs: what is said, and which buttons make sense now."""
+        answered = bool(turns) and not busy and bool(turns[-1].answer)
+        here, voted = bool(turns) and not busy, [answered] * len(VOTES)
+        able = [*voted, busy, here, here, answered and any(t.images for t in turns)]
+        buttons = [gr.update(interactive=each) for each in able]
+        return [shown(turns), gr.update(visible=False, value=None), *buttons]
+
+    async def answer(model, turns: list[Turn], options: Options, request) -> AsyncIterator[list]:
+        async for _ in fill(talk, {model: turns}, options):
+            yield view(turns, busy=True)
+        if turns[-1].answer:
+            await asyncio.to_thread(log.write, "chat", turns, request.client.host)
+        yield view(turns)
+
+    async def send(message, model, turns, preprocess, heat, top_p, most, request: gr.Request):
+        turns.append(await turn_of(message, preprocess))
+        yield [None, *view(turns, busy=True)]
+        async for update in answer(model, turns, options_of(heat, top_p, most), request):
+            yield [gr.skip(), *update]
+
+    async def regenerate(model, turns, preprocess, heat, top_p, most, request: gr.Request):
+        with told():
+            turns[-1] = await asyncio.to_thread(open_again, turns[-1], preprocess)
+        async for update in answer(model, turns, options_of(heat, top_p, most), request):
+            yield update
+
+    def vote(kind: str):
+        async def write(turns, request: gr.Request):
+            await asyncio.to_thread(log.write, kind, turns, request.client.host)
+            return [gr.update(interactive=False)] * len(VOTES)
+
+        return write
+
+    async def look_at(turns):
+        with told():
+            return gr.update(value=await overlays(talk, turns), visible=True)
+
+    given = [model, turns, *parameters]
+    running = [
+        box.submit(send, [box, *given], [box, *outputs], show_progress="hidden"),
+        again.click(regenerate, given, outputs, show_progress="hidden"),
+    ]
+    stop.click(None, cancels=running).then(lambda turns: view(turns), turns, outputs)
+    for event in (clear.click, chatbot.clear):
+        event(lambda: ([], *view([])), None, [turns, *outputs], cancels=running)
+    for button, kind in zip(votes, VOTES, strict=True):
+        button.click(vote(kind), turns, votes, show_progress="hidden")
+    look.click(look_at, turns, looked, show_progress_on=look)
+    return model
+
+
+def _button(label: str):
+    import gradio as gr
+
+    return gr.Button(label, interactive=False, min_width=90, size="sm")

@@ -1,0 +1,64 @@
+"""What the tabs share: the box to type into, the settings of an answer, messages to a person."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+from collections.abc import Iterator
+
+from llava.errors import InputError
+from llava.serve.page.talk import Options, Trouble
+from llava.serve.page.turns import PREPROCESS, Turn
+from llava.serve.wire import MOST_CHARACTERS, MOST_NEW_TOKENS
+
+
+def question_box(label: str):
+    """A box for text and pictures; Enter sends. Screen readers read the placeholder."""
+    import gradio as gr
+
+    return gr.MultimodalTextbox(
+        label=label,
+        show_label=False,
+        placeholder=label,
+        file_types=["image"],
+        file_count="multiple",
+        sources=["upload"],
+        max_plain_text_length=MOST_CHARACTERS,
+    )
+
+
+def settings() -> list:
+    """Sliders and choices in the order that `options_of` and `turn_of` take them."""
+    import gradio as gr
+
+    with gr.Accordion("Parameters", open=False):
+        preprocess = gr.Radio(
+            PREPROCESS, value="Default", label="Preprocess for non-square image", type="value"
+        )
+        temperature = gr.Slider(0, 1, 0.2, step=0.1, label="Temperature")
+        top_p = gr.Slider(0.1, 1, 0.7, step=0.1, label="Top P")
+        most = gr.Slider(1, MOST_NEW_TOKENS, 512, step=1, label="Max output tokens")
+    return [preprocess, temperature, top_p, most]
+
+
+def options_of(temperature: float, top_p: float, most: float) -> Options:
+    return Options(temperature, top_p, int(most))
+
+
+async def turn_of(message: dict | None, preprocess: str) -> Turn:
+    """The turn that is typed; pictures are prepared beside the event loop."""
+    with told():
+        return await asyncio.to_thread(Turn.of, message or {"text": "", "files": []}, preprocess)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Trouble becomes a message on the page that stays until it is closed."""
+    import gradio as gr
+
+    try:
+        yield
+    except (Trouble, InputError) as error:
+        text = html.escape(str(error))
+        raise gr.Error(text, duration=None, title="", print_exception=False) from None
