@@ -18,7 +18,15 @@ from typing import Any
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.errors import InputError, one_clear_error
 from llava.serve import wire
-from llava.serve.web import application, body_object, required, serve, streamed, whole_body
+from llava.serve.web import (
+    application,
+    body_object,
+    check_installed,
+    required,
+    serve,
+    streamed,
+    whole_body,
+)
 
 DISPATCH = ("lottery", "shortest_queue")
 
@@ -195,6 +203,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_installed()
     serve(controller_app(Registry(args.dispatch_method)), args)
 
 

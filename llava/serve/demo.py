@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import add_model_flags
+from llava.serve.web import check_installed
 
 WAIT = 600  # seconds for a model to load
 
@@ -66,6 +67,7 @@ class Parts:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_installed("gradio")
     models = named(args.models)
     folder = Path(args.log_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from llava.errors import InputError, one_clear_error, reason
+from llava.serve.web import check_installed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TITLE = "# LLaVA: what came out of the federation"
@@ -71,6 +72,7 @@ def build(talk, log, runs: list[str], model_list_mode: str, embed: bool = False)
 
 def main(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
+    check_installed("gradio")
     if args.moderate:
         raise InputError(
             "--moderate sends what people type to a service outside, and this page asks no outside "
@@ -90,11 +92,8 @@ def main(args: argparse.Namespace) -> None:
         except OSError as error:  # what ssl raises is one too
             raise InputError(f"--ssl-certfile {args.ssl_certfile}: {reason(error)}") from None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    try:
-        import gradio as gr
-        from starlette.middleware import Middleware
-    except ImportError as error:
-        raise InputError(f"the page needs gradio ({reason(error)}): pip install gradio") from None
+    import gradio as gr
+    from starlette.middleware import Middleware
 
     from llava.serve.page.talk import Talk
     from llava.serve.page.votes import Log

@@ -144,6 +144,9 @@ def run_folder(model_path: str) -> str | None:
 
 def main(args: argparse.Namespace) -> None:
     """Load the model and serve it."""
+    from llava.serve.web import check_installed, serve
+
+    check_installed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args.conv_mode = None
     if args.use_flash_attn:
@@ -152,7 +155,6 @@ def main(args: argparse.Namespace) -> None:
     answerer.name = args.model_name or answerer.name
     from llava.serve.engine import Engine
     from llava.serve.registration import Registration
-    from llava.serve.web import serve
     from llava.serve.worker_app import worker_app
 
     backend = ModelBackend(

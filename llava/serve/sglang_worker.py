@@ -154,9 +154,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Serve the server's model to the controller's users."""
+    from llava.serve.web import check_installed, serve
+
+    check_installed()
     backend = backend_of(args)
     from llava.serve.registration import Registration
-    from llava.serve.web import serve
     from llava.serve.worker_app import worker_app
 
     if not args.no_register:

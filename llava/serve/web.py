@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.errors import InputError
 from llava.serve import wire
+
+
+def check_installed(*more: str) -> None:
+    """`InputError` if the packages that serve, and `more`, are not there."""
+    for name in ("httpx", "starlette", "uvicorn", *more):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{name} is not installed: pip install 'fedllava[serve]'")
 
 
 def application(*endpoints):
