@@ -417,13 +417,13 @@ def test_a_clients_name_is_text_on_the_page(recorded):
 # -- the server --------------------------------------------------------------------------------
 
 WATCHED = """
-import runpy, sys
-def watch(event, args):
+import os, runpy, sys
+def watch(event, args):  # a line in one piece: threads write at once
     if event == "socket.connect":
-        print("connects to", args[1][0], file=sys.stderr, flush=True)
+        os.write(2, f"connects to {args[1][0]}\\n".encode())
     elif event == "socket.getaddrinfo":
         name = args[0].decode() if isinstance(args[0], bytes) else args[0]
-        print("looks up", name, file=sys.stderr, flush=True)
+        os.write(2, f"looks up {name}\\n".encode())
 sys.addaudithook(watch)
 runpy.run_module("llava.serve.gradio_web_server", run_name="__main__", alter_sys=True)
 """
