@@ -1,6 +1,6 @@
 """Everything of the demo at once, on this machine: controller, a worker for each model, the page.
 
-python -m llava.serve.demo [NAME=]MODEL [[NAME=]MODEL …] [--model-base …]
+python -m llava.serve.demo [[NAME=]MODEL …] [--model-base …]
 
 Prints one address. Ctrl-C stops all of it. A worker that dies is said to have died; the others go
 on. Logs lie in `--log-dir`.
@@ -24,6 +24,8 @@ from llava.eval.answer import add_model_flags
 from llava.serve.web import check_installed
 
 WAIT = 600  # seconds for a model to load
+QUICKSTART = Path("runs/quickstart")
+"""What scripts/quickstart.sh makes, from the repository's root."""
 
 
 class Parts:
@@ -68,6 +70,8 @@ class Parts:
 
 def main(args: argparse.Namespace) -> None:
     check_installed("gradio")
+    if not args.models:
+        of_quickstart(args)
     models = named(args.models)
     folder = Path(args.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +101,25 @@ def main(args: argparse.Namespace) -> None:
         page += ["--share"] if args.share else []
         parts.start("page", "gradio_web_server", *page)
         watch(parts)
+
+
+def of_quickstart(args: argparse.Namespace) -> None:
+    """Serve, and show the runs of, what the quickstart made."""
+    if not (QUICKSTART / "fedcmp/mm_projector.bin").is_file():
+        raise InputError(
+            f"{QUICKSTART}/fedcmp is not there: run bash scripts/quickstart.sh first, "
+            "or name a model"
+        )
+    folders = {
+        "Fed-CMP": "fedcmp",
+        "FedAvg": "fedavg",
+        "objects-alone": "alone/clients/objects",
+        "centralised": "central",
+    }
+    args.models = [f"{name}={QUICKSTART / folder}" for name, folder in folders.items()]
+    args.model_base = args.model_base or "playground/backbones/llm"
+    args.run = args.run or [str(QUICKSTART / name) for name in ("fedcmp", "fedavg", "alone")]
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all of it is here
 
 
 def watch(parts: Parts) -> None:
@@ -185,7 +208,12 @@ def free_port() -> int:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("models", nargs="+", metavar="[NAME=]MODEL", help="a folder or a hub name")
+    add(
+        "models",
+        nargs="*",
+        metavar="[NAME=]MODEL",
+        help="a folder or a hub name; none: what the quickstart made",
+    )
     add_model_flags(parser)
     add("--run", action="append", default=[], help="a federated run or merge for the page to show")
     add("--host", default="127.0.0.1", help="of the page; 0.0.0.0 lets other machines in")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from llava.errors import InputError
-from llava.serve.demo import base_of, named
+from llava.serve.demo import arguments, base_of, named, of_quickstart
 
 ROOT = Path(__file__).parents[3]
 pytest.importorskip("gradio")
@@ -60,6 +60,19 @@ def test_a_model_that_does_not_load_ends_all_of_it_with_its_reason(tmp_path):
     out, _ = demo.communicate(timeout=120)
     assert demo.returncode == 2
     assert "error: broken did not start: error: " in out and "logs/broken.log" in out
+
+
+def test_without_a_model_it_is_what_the_quickstart_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {})
+    args = arguments(["--port", "7990"])
+    with pytest.raises(InputError, match="run bash scripts/quickstart.sh first, or name a model"):
+        of_quickstart(args)
+    (tmp_path / "runs/quickstart/fedcmp").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/fedcmp/mm_projector.bin").touch()
+    of_quickstart(args)
+    assert args.models[0] == "Fed-CMP=runs/quickstart/fedcmp" and len(args.models) == 4
+    assert args.run[0] == "runs/quickstart/fedcmp" and args.port == 7990
 
 
 def test_models_have_names_of_their_own():
