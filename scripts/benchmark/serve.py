@@ -208,13 +208,15 @@ def report(args: argparse.Namespace, rows: dict[str, dict], resident: list[float
             f"| {name} | {speed:.2f} | {speed * args.tokens:.0f} | {slowest / row['seconds']:.2f} "
             f"| {statistics.median(waits):.3f} | {max(waits):.3f} |"
         )
-    texts = [row["texts"] for row in rows.values()]
-    same = sum(len(set(found)) == 1 for found in zip(*texts, strict=True))
     tenth = max(resident[: max(1, len(resident) // 10)])
     print(
-        f"\n{same} of {args.requests} answers are the same; the worker has {resident[-1]:.0f} MB, "
-        f"{resident[-1] - tenth:+.0f} MB since the first tenth of the questions"
+        f"\nThe worker has {resident[-1]:.0f} MB, {resident[-1] - tenth:+.0f} MB since the first "
+        "tenth of the questions."
     )
+    if len(rows) > 1:
+        texts = [row["texts"] for row in rows.values()]
+        same = sum(len(set(found)) == 1 for found in zip(*texts, strict=True))
+        print(f"{same} of {args.requests} answers are the same.")
 
 
 def arguments() -> argparse.Namespace:
