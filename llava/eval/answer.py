@@ -18,6 +18,7 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, get_template
 from llava.errors import InputError
+from llava.model.attention import KINDS, choose_attention
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda", help="cuda where there is one, else the CPU")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument(
-        "--attn_implementation", help="sdpa (default), eager, flash_attention_2, flex_attention"
-    )
+    parser.add_argument("--attn_implementation", choices=KINDS, help="else sdpa")
 
 
 @dataclasses.dataclass
@@ -63,11 +62,11 @@ class Answerer:
 
         path = os.path.expanduser(args.model_path)
         name = get_model_name_from_path(path)
-        attention = getattr(args, "attn_implementation", None)
-        more = {"attn_implementation": attention} if attention else {}
+        attention = choose_attention(getattr(args, "attn_implementation", None), args.device)
         tokenizer, model, image_processor, _ = load_pretrained_model(
-            path, args.model_base, name, args.load_8bit, args.load_4bit, device=args.device, **more
-        )
+            path, args.model_base, name, args.load_8bit, args.load_4bit, device=args.device,
+            attn_implementation=attention,
+        )  # fmt: skip
         positions = getattr(model.config, "max_position_embeddings", None) or 2048
         return cls(tokenizer, model, image_processor, name, positions)
 

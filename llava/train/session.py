@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from llava.errors import InputError
+from llava.model.attention import choose_attention
 from llava.model.builder import (
     add_picture_tokens,
     folder_of,
@@ -157,19 +158,6 @@ def _check_projector_type(config, model_args: ModelArguments) -> None:
             f"--mm_projector_type is {model_args.mm_projector_type!r}, "
             f"{model_args.model_name_or_path} is a LLaVA with {own!r}"
         )
-
-
-def choose_attention(requested: str | None, device: str) -> str:
-    """`requested`, except that flash_attention_2 becomes sdpa where it cannot run, with a word."""
-    if requested != "flash_attention_2":
-        return requested or "sdpa"
-    from transformers.utils import is_flash_attn_2_available
-
-    found = device == "cuda" and is_flash_attn_2_available()
-    if os.environ.get("RANK", "0") == "0":
-        why = "" if found else " (flash_attention_2 needs a GPU and the flash-attn package)"
-        print(f"attention: {requested if found else 'sdpa'}{why}", flush=True)
-    return requested if found else "sdpa"
 
 
 def _training_tokenizer(model_args, training_args, model):

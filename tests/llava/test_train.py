@@ -14,13 +14,13 @@ from transformers.training_args import ParallelMode
 
 from llava.errors import InputError
 from llava.eval.run_llava import arguments, eval_model
+from llava.model.attention import choose_attention
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import projector_state, read_config, save_full, write_config
 from llava.state import save
 from llava.train.arguments import ModelArguments, TrainingArguments, _check, modernise, parse
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
 from llava.train.session import (
-    choose_attention,
     load_session,
     smart_tokenizer_and_embedding_resize,
 )
@@ -398,7 +398,7 @@ def parse_rest() -> tuple[type, type]:
 
 def test_attention_falls_back_with_a_word(capsys):
     assert choose_attention("flash_attention_2", "cpu") == "sdpa"
-    assert "sdpa" in capsys.readouterr().out
+    assert "sdpa" in capsys.readouterr().err
     assert choose_attention(None, "cpu") == "sdpa" and choose_attention("eager", "cpu") == "eager"
 
 
