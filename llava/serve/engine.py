@@ -138,6 +138,11 @@ class Engine:
     def _take_in(self, question: Question) -> None:
         """Run a prompt through the model, make its first token, and give it a row."""
         model, tokenizer = self.answerer.model, self.answerer.tokenizer
+        if len(question.prompt) > 32 * self.answerer.context_length:  # not even worth a count
+            raise InputError(
+                f"the conversation has {len(question.prompt):,} characters; this model reads "
+                f"{self.answerer.context_length} tokens"
+            )
         ids = tokenizer_image_token(question.prompt, tokenizer, return_tensors="pt")[None]
         embeds = embedded(self.answerer, ids, question.pictures)
         length, context = embeds.shape[1], self.answerer.context_length

@@ -141,6 +141,7 @@ def png(width: int, height: int) -> str:
         ({"images": []}, "0 pictures were sent"),
         ({"prompt": "", "images": []}, "prompt is empty"),
         ({"prompt": "word " * 1000, "images": []}, "this model reads 256"),
+        ({"prompt": "word " * 2000, "images": []}, "10,000 characters; this model reads 256"),
         ({"prompt": "x" * 10_000_000, "images": []}, "10,000,000 characters"),
         ({"temperature": -1}, "temperature is '-1'"),
         ({"model": "another"}, "this worker serves tiny-llava, not 'another'"),
