@@ -117,10 +117,11 @@ def controller_app(registry: Registry):
     """The ASGI application of a controller: upstream's endpoints."""
     import httpx
 
+    # Proxies of the environment are for outside hosts.
     silence = httpx.Timeout(5, read=None)  # a busy worker may think; one that is gone is not there
 
     async def ask_status(name: str) -> Any:
-        async with httpx.AsyncClient(timeout=5) as client:
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
             answer = await client.post(f"{name}/worker_get_status")
             answer.raise_for_status()
             return answer.json()
@@ -169,7 +170,7 @@ def controller_app(registry: Registry):
             return
         try:
             async with (
-                httpx.AsyncClient(timeout=silence) as client,
+                httpx.AsyncClient(timeout=silence, trust_env=False) as client,
                 client.stream("POST", f"{name}/worker_generate_stream", content=body) as answer,
             ):
                 rest = b""

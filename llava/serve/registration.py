@@ -68,7 +68,9 @@ class Registration:
     def _post(self, path: str, body: dict) -> Any:
         import httpx
 
-        answer = httpx.post(f"{self.controller_address}/{path}", json=body, timeout=5)
+        # Without the proxies of the environment, which are for outside hosts.
+        address = f"{self.controller_address}/{path}"
+        answer = httpx.post(address, json=body, timeout=5, trust_env=False)
         answer.raise_for_status()
         return answer.json()
 
