@@ -113,6 +113,13 @@ class Answerer:
             raise InputError(f"{self.name}: a language model without pictures")
         return process_images([image], self.image_processor, self.model.config)[0], image.size
 
+    def placed(self, pictures: Sequence[Picture]) -> tuple[Any, list[tuple[int, int]]]:
+        """Pixels of pictures as the model takes them, where it computes, and their sizes."""
+        from llava.mm_utils import stack_same
+
+        pixels = [p.to(self.model.device, self.model.dtype) for p, _ in pictures]
+        return stack_same(pixels), [size for _, size in pictures]
+
     def answer(
         self,
         prompts: Sequence[str],
@@ -131,7 +138,7 @@ class Answerer:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from llava.mm_utils import KeywordsStoppingCriteria, stack_same, tokenizer_image_token
+        from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
 
         model, tokenizer = self.model, self.tokenizer
         rows = [tokenizer_image_token(prompt, tokenizer, return_tensors="pt") for prompt in prompts]
@@ -145,9 +152,8 @@ class Answerer:
         mask = pad([torch.ones_like(row) for row in rows], 0).to(model.device)
         together = [picture for own in pictures for picture in own]
         if together:
-            pixels = [p.to(model.device, model.dtype) for p, _ in together]
-            inputs = {"inputs": ids, "images": stack_same(pixels)}
-            inputs["image_sizes"] = [size for _, size in together]
+            images, sizes = self.placed(together)
+            inputs = {"inputs": ids, "images": images, "image_sizes": sizes}
         else:  # from embeddings, so that the new ids alone come back here too
             inputs = {"inputs_embeds": model.get_input_embeddings()(ids)}
         with torch.inference_mode():

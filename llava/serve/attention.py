@@ -16,7 +16,7 @@ import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.eval.answer import Answerer, Picture
-from llava.mm_utils import expand_image_tokens, stack_same, tokenizer_image_token
+from llava.mm_utils import expand_image_tokens, tokenizer_image_token
 
 
 def grids(
@@ -32,8 +32,7 @@ def grids(
     model, tokenizer = answerer.model, answerer.tokenizer
     head = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
     tail = torch.tensor(tokenizer(answer, add_special_tokens=False).input_ids, dtype=torch.long)
-    pixels = stack_same([p.to(model.device, model.dtype) for p, _ in pictures])
-    tokens = model.picture_tokens(pixels, [size for _, size in pictures])
+    tokens = model.picture_tokens(*answerer.placed(pictures))
     ids, _ = expand_image_tokens(torch.cat([head, tail]), None, [len(t) for t in tokens])
     if len(ids) > answerer.context_length:
         raise InputError(f"{len(ids)} tokens; the model reads {answerer.context_length}")

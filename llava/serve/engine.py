@@ -22,9 +22,7 @@ from llava.errors import InputError
 from llava.eval.answer import Answerer, Picture
 from llava.mm_utils import tokenizer_image_token
 from llava.serve.generated import Generated
-
-GREEDY_BELOW = 1e-3
-"""A temperature up to this takes the likeliest token, as upstream's worker does."""
+from llava.serve.wire import GREEDY_BELOW
 
 
 @dataclasses.dataclass(eq=False)
@@ -223,18 +221,12 @@ class Engine:
 
 def embedded(answerer: Answerer, ids: torch.Tensor, pictures: Sequence[Picture]) -> torch.Tensor:
     """(1, length, hidden) embeddings of ids (1, n) with pictures in the places of image tokens."""
-    from llava.mm_utils import stack_same
-
     model = answerer.model
     ids = ids.to(model.device)
     if not pictures:
         return model.get_input_embeddings()(ids)
-    pixels = stack_same([p.to(model.device, model.dtype) for p, _ in pictures])
-    sizes = [size for _, size in pictures]
-    prepared = model.prepare_inputs_labels_for_multimodal(
-        ids, None, None, None, None, pixels, sizes
-    )
-    return prepared[4]
+    placed = answerer.placed(pictures)
+    return model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, *placed)[4]
 
 
 def choose(logits: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:

@@ -20,6 +20,8 @@ from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import Answerer, Picture, add_model_flags, conv_mode_of, end_mark
 from llava.serve import wire
+from llava.serve.web import check_installed
+from llava.serve.worker_app import add_worker_flags, serve_worker
 
 if TYPE_CHECKING:
     from llava.serve.engine import Engine
@@ -114,23 +116,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_worker_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that all workers share; those of upstream that say nothing here are taken too."""
-    parser.add_argument("--host", default="localhost")
-    parser.add_argument("--port", type=int, default=21002)
-    parser.add_argument("--worker-address", help="where others reach it, else host and port")
-    parser.add_argument("--controller-address", default="http://localhost:21001")
-    parser.add_argument("--limit-model-concurrency", type=int, default=5, help="rows of a batch")
-    parser.add_argument("--no-register", action="store_true", help="serve without a controller")
-    parser.add_argument("--multi-modal", action="store_true", help="upstream's; told by the model")
-    parser.add_argument("--stream-interval", type=int, default=1, help="upstream's; always 1 here")
-
-
-def address_of(args: argparse.Namespace) -> str:
-    """Where a worker or controller with these flags is reached."""
-    return getattr(args, "worker_address", None) or f"http://{args.host}:{args.port}"
-
-
 def run_folder(model_path: str) -> str | None:
     """The federated run that a model lies in or under, if it does."""
     from pathlib import Path
@@ -144,8 +129,6 @@ def run_folder(model_path: str) -> str | None:
 
 def main(args: argparse.Namespace) -> None:
     """Load the model and serve it."""
-    from llava.serve.web import check_installed, serve
-
     check_installed()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args.conv_mode = None
@@ -154,16 +137,12 @@ def main(args: argparse.Namespace) -> None:
     answerer = Answerer.load(args)
     answerer.name = args.model_name or answerer.name
     from llava.serve.engine import Engine
-    from llava.serve.registration import Registration
-    from llava.serve.worker_app import worker_app
 
     backend = ModelBackend(
         answerer, Engine(answerer, args.limit_model_concurrency), run_folder(args.model_path)
     )
     print(f"{answerer.name}: conversation template {backend.mode}", file=sys.stderr, flush=True)
-    if not args.no_register:
-        Registration(args.controller_address, address_of(args), backend.status).start()
-    serve(worker_app(backend), args)
+    serve_worker(backend, args)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,10 @@ from llava.errors import InputError, one_clear_error
 from llava.eval.answer import conv_mode_of
 from llava.serve import wire
 from llava.serve.generated import shown
-from llava.serve.model_worker import add_worker_flags, address_of
 from llava.serve.openai_messages import chat_messages, read_prompt
 from llava.serve.openai_server import OpenAIServer
-
-GREEDY_BELOW = 1e-3
-"""A temperature up to this is sent as 0, as upstream's worker reads it."""
+from llava.serve.web import check_installed
+from llava.serve.worker_app import add_worker_flags, serve_worker
 
 
 class OpenAIBackend:
@@ -88,7 +86,7 @@ class OpenAIBackend:
             "model": self.model,
             "messages": chat_messages(read_prompt(request.prompt, self.mode), request.images),
             "stream": True,
-            "temperature": request.temperature if request.temperature > GREEDY_BELOW else 0,
+            "temperature": request.temperature if request.temperature > wire.GREEDY_BELOW else 0,
             "top_p": request.top_p,
             "max_tokens": request.max_new_tokens,
         }
@@ -154,16 +152,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Serve the server's model to the controller's users."""
-    from llava.serve.web import check_installed, serve
-
     check_installed()
-    backend = backend_of(args)
-    from llava.serve.registration import Registration
-    from llava.serve.worker_app import worker_app
-
-    if not args.no_register:
-        Registration(args.controller_address, address_of(args), backend.status).start()
-    serve(worker_app(backend), args)
+    serve_worker(backend_of(args), args)
 
 
 if __name__ == "__main__":

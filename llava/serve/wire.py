@@ -20,6 +20,9 @@ NUL = b"\0"
 ERROR_MODEL, NO_WORKER, WORKER_GONE = 1, 2, 3
 """The worker refuses or failed; there is no worker; the worker did not answer."""
 
+GREEDY_BELOW = 1e-3
+"""A temperature up to this takes the likeliest token, as upstream's worker does."""
+
 MOST_NEW_TOKENS = 1024
 MOST_CHARACTERS = 1_000_000
 MOST_BYTES = 128 << 20
@@ -84,12 +87,23 @@ def chunk(text: str, error_code: int = 0) -> bytes:
     return json.dumps({"text": text, "error_code": error_code}).encode() + NUL
 
 
+class Reader:
+    """The objects of an answer, from bytes that come cut anywhere."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, piece: bytes) -> list[dict[str, Any]]:
+        """The objects that end in `piece`."""
+        *whole, self._rest = (self._rest + piece).split(NUL)
+        return [json.loads(data) for data in whole if data]
+
+
 def read_chunks(pieces: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The objects of an answer, from bytes cut anywhere; one that was not finished is dropped."""
-    rest = b""
+    """The objects of an answer; one that was not finished is dropped."""
+    reader = Reader()
     for piece in pieces:
-        *whole, rest = (rest + piece).split(NUL)
-        yield from (json.loads(data) for data in whole if data)
+        yield from reader.feed(piece)
 
 
 def _field(body: Mapping, name: str, kind: type, default: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import AsyncIterator
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 
 from llava.errors import InputError, reason
 from llava.serve import wire
-from llava.serve.web import application, body_object, streamed, whole_body
+from llava.serve.web import application, body_object, serve, streamed, whole_body
 
 
 class Backend(Protocol):
@@ -63,3 +64,29 @@ def worker_app(backend: Backend):
 def _check_model(request: wire.Request, names: list[str]) -> None:
     if request.model and request.model not in names:
         raise InputError(f"this worker serves {', '.join(names)}, not {request.model!r}")
+
+
+def serve_worker(backend: Backend, args: argparse.Namespace) -> None:
+    """Serve a worker with the flags of `add_worker_flags` until it is told to stop."""
+    from llava.serve.registration import Registration
+
+    if not args.no_register:
+        Registration(args.controller_address, address_of(args), backend.status).start()
+    serve(worker_app(backend), args)
+
+
+def add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that all workers share; those of upstream that say nothing here are taken too."""
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=21002)
+    parser.add_argument("--worker-address", help="where others reach it, else host and port")
+    parser.add_argument("--controller-address", default="http://localhost:21001")
+    parser.add_argument("--limit-model-concurrency", type=int, default=5, help="rows of a batch")
+    parser.add_argument("--no-register", action="store_true", help="serve without a controller")
+    parser.add_argument("--multi-modal", action="store_true", help="upstream's; told by the model")
+    parser.add_argument("--stream-interval", type=int, default=1, help="upstream's; always 1 here")
+
+
+def address_of(args: argparse.Namespace) -> str:
+    """Where a worker with these flags is reached."""
+    return args.worker_address or f"http://{args.host}:{args.port}"

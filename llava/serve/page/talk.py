@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from llava.eval.answer import conv_mode_of
-from llava.serve.wire import NO_WORKER, NUL, WORKER_GONE
+from llava.serve.wire import NO_WORKER, WORKER_GONE, Reader
 
 CONNECT = 10.0  # seconds
 SILENCE = 300.0  # seconds that a worker may be silent: a long queue, a large model on a CPU
@@ -82,11 +81,9 @@ class Talk:
             ):
                 if got.status_code != httpx.codes.OK:
                     raise httpx.HTTPError(f"status {got.status_code}")
-                begun, rest = True, b""
+                begun, reader = True, Reader()
                 async for piece in got.aiter_bytes():
-                    *whole, rest = (rest + piece).split(NUL)
-                    for data in filter(None, whole):
-                        said = json.loads(data)
+                    for said in reader.feed(piece):
                         if code := said["error_code"]:
                             raise Trouble(_in_words(worker.model, code, said["text"]))
                         yield said["text"][len(prompt) :].strip()

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import pytest
 from fed.train import train
 from llava.eval.answer import Answerer
 from llava.serve.controller import Registry, controller_app
+from llava.serve.demo import free_port
 from llava.serve.engine import Engine
 from llava.serve.model_worker import ModelBackend, run_folder
 from llava.serve.model_worker import arguments as worker_arguments
@@ -141,12 +141,6 @@ class Demo:
             window.get_by_role("textbox", name="Your question").wait_for()
             window.wait_for_function("document.querySelector('#model input').value")
             yield window
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

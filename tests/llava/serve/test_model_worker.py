@@ -16,8 +16,8 @@ from PIL import Image
 from llava.eval.answer import generation_options
 from llava.serve import wire
 from llava.serve.engine import Engine
-from llava.serve.model_worker import ModelBackend, address_of, arguments, run_folder
-from llava.serve.worker_app import worker_app
+from llava.serve.model_worker import ModelBackend, arguments, run_folder
+from llava.serve.worker_app import address_of, worker_app
 from tests.llava.serve.conftest import answers, question, running
 
 
