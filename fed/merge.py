@@ -36,14 +36,14 @@ def merge(
         experts: two or more paths.
         output: the folder to write; None writes nothing and gives the merged projector back.
         options: the method's, by name or as name=value.
-        settings: as `fed.merging.settings.Settings` has them: base, method, scope, …
+        settings: as `fed.merging.config.Settings` has them: base, method, scope, …
 
     Raises:
         InputError: what the command line refuses with one sentence and exit code 2.
     """
+    from fed.merging.config import Settings
     from fed.merging.recipe import pairs
     from fed.merging.run import run
-    from fed.merging.settings import Settings
 
     return run(
         Settings(
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
 def list_methods() -> str:
     """One line a method that can merge, with its options and their defaults."""
     from fed import methods
-    from fed.methods.options import defaults
+    from fed.methods.interface.options import defaults
 
     found = []
     for name in methods.names():

@@ -19,11 +19,11 @@ from pathlib import Path
 import transformers
 
 from fed import methods
-from fed.form import form_of
-from fed.own_parts import OwnParts
-from fed.round_state import RoundState
+from fed.methods.pilot.private_parameters import OwnParts
+from fed.server.round_state import RoundState
 from fed.state import check
 from llava.errors import InputError, one_clear_error
+from llava.model.trainable_part import trainable_part
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.llava_trainer import last_checkpoint
 from llava.train.session import load_session
@@ -53,7 +53,7 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     session = load_session(model_args, data_args, training_args)
     state, beside = methods.get("pilot").send(NEWCOMER, task, run.personal, run.shared, run.memory)
 
-    form = form_of(session.model)
+    form = trainable_part(session.model)
     check(state, form.of_model(session.model), who=f"--pilot_run {own_args.pilot_run}")
     form.into_model(session.model, state, f"--pilot_run {own_args.pilot_run}")
     own = OwnParts(session.model, Path(training_args.output_dir), {NEWCOMER: task}, [task, *known])

@@ -14,20 +14,21 @@ import torch
 
 from fed import state
 from fed.arguments import FedArguments
-from fed.client_process import check_command, split_command
-from fed.clients import ClientSpec, named, seed_of, slices
+from fed.clients.clients_yaml import ClientSpec, named
+from fed.clients.slices import seed_of, slices
+from fed.drivers.client_process import check_command, split_command
 from fed.drivers.resident import Client, ResidentDriver
 from fed.drivers.script import ScriptClient, ScriptDriver
 from fed.evaluate import EvaluationSet
-from fed.form import Form, ProjectorForm, form_of
-from fed.logger import RunLogger
 from fed.methods import ClientRule
-from fed.own_parts import OwnParts
+from fed.methods.pilot.private_parameters import OwnParts
+from fed.server.client_task import FitMany
+from fed.server.tracking import RunLogger
 from fed.state import State
-from fed.turns import FitMany
 from llava.errors import InputError
 from llava.model.checkpoint import PROJECTOR_PREFIX
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.trainable_part import ProjectorPart, TrainablePart, trainable_part
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.data import (
     DataCollatorForSupervisedDataset,
@@ -54,7 +55,7 @@ class Setup:
     clients: Sequence[Client] | Sequence[ScriptClient]
     datasets: Sequence[Sequence]
     fit_many: FitMany
-    form: Form
+    form: TrainablePart
     initial: State
     config: object
     session: Session | None
@@ -108,7 +109,7 @@ def scripted(specs: Sequence[ClientSpec], arguments: Arguments, logger: RunLogge
     clients = make_script_clients(specs, data_args, training_args, fed_args)
     session = None
     if _is_projector_in_a_file(model_args, training_args) and not fed_args.fed_eval_data_path:
-        config, form = training_config(*arguments[:3]), ProjectorForm()
+        config, form = training_config(*arguments[:3]), ProjectorPart()
         initial = _read_initial(config, model_args.pretrain_mm_mlp_adapter)
     else:
         session = load_session(*arguments[:3])
@@ -128,8 +129,8 @@ def scripted(specs: Sequence[ClientSpec], arguments: Arguments, logger: RunLogge
     return Setup(clients, datasets, driver.fit_many, form, initial, config, session)
 
 
-def _trained_part(session: Session) -> tuple[Form, State]:
-    form = form_of(session.model)
+def _trained_part(session: Session) -> tuple[TrainablePart, State]:
+    form = trainable_part(session.model)
     initial = form.of_model(session.model)
     state.check(initial, initial, who="the state to start from")
     return form, initial

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 import transformers
 
-from fed import inputs, methods, setup, state
+from fed import methods, setup, state, validation
 from fed.arguments import CLIENT_FLAGS, FedArguments
-from fed.clients import load_clients
+from fed.clients.clients_yaml import load_clients
 from fed.evaluate import EvaluationSet, evaluate
-from fed.export import export
-from fed.logger import RunLogger
-from fed.round_state import RoundState
-from fed.rounds import Loop
-from fed.settings import settings_of
+from fed.methods.pilot.export import export
+from fed.server.loop import Loop
+from fed.server.resume_key import settings_of
+from fed.server.round_state import RoundState
+from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
 from llava.model.checkpoint import gathered, write_config
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
@@ -34,16 +34,16 @@ from llava.train.train import prepare_output
 
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
-    argv = inputs.for_driver(list(sys.argv[1:] if argv is None else argv))
+    argv = validation.for_driver(list(sys.argv[1:] if argv is None else argv))
     arguments = parse(argv, ModelArguments, DataArguments, TrainingArguments, FedArguments)
     _, data_args, training_args, fed_args = arguments
-    options = inputs.check_flags(*arguments)
+    options = validation.check_flags(*arguments)
     scripted = fed_args.fed_driver == "script"
     method = methods.get(fed_args.fed_method)
     specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, processes=scripted)
-    inputs.check_pilot(specs, *arguments)
-    inputs.check_round(specs, fed_args, options)
-    client_args = [inputs.arguments_of(spec, argv, data_args, training_args) for spec in specs]
+    validation.check_pilot(specs, *arguments)
+    validation.check_round(specs, fed_args, options)
+    client_args = [validation.arguments_of(spec, argv, data_args, training_args) for spec in specs]
     logger = RunLogger(training_args, prepare_output(training_args))
 
     if scripted:

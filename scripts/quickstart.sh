@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 out=runs/quickstart
 data=playground/data/emoji
 started=$SECONDS
-"$PYTHON" scripts/playground/unpack_data.py
+"$PYTHON" -m playground.tools.unpack_data
 
 run() { # run NAME FLAGS…: one run of fed.train into $out/NAME
     local name=$1

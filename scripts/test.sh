@@ -5,7 +5,7 @@ EXTRAS=dev
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-"$PYTHON" scripts/playground/unpack_data.py
+"$PYTHON" -m playground.tools.unpack_data
 echo "== lint"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

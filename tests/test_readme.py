@@ -11,7 +11,7 @@ import pytest
 
 from fed import methods
 from fed.arguments import FedArguments
-from fed.methods.options import ARGUMENTS
+from fed.methods.interface.options import ARGUMENTS
 from fed.personalise import PersonaliseArguments
 from llava.train.arguments import ModelArguments
 

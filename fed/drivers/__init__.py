@@ -1,1 +1,1 @@
-"""How a client's work is run."""
+"""Drivers: how the work of a client in a round is run."""

@@ -17,14 +17,14 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
-from fed.clients import seed_of
+from fed.clients.slices import seed_of
 from fed.drivers.client_steps import ClientSteps
-from fed.form import form_of
 from fed.methods import ClientRule
-from fed.own_parts import OwnParts
-from fed.round_state import Update
+from fed.methods.pilot.private_parameters import OwnParts
+from fed.server.client_task import Log, Turn
+from fed.server.round_state import Update
 from fed.state import State
-from fed.turns import Log, Turn
+from llava.model.trainable_part import trainable_part
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
@@ -72,7 +72,7 @@ class ResidentDriver:
         first_rate: float | None = None,
     ):
         self.session = session
-        self.form = form_of(session.model)
+        self.form = trainable_part(session.model)
         self.collator = collator
         self.schedule = schedule
         self.log_of = log_of

@@ -29,16 +29,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fed.client_process import ProcessSpec
-from fed.clients import seed_of
-from fed.drivers.process import ProcessGroups, locked, sole_use, unwound_by_signals
-from fed.form import Form, read_result
-from fed.round_state import Update
+from fed.clients.slices import seed_of
+from fed.drivers.client_process import ProcessSpec
+from fed.drivers.process_groups import ProcessGroups, locked, sole_use, unwound_by_signals
+from fed.server.client_task import ClientFailed, Log, Result, Turn
+from fed.server.round_state import Update
 from fed.state import StateError
-from fed.turns import ClientFailed, Log, Result, Turn
 from llava.atomic import write_text
 from llava.model.checkpoint import PROJECTOR_FILE
 from llava.model.lora import NON_LORA_FILE
+from llava.model.trainable_part import TrainablePart, read_result
 
 
 @dataclass
@@ -77,7 +77,7 @@ class ScriptDriver:
     def __init__(
         self,
         output_dir: Path,
-        form: Form,
+        form: TrainablePart,
         schedule: str = "round",
         timeout: float = 0,
         retries: int = 0,

@@ -22,7 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fed.merging.settings import Settings
+from fed.merging.config import Settings
 from llava.errors import InputError
 
 _PATHS = ("base", "config", "image_folder", "model_base")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fed.merging.settings import Settings
+from fed.merging.config import Settings
 
 MANY = 32  # layers; above it kinds of layers are printed
 

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fed import methods
-from fed.merging import card, checks, geometry, report
-from fed.merging.calibrating import calibration
-from fed.merging.core import Job, merge_group
-from fed.merging.facts import facts_of, plain
-from fed.merging.forms import Form, Put, form_of
-from fed.merging.settings import Settings
+from fed.merging import card, report, task_vectors, validation
+from fed.merging.calibration import calibration
+from fed.merging.choose_format import format_of
+from fed.merging.config import Settings
+from fed.merging.formats import Format, Put
+from fed.merging.manifest import facts_of, plain
+from fed.merging.merge_group import Job, merge_group
+from fed.merging.output import check_output, check_space, output_folder
 from fed.merging.sources import open_source
-from fed.merging.writing import check_output, check_space, output_folder
 from fed.state import State
 
 
@@ -45,22 +46,22 @@ def run(settings: Settings) -> Result:
     Raises:
         InputError: bad input; nothing has been written.
     """
-    checks.check_method(settings)
+    validation.check_method(settings)
     options = methods.parse_options(settings.method, settings.options)
-    checks.rehearse(settings, options)
+    validation.rehearse(settings, options)
     experts = [open_source(path, "expert") for path in settings.experts]
     base = None if settings.base is None else open_source(settings.base, "base")
     path = None
     if settings.output is not None and not settings.dry_run:
         inputs = [source.path for source in (*experts, *([base] if base else []))]
         path = check_output(settings.output, settings.overwrite, inputs)
-    forced = checks.check_identity(experts, base, settings)
-    form = form_of(settings, experts, base)
+    forced = validation.check_identity(experts, base, settings)
+    form = format_of(settings, experts, base)
     if len(form.groups) > 1:
-        checks.check_streamed(settings)
+        validation.check_streamed(settings)
     prints, of_base = form.prints()
-    warnings = checks.check_same(experts, prints, base, of_base)
-    warnings += [*checks.check_known(experts), *form.notes]
+    warnings = validation.check_same(experts, prints, base, of_base)
+    warnings += [*validation.check_known(experts), *form.notes]
     _warn(forced + warnings)
     if base is None:
         _warn(["no base is given: the weighted mean of the experts stands in for it"])
@@ -85,7 +86,7 @@ def run(settings: Settings) -> Result:
             put = stack.enter_context(form.writer(folder))
         _merge(job, form, facts, put, state if settings.scope == "projector" else None)
         if base is not None:
-            late = checks.check_start(facts["all"], base)
+            late = validation.check_start(facts["all"], base)
             _warn(late)
             facts["warnings"] = warnings + late
         if folder is not None:
@@ -94,9 +95,9 @@ def run(settings: Settings) -> Result:
     return Result(path, None if settings.dry_run else state or None, facts, lines)
 
 
-def _merge(job: Job, form: Form, facts: dict[str, Any], put: Put | None, keep: State | None):
+def _merge(job: Job, form: Format, facts: dict[str, Any], put: Put | None, keep: State | None):
     """Go through the groups; what is measured and what the method says goes into the facts."""
-    grams: geometry.Gram = {}
+    grams: task_vectors.Gram = {}
     of_method: dict[str, Any] = {}
     for names in _progress(form.groups):
         merged = merge_group(job, names, form.experts, form.base)
@@ -110,12 +111,12 @@ def _merge(job: Job, form: Form, facts: dict[str, Any], put: Put | None, keep: S
         if len(form.groups) == 1 and job.method is None:
             facts["directions"] = merged.facts
         form.release()
-    kinds: geometry.Gram = {}
+    kinds: task_vectors.Gram = {}
     for name, g in grams.items():
         kind = re.sub(r"\.\d+\.", ".*.", name)
         kinds[kind] = kinds[kind] + g if kind in kinds else g
-    for key, of in (("layers", grams), ("kinds", kinds), ("all", {"": geometry.total(grams)})):
-        told = {name: geometry.describe(g, job.weights) for name, g in of.items()}
+    for key, of in (("layers", grams), ("kinds", kinds), ("all", {"": task_vectors.total(grams)})):
+        told = {name: task_vectors.describe(g, job.weights) for name, g in of.items()}
         facts[key] = told[""] if key == "all" else told
     if len(form.groups) > 1:  # what a method says of all layers together was said of one group
         of_method = {"layers": of_method["layers"]} if "layers" in of_method else {}

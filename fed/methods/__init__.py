@@ -7,9 +7,9 @@ arguments with their types are its options, on the command line and in YAML. Wha
 within their turns, if anything, is a `ClientRule`.
 """
 
-from fed.methods.calibration import Calibration
-from fed.methods.client_rule import ClientRule
-from fed.methods.registry import Outcome, client_rule, get, method, names, parse_options
+from fed.methods.interface.calibration import Calibration
+from fed.methods.interface.client_rule import ClientRule
+from fed.methods.interface.registry import Outcome, client_rule, get, method, names, parse_options
 
 __all__ = [
     "Calibration",

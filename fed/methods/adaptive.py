@@ -21,10 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty, squares
-from fed.methods.checks import check_memory, check_option, memory_shapes
-from fed.methods.fedavg import mean_shares
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_memory, check_option, memory_shapes
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty, squares
+from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
 _BETA = "a number in [0, 1)"

@@ -19,11 +19,11 @@ import math
 
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty
-from fed.methods.checks import check_option
-from fed.methods.magnitude import count, magnitudes, order_statistics
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty
+from fed.numerics.magnitude_cutoff import count, magnitudes, order_statistics
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 

@@ -2,7 +2,7 @@
 
     A = A_0 + scale * K * sum_k p_k T~_k,    p_k = w_k / sum_j w_j
 
-T~_k, see `fed.methods.drop`, is the task vector with a random share `density` kept, rescaled by
+T~_k, see `fed.numerics.dare`, is the task vector with a random share `density` kept, rescaled by
 1 / density. In expectation, and exactly with a density of 1, this is `task_arithmetic`, whose scale
 it has. 0.8 is the density in the authors' examples of merging language models; alone, an expert
 bears far less.
@@ -14,11 +14,11 @@ import math
 
 from torch import Tensor
 
-from fed.methods.blocks import empty
-from fed.methods.checks import check_option
-from fed.methods.drop import dropped
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import empty
+from fed.numerics.dare import dropped
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 

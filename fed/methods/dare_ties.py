@@ -3,7 +3,7 @@
     A = A_0 + scale * sum_{k in S} w_k T~_k / sum_{k in S} w_k,    S = {k: sign(T~_k) = g != 0}
     g = sign(sum_k w_k T~_k)
 
-T~_k, see `fed.methods.drop`, is the task vector with a random share `density` kept, rescaled by
+T~_k, see `fed.numerics.dare`, is the task vector with a random share `density` kept, rescaled by
 1 / density. The random drop stands in the place of TIES's trimming, as in mergekit; the authors'
 code trims after it too. The mean over those of one sign is TIES's; mergekit 0.1.5 sums them unless
 it is told `normalize: true`. With a density of 1 this is `ties` with a density of 1.
@@ -15,11 +15,11 @@ import math
 
 from torch import Tensor
 
-from fed.methods.blocks import empty
-from fed.methods.checks import check_option
-from fed.methods.drop import dropped
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
 from fed.methods.ties import disjoint_mean
+from fed.numerics.chunks import empty
+from fed.numerics.dare import dropped
 from fed.state import State
 
 

@@ -12,10 +12,9 @@ import math
 
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.weighted_mean import mean_shares, towards_mean
 from fed.state import State
 
 
@@ -36,19 +35,3 @@ def fedavg(
     check_option("fedavg", "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
     p = mean_shares(weights, paper_compat)
     return Outcome(towards_mean(states, base, p, server_lr))
-
-
-def towards_mean(states: list[State], base: State, p: list[float], step: float = 1.0) -> State:
-    """A^t + step * (sum_k p_k A_k - A^t), in `base`'s types."""
-    result = empty(base)
-    for block in blocks(states, base):
-        mean = block.mix(p)
-        if step != 1:  # with 1 the result is the mean itself, free of the base's rounding
-            mean = block.base + step * (mean - block.base)
-        block.write(result, mean)
-    return result
-
-
-def mean_shares(weights: list[float], uniform: bool) -> list[float]:
-    """p_k: by samples, or 1 / K."""
-    return shares([1.0] * len(weights) if uniform else weights)

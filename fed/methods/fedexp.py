@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, squares
-from fed.methods.checks import check_option
-from fed.methods.fedavg import mean_shares
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, squares
+from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
 

@@ -17,10 +17,10 @@ import math
 
 from torch import Tensor
 
-from fed.methods.checks import check_option
-from fed.methods.client_rule import ClientRule
 from fed.methods.fedavg import fedavg
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.client_rule import ClientRule
+from fed.methods.interface.registry import Outcome, method
 from fed.state import State
 
 

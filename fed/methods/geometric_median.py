@@ -22,10 +22,10 @@ import math
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty, squares
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty, squares
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 _STILL = 1e-5

@@ -9,7 +9,7 @@ M = K sum_k p_k T_k, which is ours.
 
 mean(S) is over all min(out, in) directions, those of length 0 too. Such directions stay out of
 U V^T here; an SVD's output has arbitrary ones there, and code that uses it adds noise of the mean
-length. Where both sides are above 1024, U V^T comes from an iteration (`fed.spectrum.isometry`):
+length. Where both sides are above 1024, U V^T comes from an iteration (`low_rank.isometry`):
 14 s for 4096 x 4096 on two cores of an x86 server, where an SVD takes a minute or more.
 """
 
@@ -19,12 +19,13 @@ import math
 
 from torch import Tensor
 
-from fed.layers import Parts, write_matrix
-from fed.methods.averaged import averaged, weights_alone
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
-from fed.space import mean_matrix, shares
-from fed.spectrum import isometry
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.joint_basis import mean_matrix
+from fed.numerics.layers import Parts, write_matrix
+from fed.numerics.low_rank import isometry
+from fed.numerics.matrix_common import averaged, weights_alone
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 

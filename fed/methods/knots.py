@@ -24,13 +24,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fed.layers import Parts, layers, write_matrix
-from fed.methods.averaged import averaged
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
 from fed.methods.ties import ties
-from fed.space import joint_basis, mean_matrix, shares
-from fed.spectrum import CUT
+from fed.numerics.joint_basis import joint_basis, mean_matrix
+from fed.numerics.layers import Parts, layers, write_matrix
+from fed.numerics.low_rank import CUT
+from fed.numerics.matrix_common import averaged
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fed.methods.fedavg import towards_mean
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
 
 

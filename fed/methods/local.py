@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.registry import Outcome, method
 from fed.state import State
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty, squares
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty, squares
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 _ROUNDING = 1e-9  # shares so close to one half meet it

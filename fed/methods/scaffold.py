@@ -29,11 +29,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty, squares
-from fed.methods.checks import check_memory, check_option, memory_shapes
-from fed.methods.client_rule import FOR_CLIENTS, ClientRule, Ending
-from fed.methods.fedavg import mean_shares
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_memory, check_option, memory_shapes
+from fed.methods.interface.client_rule import FOR_CLIENTS, ClientRule, Ending
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty, squares
+from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
 _STEPS = "steps"

@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 from llava.errors import InputError
 

@@ -13,10 +13,9 @@ import math
 
 from torch import Tensor
 
-from fed.methods.checks import check_option
-from fed.methods.fedavg import towards_mean
-from fed.methods.registry import Outcome, method
-from fed.space import shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed.methods.blocks import blocks, empty, squares
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty, squares
 from fed.state import State
 
 

@@ -15,7 +15,7 @@ expert's leading part and as much noise again, and give the leading part alone h
 triplet of each expert is taken, also where K is larger than the side.
 
 Where both sides are above 1024, triplets come from a range finder and orth from an iteration
-(`fed.spectrum`, which says how exact they are). A `rank` of 1/16 instead of 1/4 is much faster.
+(`low_rank`, which says how exact they are). A `rank` of 1/16 instead of 1/4 is much faster.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import math
 import torch
 from torch import Tensor
 
-from fed.layers import Parts, write_matrix
-from fed.methods.averaged import averaged, weights_alone
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
-from fed.space import shares
-from fed.spectrum import isometry, leading
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.layers import Parts, write_matrix
+from fed.numerics.low_rank import isometry, leading
+from fed.numerics.matrix_common import averaged, weights_alone
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 

@@ -27,12 +27,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fed.layers import Parts, write_matrix
-from fed.methods.averaged import averaged, weights_alone
-from fed.methods.checks import check_option
-from fed.methods.registry import Outcome, method
-from fed.quadratic import add_pull, correction, gram_of
-from fed.space import mean_matrix, shares
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.joint_basis import mean_matrix
+from fed.numerics.layers import Parts, write_matrix
+from fed.numerics.least_squares import add_pull, correction, gram_of
+from fed.numerics.matrix_common import averaged, weights_alone
+from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 

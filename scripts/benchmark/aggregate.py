@@ -153,7 +153,7 @@ def numpy_mean(files: list[Path], weights: list[int]) -> dict:
 def stacked_svd(states: list, base: dict, weights: list[int]) -> None:
     import torch
 
-    from fed.layers import Parts, layers
+    from fed.numerics.layers import Parts, layers
 
     for layer in layers(base)[0]:
         parts = Parts(states, layer, base)

@@ -44,7 +44,7 @@ def load(args: argparse.Namespace) -> Answerer:
 def picture_files() -> list[Path]:
     found = sorted((ROOT / "playground/data/emoji/images/openmoji").glob("*.webp"))[:64]
     if not found:
-        raise SystemExit("no pictures: run python scripts/playground/unpack_data.py first")
+        raise SystemExit("no pictures: run python -m playground.tools.unpack_data first")
     return found
 
 

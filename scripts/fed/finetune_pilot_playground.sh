@@ -5,7 +5,7 @@
 #       --fed_eval_data_path playground/data/tasks/heldout_test_b.json --output_dir runs/pilot-b
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-"$PYTHON" scripts/playground/unpack_data.py
+"$PYTHON" -m playground.tools.unpack_data
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 parts=playground/backbones/instruct

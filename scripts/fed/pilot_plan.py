@@ -14,7 +14,7 @@ from pathlib import Path
 
 from study_plan import ROOT, Job, Plan
 
-from fed.clients import load_clients
+from fed.clients.clients_yaml import load_clients
 from llava.errors import InputError
 
 PLAN = ROOT / "scripts/fed/pilot_study.yaml"

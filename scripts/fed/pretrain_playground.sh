@@ -3,7 +3,7 @@
 #   bash scripts/fed/pretrain_playground.sh --fed_method fedavg --fed_rounds 3 --output_dir X
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-"$PYTHON" scripts/playground/unpack_data.py
+"$PYTHON" -m playground.tools.unpack_data
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 "$PYTHON" -m fed.train \

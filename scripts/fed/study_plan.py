@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from fed import methods
-from fed.methods.options import defaults
+from fed.methods.interface.options import defaults
 from llava.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@
 # A folder that was made by another command is refused. What a step prints is in FOLDER.log.
 #
 # Every setting is a variable. Paths are relative to the repository's root. Before: CC12M as
-# img2dataset writes it (scripts/data/README.md), and for finetuning and evaluation LLaVA's own data
+# img2dataset writes it (docs/data.md), and for finetuning and evaluation LLaVA's own data
 # in playground/data. On disk, OUT takes as much as CC12M again, and a finetuned model each METHOD.
 set -euo pipefail
 
@@ -91,7 +91,7 @@ align() { # align FOLDER START DATA IMAGES FLAGS…: a projector trained from ST
 
 # 1. The cut. The common pictures are drawn before it, out of all clusters.
 clusters=$OUT/clusters
-step "$clusters" python scripts/data/make_clients.py cluster --clusters "$K" \
+step "$clusters" python -m fed.data cluster --clusters "$K" \
     --tower "$TOWER" --device "$DEVICE" --batch-size 256 \
     --input "$CC12M/*.tar" --heldout "$COMMON" --seed "$SEED" --output "$clusters"
 

@@ -6,7 +6,7 @@
 # that file away.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-"$PYTHON" scripts/playground/unpack_data.py
+"$PYTHON" -m playground.tools.unpack_data
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 "$PYTHON" scripts/merge/merge_study.py "$@"
 "$PYTHON" scripts/merge/merge_report.py

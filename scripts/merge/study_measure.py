@@ -66,7 +66,7 @@ class Bench:
 
     def measure(self, state: Mapping, job: Job) -> dict:
         from fed.evaluate import evaluate
-        from fed.form import ProjectorForm
+        from llava.model.trainable_part import ProjectorForm
 
         ProjectorForm().into_model(self.session.model, state, job.title)
         data = self.heldout(job.cell.scenario, job.part)
@@ -75,7 +75,7 @@ class Bench:
 
 def calibration(plan: Mapping, cell: Cell, names: Sequence[str]) -> list:
     """Data of each expert's own, few where experts are many."""
-    from fed.calibration import load_calibration
+    from fed.merging.calibration_data import load_calibration
 
     clients = plan["scenarios"][cell.scenario]["clients"]
     return load_calibration(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fed import inputs, state
+from fed import state, validation
 from fed.arguments import FedArguments
-from fed.round_state import RoundState
+from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
@@ -82,7 +82,7 @@ def test_the_backbone_is_loaded_once(flags, tiny, tmp_path, monkeypatch):
 
 def test_one_client_in_one_round_is_llavas_own_training(flags, tiny, tmp_path):
     """The same order of samples, so sampled batches of one epoch: equal to the bit."""
-    from fed.clients import seed_of, slices
+    from fed.clients.slices import seed_of, slices
     from llava.train.train import train as plain_train
 
     one = clients_yaml(
@@ -119,7 +119,7 @@ def initial_projector(flags, tmp_path) -> state.State:
 
 
 def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkeypatch):
-    from fed.logger import RunLogger
+    from fed.server.tracking import RunLogger
 
     rates: dict[str, list[float]] = {}
 
@@ -442,7 +442,7 @@ def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
             flags(fed_clients=tiny / "clients.yaml", fed_method=method, fed_options=[file, *more]),
             *(ModelArguments, DataArguments, TrainingArguments, FedArguments),
         )
-        return inputs.check_flags(*arguments)
+        return validation.check_flags(*arguments)
 
     assert options("fedcmp") == {"tau": 0.5, "rank": None, "rescale": 2.0}
     assert options("fedavg", "server_lr=2") == {"server_lr": 2.0, "paper_compat": True}

@@ -1,9 +1,8 @@
 """The playground's archive: it unpacks, its split keeps its promises, its pictures open."""
 
-import importlib.util
+import importlib
 import io
 import json
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -18,14 +17,8 @@ STYLES = ("google", "twitter", "openmoji", "fluent")
 
 
 def script(name: str):
-    """A file of scripts/playground as a module."""
-    path = ROOT / f"scripts/playground/{name}.py"
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # as when it is run
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A file of playground/tools as a module."""
+    return importlib.import_module(f"playground.tools.{name}")
 
 
 @pytest.fixture(scope="module")

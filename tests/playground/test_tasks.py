@@ -1,9 +1,8 @@
 """The playground's tasks: shared out as promised, and every answer is true of its picture."""
 
-import importlib.util
+import importlib
 import json
 import random
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,19 +13,13 @@ import yaml
 from PIL import Image, ImageChops
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts/playground"
 SCENARIOS = {"a": ("caption", "vqa", "grounding"), "b": ("category", "text", "caption")}
 PARTS = {"dev": 100, "test": 100}
 
 
 def script(name: str):
-    """A file of scripts/playground as a module."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.append(str(SCRIPTS))  # as when it is run
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A file of playground/tools as a module."""
+    return importlib.import_module(f"playground.tools.{name}")
 
 
 @pytest.fixture(scope="module")

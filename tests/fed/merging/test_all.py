@@ -11,8 +11,8 @@ import torch
 
 from fed import methods
 from fed.merge import merge
-from fed.merging.products import Products, truncated
 from fed.merging.sources import model_weights
+from fed.numerics.lora_delta import Products, truncated
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.shards import Shards

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from fed.merge import list_methods, main, merge
+from fed.merging.config import Settings
 from fed.merging.recipe import settings
-from fed.merging.settings import Settings
 from fed.state import fingerprint, load
 from llava.errors import InputError
 

@@ -1,0 +1,1 @@
+"""Clients: what clients.yaml says of them, and which of their samples each round sees."""

@@ -1,0 +1,1 @@
+"""Clients cut out of one data set: `python -m fed.data`."""

@@ -1,0 +1,103 @@
+"""Calibration data, from files to what can be measured on them with a frozen LLaVA.
+
+The model is loaded once for all files, and the tower's features of each picture are computed once.
+Tiled pictures (image_aspect_ratio anyres) are the exception, as in training: no cache holds their
+features, so they go through the tower at every call.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from fed.merging.model_calibration import ModelCalibration
+from llava.errors import InputError
+from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint import projector_parameters
+from llava.train.arguments import DataArguments
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.session import make_feature_cache
+
+
+def load_calibration(
+    model: str,
+    model_base: str | None,
+    data: Sequence[str],
+    image_folder: str | None,
+    *,
+    version: str = "plain",
+    samples: int = 256,
+    batch_size: int = 16,
+    device: str = "cpu",
+    seed: int = 0,
+) -> list[ModelCalibration]:
+    """One calibration a data file, all on one model.
+
+    Args:
+        model, model_base: as `load_pretrained_model` takes them. Projectors are put into this
+            model, in float32, so its own is of no matter.
+        data: files of LLaVA records.
+        version: the conversation template that the projectors were aligned with.
+        samples: at most so many records of a file, one drawn from each of as many equal stretches.
+
+    Raises:
+        InputError: a model without pictures, a file or picture that is missing or broken, a file
+            that holds no records, or none with an answer to measure.
+    """
+    if samples < 1 or batch_size < 1:
+        raise InputError(f"calibration: {samples} samples in batches of {batch_size}, expected 1+")
+    if not data:
+        raise InputError("calibration: no data file is given")
+    tokenizer, llava, _, context = load_pretrained_model(model, model_base, "", device=device)
+    if not hasattr(llava, "get_vision_tower"):
+        raise InputError(f"{model}: a language model without pictures, expected a LLaVA")
+    llava.requires_grad_(False)
+    llava.get_model().mm_projector.float()  # small differences of projectors must not be lost
+    for parameter in projector_parameters(llava).values():
+        parameter.requires_grad_(True)
+    limit = getattr(llava.config, "tokenizer_model_max_length", None) or context
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    args = _data_arguments(llava, version, image_folder)
+    cache = None if args.tiling else make_feature_cache(llava.get_vision_tower(), args)
+    collate = DataCollatorForSupervisedDataset(tokenizer)
+    found = []
+    for path in data:
+        dataset = LazySupervisedDataset(path, tokenizer, args, cache)
+        dataset = dataset.select(spread(len(dataset), samples, seed))
+        if cache is not None:
+            cache.prefetch(dataset.pictures())
+        dataset.check()
+        items = [dataset[i] for i in range(len(dataset))]
+        found.append(ModelCalibration(llava, items, collate, batch_size, path))
+    return found
+
+
+def spread(records: int, samples: int, seed: int) -> list[int]:
+    """Indices in order, one drawn from each of `samples` equal stretches; all of fewer."""
+    if records <= samples:
+        return list(range(records))
+    ends = [records * i // samples for i in range(samples + 1)]
+    draw = random.Random(seed)
+    return [draw.randrange(low, high) for low, high in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _data_arguments(llava: Any, version: str, image_folder: str | None) -> Any:
+    """What a data set reads, from the model's config; see `llava.train.session.load_session`."""
+    config, tower = llava.config, llava.get_vision_tower()
+    own = dict(
+        version=version,
+        is_multimodal=True,
+        image_folder=image_folder,
+        image_aspect_ratio=getattr(config, "image_aspect_ratio", None) or "square",
+        image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
+        image_processor=tower.image_processor,
+        image_tokens=llava.get_model().mm_projector.num_tokens(tower.num_patches),
+        tiling=llava.tiling,
+        mm_use_im_start_end=getattr(config, "mm_use_im_start_end", False),
+        feature_cache="memory",
+    )
+    return SimpleNamespace(**{**vars(DataArguments()), **own})

@@ -1,0 +1,159 @@
+"""Scope all of LoRA folders: the adapters, and what was trained beside them (the projector).
+
+`--lora factors` gives the method the matrices A and B of each module as they are, which is what is
+commonly done; the mean of the factors is not the mean of the updates B A. `product` gives it B A,
+and cuts the result back to the adapter's rank (see `products.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fed import methods
+from fed.merging.compatibility import sample, sampled_fingerprint
+from fed.merging.config import Settings
+from fed.merging.formats import Put, by_layer, bytes_of, check_names, stand_in
+from fed.merging.rewrite import Streamed, copy_beside
+from fed.merging.sources import Source, Weights, adapter_weights
+from fed.numerics.lora_delta import Products
+from fed.state import State
+from llava.errors import InputError
+from llava.model.checkpoint import on_disk
+from llava.model.lora import ADAPTER_CONFIG, NON_LORA_FILE, read_non_lora
+from llava.model.shards import read_json
+from llava.state import read_tensors, save
+
+# What must be one for matrices of two adapters to mean the same.
+_ALIKE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora",
+          "use_dora", "fan_in_fan_out", "bias", "modules_to_save")  # fmt: skip
+
+
+class LoraFormat:
+    """Adapters and what trained beside them, in one mapping of names that do not meet."""
+
+    name = "lora"
+    fingerprints = (
+        "A fingerprint is a SHA-256 over names, types, shapes and the first 4 KB of every tensor."
+    )
+
+    def __init__(self, settings: Settings, experts: Sequence[Source], base: Source | None):
+        _check_alike(experts)
+        self.sources = experts
+        self.adapters = [adapter_weights(source.path) for source in experts]
+        check_names(experts, self.adapters)
+        self.others = [_others(source) for source in experts]
+        check_names(experts, self.others)
+        self._plain = [_join(a, o) for a, o in zip(self.adapters, self.others, strict=True)]
+        self._base = _start(self.adapters[0], base)
+        self._of_base = self._base if base and base.kind == "lora" else base and base.projector
+        self.notes = []
+        if base and (lost := [name for name in self._plain[0] if name not in self._base]):
+            self.notes.append(stand_in(base, lost))
+        self.experts, self.base, self.products = self._plain, self._base, None
+        if settings.lora == "product":
+            self.products = Products(self.adapters[0])
+            self.experts = [self.products.of(tensors) for tensors in self._plain]
+            self.base = self.products.of(self._base)
+        names = list(self.experts[0])
+        whole = methods.get(settings.method).whole and self.products is None
+        self.groups = [names] if whole else by_layer(names)
+        self.size = sum(map(bytes_of, (self.adapters[0], self.others[0])))
+        self.written = (
+            "This folder is a LoRA with the projector that belongs to it, to be loaded on its "
+            f"language model; merged were the {settings.lora} of the adapters."
+        )
+
+    def prints(self) -> tuple[list[str], str | None]:
+        found = [sampled_fingerprint(sample(tensors.items())) for tensors in self._plain]
+        of_base = self._of_base and sampled_fingerprint(sample(self._of_base.items()))
+        for adapter in self.adapters:
+            adapter.shards.release()
+        return found, of_base
+
+    @contextlib.contextmanager
+    def writer(self, folder: Path) -> Iterator[Put]:
+        first = self.sources[0]
+        copy_beside(first.path, folder)
+        streamed = Streamed(self.adapters[0], folder)
+        others: State = {}
+
+        def put(state: State) -> None:
+            state = self.products.factors(state) if self.products else state
+            others.update({n: t for n, t in state.items() if n in self.others[0]})
+            streamed.put({n: t for n, t in state.items() if n not in self.others[0]})
+
+        yield put
+        streamed.close()
+        if others:
+            names = read_tensors(first.path / NON_LORA_FILE, mapped=True)
+            own = dict(zip(self.others[0], names, strict=True))
+            save({own[name]: tensor for name, tensor in others.items()}, folder / NON_LORA_FILE)
+
+    def release(self) -> None:
+        for adapter in self.adapters:
+            adapter.release()
+
+
+class _Zeros(Mapping[str, Tensor]):
+    """The adapter before training: B is 0, and so is what an adapter adds. Biases are not known."""
+
+    def __init__(self, like: Weights):
+        self.like = like
+        self.names = dict.fromkeys(name for name in like if ".lora_" in name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if ".lora_" not in name:
+            raise KeyError(name)
+        return torch.zeros_like(self.like[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _start(adapter: Weights, base: Source | None) -> Mapping[str, Tensor]:
+    """What the experts are measured from: a LoRA folder's tensors, or no adapter at all."""
+    if base is not None and base.kind == "lora":
+        return _join(adapter_weights(base.path), _others(base))
+    return _join(_Zeros(adapter), {} if base is None else dict(base.projector))
+
+
+def _others(source: Source) -> State:
+    """What trained beside the adapter, by upstream's names."""
+    if not (source.path / NON_LORA_FILE).is_file():
+        return {}
+    return {on_disk(n): t for n, t in read_non_lora(source.path, mapped=True).items()}
+
+
+def _join(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return ChainMap(first, second)
+
+
+def _check_alike(experts: Sequence[Source]) -> None:
+    """Refuse adapters whose matrices cannot be put side by side."""
+    configs = [read_json(expert.path / ADAPTER_CONFIG) for expert in experts]
+    for expert, config in zip(experts, configs, strict=True):
+        for key in _ALIKE:
+            found, expected = _value(config, key), _value(configs[0], key)
+            if found != expected:
+                raise InputError(
+                    f"{expert.who}: {ADAPTER_CONFIG} has {key} {found!r}, {experts[0].who} has "
+                    f"{expected!r}; adapters that are merged have the same"
+                )
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    value = config.get(key)
+    return sorted(value) if isinstance(value, list) else value or None

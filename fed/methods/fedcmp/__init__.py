@@ -1,0 +1,1 @@
+"""Fed-CMP; `method.py` says what it is."""

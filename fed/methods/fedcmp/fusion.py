@@ -1,0 +1,191 @@
+"""The fusion of clients' matrices of a layer in their shared space: three sums over clients.
+
+The first sum, S, has given the basis U (`joint_basis`). The second is the mean M =
+sum_k p_k X_k, with its coefficients U^T M. The third is of rho~_ki c_ki, rho~_ki |c_ki|^2 and
+rho~_ki, where c_ki are the rows of C_k = U^T X_k and rho~_ki is known to client k from the second
+sum. Nothing else of a client is needed, so the same can come out of secure aggregation.
+
+What lies outside U is one block more, with one length for all clients: its mean is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed.numerics.joint_basis import Basis, mean_matrix
+
+NOISE = 1e-6  # a row so much shorter than another is the rounding of float32
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What lies outside the basis: its share of the energy, and what becomes of it."""
+
+    energy: float
+    kappa: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Coefficients fused, and what there is to tell of it.
+
+    Attributes:
+        rows: C, (r, in).
+        mean: M, (out, in), and its coefficients U^T M, (r, in).
+        kappa: consensus of each direction, (r,); see `consensus`.
+        gain: by what each row of the weighted mean was multiplied, (r,).
+        agreement, reliability: a_k and rho_k, (r,) of each client.
+        rest: None where the basis leaves nothing out.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    mean_rows: Tensor
+    kappa: Tensor
+    gain: Tensor
+    agreement: list[Tensor]
+    reliability: list[Tensor]
+    rest: Rest | None
+
+    def matrix(self, vectors: Tensor, basis: Tensor | None = None) -> Tensor:
+        """The fused matrix, (out, in): rows along `vectors`, and the rest. Overwrites `mean`.
+
+        `basis` is the one that the rows were taken in, where it is not `vectors`.
+        """
+        if self.rest is None:
+            return vectors @ self.rows
+        out = self.mean.mul_(self.rest.gain)  # g M + V C - g U U^T M
+        if basis is None:
+            return out.addmm_(vectors, self.rows - self.rest.gain * self.mean_rows)
+        return out.addmm_(vectors, self.rows).addmm_(basis, self.mean_rows, alpha=-self.rest.gain)
+
+
+def fuse(
+    mats: Collection[Tensor],
+    p: Sequence[float],
+    basis: Basis,
+    *,
+    tau: float,
+    rescale: float,
+    flatten: float,
+    keep_rest: bool,
+) -> Fused:
+    """The second and the third sum, and what the server makes of them.
+
+    Args:
+        mats: X_k of shape (out, in), with the clients' shares `p`.
+        tau, rescale, flatten: see `method.py`.
+        keep_rest: whether the mean of what lies outside the basis stays.
+    """
+    u = basis.vectors
+    mean = mean_matrix(mats, p)
+    mean_rows = u.T @ mean
+    agreed, rho, inside = [], [], 0.0
+    rows, squares = torch.zeros_like(mean_rows), torch.zeros_like(mean_rows[:, 0])
+    for x, share in zip(mats, p, strict=True):
+        c = u.T @ x
+        agreed.append(agreement(c, share, mean_rows))
+        rho.append(reliability(agreed[-1], share, tau))
+        rows.add_(rho[-1][:, None] * c)
+        of_rows = c.square().sum(1)
+        squares += rho[-1] * of_rows
+        inside += share * float(of_rows.sum())
+    total = sum(rho)
+    kappa = consensus(rows, squares, total)
+    fused, gain = merge_rows(rows, squares, total, rescale)
+    r = len(gain)
+    rest = None
+    if r < basis.full:
+        rest = rest_of(mean, mean_rows, max(basis.total - inside, 0.0), basis.total, rescale)
+        if not keep_rest:
+            rest = Rest(rest.energy, rest.kappa, 0.0)
+    if flatten:
+        left = 0.0 if rest is None else rest.gain * math.sqrt(rest.kappa * rest.energy)
+        bent, bent_rest = evened(fused.norm(dim=1), kappa, left, rest, basis.full, flatten)
+        fused, gain = fused * bent[:, None], gain * bent
+        if rest is not None:
+            rest = Rest(rest.energy, rest.kappa, rest.gain * bent_rest)
+    return Fused(fused, mean, mean_rows, kappa, gain, agreed, [each / total for each in rho], rest)
+
+
+def agreement(c: Tensor, p: float, mean: Tensor) -> Tensor:
+    """a_ki of one client, (r,): the cosine of its rows with what the others' add up to.
+
+    `c` are its coefficients, (r, in), `p` its share, `mean` is sum_j p_j C_j over all clients, this
+    one among them. Where one side moves and the other only by rounding there is no agreement: 0.
+    """
+    own = p * c
+    others = mean - own
+    lengths = torch.stack([own.norm(dim=1), others.norm(dim=1)])
+    cosine = (own * others).sum(1) / lengths.prod(0)
+    return torch.where(lengths.amin(0) > NOISE * lengths.amax(0), cosine.clamp(-1, 1), 0)
+
+
+def reliability(agreed: Tensor, p: float, tau: float) -> Tensor:
+    """rho~_ki of one client, (r,): rho_ki before it is divided by the sum over clients."""
+    return p * ((agreed - 1) / tau).exp()
+
+
+def consensus(rows: Tensor, squares: Tensor, rho: Tensor) -> Tensor:
+    """kappa_i, (r,): |sum_k rho_ki c_ki|^2 over sum_k rho_ki |c_ki|^2, from the third sum.
+
+    1 when all clients agree, sum_k rho_ki^2 (1/K for K equal ones) on average when they are
+    unrelated, 0 when they cancel or none moves.
+    """
+    each = rho * squares
+    return torch.where(each > 0, rows.square().sum(1) / each, 0).clamp(0, 1)
+
+
+def merge_rows(rows: Tensor, squares: Tensor, rho: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+    """Fused rows, (r, in), and gains, (r,), from the third sum; gain_i = kappa_i^(-1/2)."""
+    gain = consensus(rows, squares, rho).rsqrt().clamp(1, rescale)
+    return rows * (gain / rho)[:, None], gain
+
+
+def evened(
+    lengths: Tensor, kappa: Tensor, left: float, rest: Rest | None, full: int, flatten: float
+) -> tuple[Tensor, float]:
+    """Factors that draw the directions' lengths towards their root mean square.
+
+    (level / length_i) ^ (flatten * (1 - kappa_i)): a direction in which all agree stays as it is.
+
+    Args:
+        lengths: of the fused rows, (r,); `left` is that of the rest, over full - r directions.
+    """
+    r = len(lengths)
+    level = math.sqrt((float(lengths.square().sum()) + left**2) / full)
+    there = lengths > NOISE * level
+    factors = (level / lengths.where(there, 1)) ** (flatten * (1 - kappa))
+    of_rest = 1.0
+    if rest is not None and left > 0:
+        typical = left / math.sqrt(full - r)
+        of_rest = (level / typical) ** (flatten * (1 - rest.kappa))
+    return factors.where(there, 1), of_rest
+
+
+def rest_of(
+    mean: Tensor,
+    mean_rows: Tensor,
+    energy: float,
+    total: float,
+    rescale: float,
+    power: float = 0.5,
+) -> Rest:
+    """The block outside the basis, of which the clients hold `energy` of `total`.
+
+    Args:
+        mean: M, (side, width), and its coefficients U^T M, (r, width).
+    """
+    norm = torch.linalg.vector_norm
+    agreed = max(float(norm(mean)) ** 2 - float(norm(mean_rows)) ** 2, 0.0)
+    if energy <= NOISE * total:  # rounding
+        return Rest(energy, 1.0, 1.0)
+    kappa = min(agreed / energy, 1.0)
+    gain = min(max(kappa, 1e-30) ** -power, rescale)
+    return Rest(energy, kappa, gain)

@@ -1,0 +1,112 @@
+"""Fed-CMP: federated pre-training of the cross-modal projector (arXiv 2603.26786).
+
+What the paper's abstract says [P]; how each step is made is our reading [R], as its text and code
+were not to be had. Per layer, with A = [W | b], shape (out, in + 1), and p_k = n_k / sum_j n_j:
+
+Canonical Reliability-Aware Aggregation [P]: "constructs a canonical space to decompose client
+projectors into a shared alignment basis and client-specific coefficients, then performs
+reliability-weighted fusion".
+  1. X_k = A_k - A^t (`space` updates) or A_k (weights)                                        [R]
+  2. U: the leading eigenvectors of S = sum_k p_k X_k X_k^T, as many as `energy`, `rank` say   [R]
+  3. C_k = U^T X_k, rows c_ki                                                                  [R]
+  4. a_ki = cos(c_ki, sum_{j != k} p_j c_ji);  rho_ki = softmax over k of log p_k + a_ki / tau [R]
+  5. c_i = g_i sum_k rho_ki c_ki,  g_i = kappa_i^(-1/2), at most `rescale`, where kappa_i =
+     |sum_k rho_ki c_ki|^2 / sum_k rho_ki |c_ki|^2: the mean of rows that have little in common
+     is short; g_i gives it the clients' (root mean square) length back                        [R]
+  6. c_i <- c_i (l / |c_i|)^(`flatten` (1 - kappa_i)), l the root mean square of all |c_i|: where
+     clients do not agree, the lengths of directions are evened out                            [R]
+What lies outside U is kept as one block with one gain (`rest` keep), or left out (drop)       [R]
+
+Orthogonality-Preserved Momentum [P]: "applies momentum to the shared alignment basis via orthogonal
+projection, accumulating historical optimization directions while preserving geometric structure".
+  7. B^{t-1} aligned to U (`align`), B^t = polar(beta B^{t-1} + (1 - beta) U), X = B^t C        [R]
+  8. A^{t+1} = A^t + X (updates) or X (weights)
+
+tau = inf, rescale = 1, flatten = 0, beta = 0 is FedAvg, if the basis is whole or the rest is kept.
+With beta = 0 there is no memory. Where the basis is square and the alignment procrustes, B^t = U
+whatever beta is: momentum needs r < out. Aligning U to B^{t-1} and turning C with it gives the same
+X; this way round, the memory of another rank is no special case: directions without history stand
+as they are.
+
+Up to 1024 rows every direction is found, in float64; above, the leading 64 by a range finder, in
+float32, and the others are the rest. Norms, scales and other tensors that are no layer are averaged
+by samples. fusion.py has the sums over clients that the server needs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fed.methods.fedcmp.facts import describe
+from fed.methods.fedcmp.fusion import fuse
+from fed.methods.fedcmp.momentum import check_history, turn
+from fed.methods.interface.checks import check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.numerics.chunks import blocks, empty
+from fed.numerics.joint_basis import joint_basis
+from fed.numerics.layers import Parts, layers, write_matrix
+from fed.numerics.weighted_mean import shares
+from fed.state import State
+
+MIN_TAU = 0.01  # exp(-2 / tau) must stay a float
+
+
+@method("fedcmp")
+def fedcmp(
+    states: list[State],
+    *,
+    weights: list[float],
+    base: State,
+    memory: dict[str, Tensor],
+    space: Literal["updates", "weights"] = "updates",
+    energy: float = 1.0,
+    rank: int | None = None,
+    basis: Literal["auto", "exact", "randomised"] = "auto",
+    rest: Literal["keep", "drop"] = "keep",
+    tau: float = math.inf,
+    rescale: float = 4.0,
+    flatten: float = 0.3,
+    beta: float = 0.0,
+    align: Literal["procrustes", "signs"] = "procrustes",
+) -> Outcome:
+    """One round of Fed-CMP.
+
+    A `rank` above a layer's rows is all of them. Memory holds B^t as `<layer>.basis`, (out, r),
+    while beta > 0. Facts hold what `describe` and `turn` say of each layer, and the
+    names of the tensors that were averaged.
+    """
+    check_option("fedcmp", "energy", energy, 0 < energy <= 1, "in (0, 1]")
+    check_option("fedcmp", "rank", rank, rank is None or rank >= 1, "at least 1, or none")
+    check_option("fedcmp", "tau", tau, tau >= MIN_TAU, f"at least {MIN_TAU}")
+    check_option("fedcmp", "rescale", rescale, 1 <= rescale < math.inf, "at least 1 and finite")
+    check_option("fedcmp", "flatten", flatten, 0 <= flatten <= 1, "in [0, 1]")
+    check_option("fedcmp", "beta", beta, 0 <= beta < 1, "in [0, 1)")
+    p = shares(weights)
+    affine, others = layers(base)
+    sides = {f"{layer.name}.basis": len(base[layer.weight]) for layer in affine}
+    check_history(memory, sides)
+
+    result = empty(base)
+    for block in blocks(states, {name: base[name] for name in others}):
+        block.write(result, block.mix(p))
+    kept: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {"layers": {}, "averaged": others}
+    for layer in affine:
+        mats = Parts(states, layer, base if space == "updates" else None)
+        shared = joint_basis(mats, p, energy=energy, rank=rank, how=basis)
+        fused = fuse(
+            mats, p, shared, tau=tau, rescale=rescale, flatten=flatten, keep_rest=rest == "keep"
+        )
+        key = f"{layer.name}.basis"
+        turned, history = turn(shared, memory.get(key), beta, align)
+        facts["layers"][layer.name] = {**describe(shared, fused, p), "momentum": history}
+        moved = fused.matrix(turned, None if turned is shared.vectors else shared.vectors)
+        write_matrix(moved, layer, result, mats.origin)
+        if beta > 0 and shared.total > 0:
+            kept[key] = turned.float()
+        elif beta > 0 and key in memory:  # nobody moved: U means nothing, the history stays
+            kept[key] = memory[key]
+    return Outcome(result, kept, facts)

@@ -1,0 +1,1 @@
+"""The interface of a method: registration, options, client rule, calibration, shared checks."""

@@ -1,0 +1,1 @@
+"""Pilot; `method.py` says what it is."""

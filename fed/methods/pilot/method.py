@@ -1,0 +1,128 @@
+"""Pilot (arXiv 2501.13985): adapters shared within a task, LoRA averaged for each client by itself.
+
+Client k has n_k samples of one task and sends its task's adapter psi^t, which is a projector, and
+its LoRA Theta_k. What comes back:
+
+    psi^t    = sum_k n_k psi^t_k / sum_k n_k                     over the task's clients    Eq. 10
+    d_kj     = || Theta_k - Theta_j ||                           over all LoRA parameters
+    Theta_k' = [n_k Theta_k + sum_j Theta_j / d_kj] / [n_k + sum_j 1 / d_kj]               Eq. 11-12
+
+with j over the M clients that are nearest to k. The equations are known through secondary sources,
+M = 3 from a re-implementation. Our reading:
+
+- Neighbours are of this round and have samples; where there are fewer than M, all of them.
+- n_k and 1 / d have no common scale: `weighting` normalise gives k itself the share p_k and its
+  neighbours 1 - p_k in proportion to 1 / d; p_k is n_k over the samples of k and its neighbours, or
+  the number `own`. mean is without distances: the mean by samples over all clients.
+- Equal Theta_k and Theta_j (d = 0) have the limit of the formulas: the neighbours' part belongs to
+  those at no distance, so that Theta_k' = Theta_k.
+- `average` factors takes Theta as A and B; product as the updates B A (`lora_average`).
+  Distances are between factors in both.
+- A client that has no LoRA of its own yet begins with the plain mean of all personal ones, if there
+  are two or more, else with the common start; a task that nobody has trained yet, with its adapter.
+
+Memory holds every task's adapter as TASK/NAME. A task whose clients are away keeps what it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from fed.methods.interface.checks import check_memory, check_option
+from fed.methods.interface.registry import Outcome, method
+from fed.methods.pilot.lora_average import averaged_lora
+from fed.methods.pilot.neighbours import distances, mixture, nearest
+from fed.numerics.weighted_mean import shares, towards_mean
+from fed.state import State
+
+ADAPTER = "model.mm_projector."  # how names of the task adapter begin; the others are LoRA
+
+
+def send(
+    client: str, task: str, personal: Mapping[str, State], shared: State, memory: State
+) -> tuple[State, State]:
+    """What a client starts from, and beside it the adapters of the other tasks, as TASK/NAME.
+
+    Both are of today for a client that is late or missed rounds too. Of another client by itself
+    there is nothing, unless it is the only one of its task.
+    """
+    theirs, lora = personal.get(client), _lora(shared)
+    if theirs is None and len(personal) > 1:
+        theirs = towards_mean(list(personal.values()), lora, shares([1] * len(personal)))
+    start = {
+        name: (theirs or shared)[name] if name in lora else memory.get(f"{task}/{name}", tensor)
+        for name, tensor in shared.items()
+    }
+    return start, {n: t for n, t in memory.items() if n.partition("/")[0] != task}
+
+
+@method("pilot", personal=True, whole=True, send=send)
+def pilot(
+    states: list[State],
+    *,
+    weights: list[float],
+    base: State,
+    memory: dict[str, Tensor],
+    clients: list[str],
+    tasks: list[str],
+    neighbours: int = 3,
+    weighting: Literal["literal", "normalise", "mean"] = "literal",
+    own: float = 0.0,
+    average: Literal["factors", "product"] = "factors",
+) -> Outcome:
+    """One state a client: its task's adapter and its own average of LoRA.
+
+    `own` 0 is by samples. Facts: `tasks`, who made each task's adapter; `lora`, by client the
+    weight of its `own` LoRA, and its `neighbours` with their `distance` and `weight`.
+    """
+    check_option("pilot", "neighbours", neighbours, neighbours >= 0, "0 or more")
+    check_option("pilot", "own", own, 0 <= own <= 1, "0 (by samples) to 1")
+    fits = own == 0 or weighting == "normalise"
+    check_option("pilot", "own", own, fits, "0, as only weighting=normalise knows it")
+    memory, made = _adapters(states, weights, base, memory, tasks)
+    lora, facts = _lora(base), {"tasks": {t: [clients[k] for k in of] for t, of in made.items()}}
+    theirs: list[State] = [{} for _ in states]
+    if lora:
+        apart = distances(states, lora, clients)
+        near = nearest(apart, weights, len(states) if weighting == "mean" else neighbours)
+        mix = mixture(apart, weights, near, weighting, own)
+        theirs = averaged_lora(states, lora, mix, average == "product")
+        facts["lora"] = {
+            clients[k]: {
+                "own": float(mix[k, k]),
+                "neighbours": {
+                    clients[j]: {"distance": float(apart[k, j]), "weight": float(mix[k, j])}
+                    for j in of
+                },
+            }
+            for k, of in enumerate(near)
+        }
+    for state, task in zip(theirs, tasks, strict=True):
+        state |= {n: memory.get(f"{task}/{n}", t) for n, t in base.items() if n not in lora}
+    return Outcome(theirs, memory, facts)
+
+
+def _lora(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(ADAPTER)}
+
+
+def _adapters(
+    states: list[State], weights: list[float], base: State, memory: State, tasks: list[str]
+) -> tuple[State, dict[str, list[int]]]:
+    """Memory with the adapters of the tasks that are here anew, and whose states made them."""
+    adapter = {name: tensor for name, tensor in base.items() if name.startswith(ADAPTER)}
+    known = {name.partition("/")[0] for name in memory}
+    shapes = {f"{t}/{n}": tuple(adapter[n].shape) for t in sorted(known) for n in adapter}
+    check_memory("pilot", memory, shapes)
+    made = {}
+    for task in dict.fromkeys(tasks):
+        of = [k for k, other in enumerate(tasks) if other == task and weights[k] > 0]
+        if of and adapter:
+            made[task] = of
+            p = shares([weights[k] for k in of])
+            mean = towards_mean([states[k] for k in of], adapter, p)
+            memory = memory | {f"{task}/{name}": tensor for name, tensor in mean.items()}
+    return memory, made

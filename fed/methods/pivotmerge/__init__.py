@@ -1,0 +1,1 @@
+"""PivotMerge; `method.py` says what it is."""

@@ -1,0 +1,179 @@
+"""Experts' matrices of a layer in their shared space, filtered, weighted and joined again.
+
+The steps of PivotMerge, which `method.py` describes. Rows are directions of the
+layer's side that is shared: matrices X_k are (side, width), turned if that is the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fed.methods.fedcmp.fusion import Rest, consensus, rest_of
+from fed.methods.interface.calibration import Calibration
+from fed.numerics.joint_basis import Basis, joint_basis, mean_matrix
+from fed.numerics.layers import Layer
+from fed.numerics.weighted_mean import shares
+from fed.state import State
+
+EXACT = 1280  # up to this side all directions are found: 1,024 inputs and a bias
+LEADING = 128  # of larger ones
+
+
+@dataclass
+class Shared:
+    """One layer: its basis U, the experts' coefficients C_k = U^T X_k, (r, width), and shares."""
+
+    mats: Collection[Tensor]
+    p: Sequence[float]
+    basis: Basis
+    parts: list[Tensor]
+    kappa: Tensor  # (r,), see `fed.methods.fedcmp.fusion.consensus`
+    energy: Tensor  # sum_k p_k |c_ki|^2, (r,)
+
+    @classmethod
+    def of(cls, mats: Collection[Tensor], p: Sequence[float], rank: int | None) -> Shared:
+        side = len(next(iter(mats)))
+        how = "exact" if side <= EXACT else "auto"
+        basis = joint_basis(mats, p, rank=rank or (None if side <= EXACT else LEADING), how=how)
+        parts = [basis.vectors.T @ x for x in mats]
+        kappa, energy = _agreed(parts, p)
+        return cls(mats, p, basis, parts, kappa, energy)
+
+    @property
+    def chance(self) -> float:
+        """kappa of unrelated experts."""
+        return sum(share * share for share in self.p)
+
+    def filtered(self, kappa_min: float, specific: float) -> list[Tensor]:
+        """The coefficients without what opposes their sum, times `specific`, where kappa is low."""
+        low = self.kappa < kappa_min
+        if not low.any():
+            return self.parts
+        total = sum(share * c for share, c in zip(self.p, self.parts, strict=True))
+        unit = total / total.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        kept = []
+        for c in self.parts:
+            against = (c * unit).sum(1, keepdim=True).clamp(max=0)
+            kept.append(torch.where(low[:, None], specific * (c - against * unit), c))
+        return kept
+
+    def aligned(self) -> list[float]:
+        """p_k times the share of its energy that expert k has in directions that are shared beyond
+        chance, normalised; p_k where none has any."""
+        high, found = self.kappa >= self.chance, []
+        for share, x, c in zip(self.p, self.mats, self.parts, strict=True):
+            whole = float(torch.linalg.vector_norm(x)) ** 2
+            found.append(share * float(c[high].square().sum()) / whole if whole else 0.0)
+        return shares(found) if any(found) else list(self.p)
+
+    def joined(
+        self,
+        parts: Sequence[Tensor],
+        alpha: Sequence[float],
+        *,
+        kappa_min: float,
+        rescale: float,
+        power: float,
+        subspace: tuple[float, float] | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The merged matrix, (side, width), and the facts of the layer.
+
+        Args:
+            parts: coefficients as `filtered` gives them.
+            alpha: scalar weights that sum to one.
+            subspace: `noise` and `floor` of matrix weights, or None.
+        """
+        if subspace is None:
+            rows = sum(a * c for a, c in zip(alpha, parts, strict=True))
+        else:
+            rows = by_subspace(parts, alpha, *subspace)
+        kappa = torch.where(self.energy > 0, rows.square().sum(1) / self.energy, 0)
+        gain = torch.where(self.kappa < kappa_min, 1, kappa.pow(-power).clamp(1, rescale))
+        rows = rows * gain[:, None]
+        if len(self.basis.vectors) == self.basis.vectors.shape[1]:
+            return self.basis.vectors @ rows, self._facts(alpha, gain, None)
+        mean = mean_matrix(self.mats, alpha)
+        inside = self.basis.vectors.T @ mean
+        left = max(self.basis.total - float(self.energy.sum()), 0.0)
+        rest = rest_of(mean, inside, left, self.basis.total, rescale, power)
+        merged = mean.mul_(rest.gain).addmm_(self.basis.vectors, rows - rest.gain * inside)
+        return merged, self._facts(alpha, gain, rest)
+
+    def _facts(self, alpha: Sequence[float], gain: Tensor, rest: Rest | None) -> dict[str, Any]:
+        """Means over directions are weighted by the directions' energy."""
+        total = float(self.energy.sum())
+        weight = self.energy / total if total else torch.full_like(gain, 1 / len(gain))
+        return {
+            "side": len(self.basis.vectors),
+            "rank": len(gain),
+            "kappa": float(weight @ self.kappa),
+            "chance": self.chance,
+            "gain": float(weight @ gain.to(weight)),
+            "alpha": list(alpha),
+            "rest": rest and {"kappa": rest.kappa, "gain": rest.gain},
+        }
+
+
+def by_subspace(
+    parts: Sequence[Tensor], alpha: Sequence[float], noise: float, floor: float
+) -> Tensor:
+    """(sum_k W_k)^-1 sum_k W_k C_k, (r, width), with W_k = a_k (P_k + floor), (r, r).
+
+    P_k = G_k (G_k + noise * mean eigenvalue of G_k)^-1, G_k = C_k C_k^T, is a soft projector onto
+    the directions in which expert k has moved; `floor` is in units of the mean eigenvalue of sum_k
+    a_k P_k. The lengths of the experts do not count.
+    """
+    softened = []
+    for c in parts:
+        moment = c @ c.T
+        level = noise * float(moment.diagonal().mean()) or 1.0
+        loaded = moment.clone()
+        loaded.diagonal().add_(level)
+        softened.append(torch.linalg.solve(loaded, moment))
+    whole = sum(a * w for a, w in zip(alpha, softened, strict=True))
+    level = floor * float(whole.diagonal().mean()) or 1.0
+    rows = sum(a * (w @ c + level * c) for a, w, c in zip(alpha, softened, parts, strict=True))
+    whole.diagonal().add_(level)
+    return torch.linalg.solve(whole, rows)
+
+
+def by_leaving_out(
+    layers: Sequence[Layer],
+    merge: Callable[[Layer, Sequence[float]], Any],
+    p: Sequence[float],
+    calibration: Sequence[Calibration],
+    merged: State,
+) -> dict[Layer, list[float]]:
+    """By layer p_k exp(gain_k / max_j |gain_j|), normalised.
+
+    gain_k is what the mean caption loss over the calibration sets gains when `merge` makes the
+    layer without expert k; it writes into `merged`, which has all experts again in the end.
+    """
+    data = list({id(each): each for each in calibration}.values())
+
+    def loss() -> float:
+        return sum(each.loss(merged) for each in data) / len(data)
+
+    whole, found = loss(), {}
+    for layer in layers:
+        gains = []
+        for k in range(len(p)):
+            left = [0.0 if j == k else share for j, share in enumerate(p)]
+            merge(layer, shares(left) if any(left) else p)
+            gains.append(loss() - whole)
+        merge(layer, p)
+        most = max(map(abs, gains)) or 1.0
+        found[layer] = shares([a * math.exp(g / most) for a, g in zip(p, gains, strict=True)])
+    return found
+
+
+def _agreed(parts: Sequence[Tensor], p: Sequence[float]) -> tuple[Tensor, Tensor]:
+    rows = sum(share * c for share, c in zip(p, parts, strict=True))
+    squares = sum(share * c.square().sum(1) for share, c in zip(p, parts, strict=True))
+    return consensus(rows, squares, torch.ones_like(squares)), squares

@@ -1,0 +1,160 @@
+"""The shared space of several clients' matrices. Fed-CMP lives on it, and merging can.
+
+The matrices X_1..X_K of a layer, with shares p_k that sum to one, are written in one orthonormal
+basis U of the output space, the leading eigenvectors of S = sum_k p_k X_k X_k^T, with one
+coefficient matrix C_k = U^T X_k each. Pure functions, on tensors only. Matrices may be any
+collection that can be gone through again, as `layers.Parts`, which makes them one at a time
+and overwrites each with the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fed.numerics.layers import LARGE
+
+LEADING = 64  # directions that are looked for in a large layer when no rank is asked for
+OVERSAMPLE = 16  # further directions that the range finder draws and throws away
+PASSES = 2  # applications of S in the range finder; each sharpens the leading directions
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal basis of what the clients share, the direction with most energy first."""
+
+    vectors: Tensor  # U, (out, r)
+    energies: Tensor  # eigenvalues of S, (r,)
+    total: float  # trace of S: the energy of all directions, kept or not
+    full: int  # the most directions that there can be
+    how: str  # "exact" or "randomised"
+
+
+def mean_matrix(mats: Collection[Tensor], shares: Sequence[float]) -> Tensor:
+    """sum_k p_k X_k, (out, in), in the matrices' own type: a sum over clients."""
+    total = None
+    for m, p in zip(mats, shares, strict=True):
+        total = m * p if total is None else total.add_(m, alpha=p)
+    return total
+
+
+def joint_basis(
+    mats: Collection[Tensor],
+    shares: Sequence[float],
+    *,
+    energy: float = 1.0,
+    rank: int | None = None,
+    how: Literal["auto", "exact", "randomised"] = "auto",
+    seed: int = 0,
+) -> Basis:
+    """The leading eigenvectors of S = sum_k p_k X_k X_k^T, for X_k of shape (out, in).
+
+    They are the left singular vectors of the row of stacked clients [sqrt(p_k) X_k], whose SVD is
+    never taken: S itself is decomposed where it is the smaller Gram, S within the span of the stack
+    where that has fewer columns than rows, S within a randomised range (Halko, Martinsson, Tropp
+    2011) where few directions of many are wanted. With `energy` = 1, no `rank` and `exact`, every
+    direction is kept, so that U U^T X_k = X_k to rounding.
+
+    Args:
+        energy: in (0, 1]; the fewest directions that hold this share of the trace of S, or as many
+            as are looked for.
+        rank: at most so many directions; None for no bound.
+        how: `auto` takes the range finder where the side is above 1024 and `rank` a quarter of it
+            or less, or none, which then is 64. `randomised` without a rank saves nothing.
+    """
+    side, width = next(iter(mats)).shape
+    columns = width * len(mats)
+    full = min(side, columns)
+    if how == "auto":
+        large = full > LARGE and (rank is None or rank <= full // 4)
+        how = "randomised" if large else "exact"
+        rank = rank or (LEADING if large else None)
+    rank = min(rank or full, full)
+    if how == "randomised":
+        frame = _range(mats, shares, min(rank + OVERSAMPLE, full), seed)
+    elif columns < side:
+        frame = torch.linalg.qr(torch.cat([m.clone() for m in mats], dim=1)).Q
+    else:
+        frame = None
+
+    moment, total = gram(mats, shares, frame)
+    energies, vectors = torch.linalg.eigh(moment)
+    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)
+    vectors = vectors if frame is None else frame @ vectors
+    if energy < 1:
+        rank = min(rank, 1 + int((energies.cumsum(0) < energy * total).sum()))
+    return Basis(vectors[:, :rank].contiguous(), energies[:rank], total, full, how)
+
+
+def gram(
+    mats: Collection[Tensor], shares: Sequence[float], frame: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """S = sum_k p_k X_k X_k^T, within a frame if one is given, and the trace of the whole S.
+
+    Both are sums over clients.
+    """
+    moment, total = None, 0.0
+    for m, p in zip(mats, shares, strict=True):
+        total += p * float(torch.linalg.vector_norm(m)) ** 2
+        inside = m if frame is None else frame.T @ m
+        if moment is None:
+            moment = (inside @ inside.T).mul_(p)
+        else:
+            moment.addmm_(inside, inside.T, alpha=p)
+    return moment, total
+
+
+def _range(mats: Collection[Tensor], shares: Sequence[float], size: int, seed: int) -> Tensor:
+    """An orthonormal (out, size) frame of the leading directions; a pass is a sum over clients."""
+    frame = None
+    for _ in range(PASSES):
+        image = None
+        for m, p in zip(mats, shares, strict=True):
+            if frame is None:
+                draw = torch.Generator().manual_seed(seed)
+                frame = torch.randn(len(m), size, generator=draw, dtype=m.dtype).to(m.device)
+            if image is None:
+                image = torch.zeros_like(frame)
+            image.addmm_(m, m.T @ frame, alpha=p)
+        frame = torch.linalg.qr(image).Q
+    return frame
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns (rows, if it is wider than tall)."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def align(previous: Tensor, basis: Tensor, how: Literal["procrustes", "signs"]) -> Tensor:
+    """An earlier basis, (out, r0), expressed direction by direction in terms of this one, (out, r).
+
+    `procrustes` turns it within its span to be nearest to `basis`; `signs` only reorders and flips
+    its columns. The ranks may differ: of too many columns the best fit is taken; of too few,
+    directions of `basis` that they do not reach have no history (with `signs`, a column of zeros).
+    """
+    cosines = previous.T @ basis
+    if how == "procrustes":
+        return previous @ polar(cosines)
+    return previous @ _matching(cosines)
+
+
+def _matching(cosines: Tensor) -> Tensor:
+    """A signed partial permutation, (r0, r): pairs by largest |cosine| first, each index once."""
+    pairs = torch.zeros_like(cosines)
+    left = cosines.abs()
+    for _ in range(min(cosines.shape)):
+        if left.max() < 0:
+            break
+        # All pairs that are each other's best: the ones that going by size would take, at once.
+        best_row, best_column = left.argmax(0), left.argmax(1)
+        columns = torch.arange(len(best_row), device=left.device)
+        columns = columns[(best_column[best_row] == columns) & (left.max(0).values >= 0)]
+        rows = best_row[columns]
+        pairs[rows, columns] = torch.where(cosines[rows, columns] < 0, -1.0, 1.0).to(pairs.dtype)
+        left[rows, :], left[:, columns] = -1, -1
+    return pairs

@@ -1,0 +1,1 @@
+"""The server: the round loop, what it keeps on disk, and what it tells of a round."""

@@ -1,0 +1,292 @@
+"""The round loop: choose, send down, collect, aggregate, write the state, go on.
+
+A run may be killed at any instruction. Started again with the same command it ends in the same
+bits: whatever is drawn (who takes part, which samples, in which order) depends on the seed and the
+round alone, what is kept lies in files that are whole or absent, and a round that was cut short is
+finished from the updates that were there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fed import state as states
+from fed.clients.slices import seed_of
+from fed.methods.interface.checks import check_not_zero
+from fed.methods.interface.client_rule import ClientRule, for_clients
+from fed.server.client_task import (
+    ClientFailed,
+    FitMany,
+    Turn,
+    failures,
+    finished,
+    keep_failure,
+    may_fail,
+)
+from fed.server.round_metrics import (
+    Stopwatch,
+    curves,
+    line_of_turn,
+    lines_of_measures,
+    round_record,
+    suspicions,
+)
+from fed.server.round_state import RoundState, Update, save_update
+from fed.state import State
+from llava.atomic import remove_leftovers, write_text
+from llava.errors import InputError
+
+
+class Participant(Protocol):
+    """What the loop knows of a client."""
+
+    name: str
+
+    def samples(self, round: int) -> int: ...
+
+
+@dataclass
+class Loop:
+    """One federated run.
+
+    Args:
+        clients: all clients, in a fixed order.
+        fit_many: the driver.
+        method: a bound aggregation method, `method(states, weights=, base=, memory=, clients=,
+            extras=, total=)`.
+        rule: what clients of the method do within their turns, if anything.
+        send: what a client is sent, where the method says so; `methods.method` has the arguments.
+        tasks: the task of each client, where clients have tasks.
+        output_dir: gets `rounds.jsonl`, and `fed/` with what resuming needs.
+        settings: what must be the same when a run is continued.
+        min_clients: with how many clients a round goes on when others have failed; 0: with all.
+        evaluate: `evaluate(client, state, beside, round) -> dict` of what a client is sent after a
+            round, or None; the client is "global" where all have one state.
+        log: `log(values, round)`: scalars for TensorBoard and its like.
+        main: whether this process writes; in a distributed run just one does.
+        barrier: waits for all processes of a distributed run.
+    """
+
+    clients: Sequence[Participant]
+    fit_many: FitMany
+    method: Callable[..., Any]
+    output_dir: Path
+    settings: Mapping[str, Any]
+    rounds: int
+    seed: int
+    clients_per_round: int = 0
+    min_clients: int = 0
+    rule: type[ClientRule] | None = None
+    send: Callable[..., tuple[State, State]] | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    evaluate: Callable[[str, State, State, int], dict] | None = None
+    evaluate_every: int = 1
+    log: Callable[[dict[str, float], int], None] = lambda values, round: None
+    main: bool = True
+    barrier: Callable[[], None] = lambda: None
+
+    @property
+    def _file(self) -> Path:
+        return self.output_dir / "fed" / "state.safetensors"
+
+    def _folder(self, round: int) -> Path:
+        """Where a round's finished updates lie until it is over."""
+        return self.output_dir / "fed" / f"round-{round:04d}"
+
+    def run(self, initial: State) -> RoundState:
+        """Run all rounds that are left, from `initial` if none was; returns the last state."""
+        now = self._resume(initial)
+        self.barrier()
+        self._watch = Stopwatch()
+        while now.round < self.rounds:
+            now = self._round(now)
+        return now
+
+    def _resume(self, initial: State) -> RoundState:
+        settings = json.loads(json.dumps(dict(self.settings)))
+        if self.main:
+            for folder in (self.output_dir, self._file.parent):
+                remove_leftovers(folder)
+        if not self._file.exists():
+            # Written before anything trains: a round that is cut short belongs to these settings.
+            fresh = RoundState(round=0, shared=initial, settings=settings)
+            if self.main:
+                fresh.save(self._file)
+            return fresh
+        found = RoundState.load(self._file)
+        for key in sorted(settings.keys() | found.settings.keys()):
+            if settings.get(key) != found.settings.get(key):
+                raise InputError(
+                    f"--output_dir {self.output_dir} holds a run with {key} = "
+                    f"{found.settings.get(key)!r}, now it is {settings.get(key)!r}; continue with "
+                    "the same command, or choose another --output_dir"
+                )
+        self._say(f"continuing after round {found.round} of {self.rounds}")
+        if self.main:
+            self._write_records(found)
+            for done in range(1, found.round + 1):
+                shutil.rmtree(self._folder(done), ignore_errors=True)
+        return found
+
+    def chosen(self, round: int) -> list[Participant]:
+        """Who takes part in a round: all, or as many as asked for, drawn anew each round."""
+        if not self.clients_per_round or self.clients_per_round >= len(self.clients):
+            return list(self.clients)
+        draw = random.Random(seed_of(self.seed, "clients of round", round))
+        picked = set(draw.sample(range(len(self.clients)), self.clients_per_round))
+        return [client for i, client in enumerate(self.clients) if i in picked]
+
+    def _round(self, now: RoundState) -> RoundState:
+        round = now.round + 1
+        folder = self._folder(round)
+        turns = [
+            Turn(client, state, round, folder, extras, now.kept.get(client.name, {}))
+            for client in self.chosen(round)
+            for state, extras in [self.sent(now, client.name)]
+        ]
+        updates, failed = self._collect(turns)
+        with self._watch.part("aggregation"):
+            after, facts = self._aggregate(now, turns, updates)
+        with self._watch.part("evaluation"):
+            heldout = self._measure(after)
+        record = round_record(
+            turns,
+            updates,
+            failed,
+            method=self.settings["--fed_method"],
+            heldout=heldout,
+            facts=facts,
+            seconds=self._watch.lap(),  # the writing of this round's state is of the next
+        )
+        after.records = [*now.records, record]
+        if self.main:
+            after.save(self._file)
+            self._write_records(after)
+            shutil.rmtree(folder, ignore_errors=True)
+        self.log(curves(record), round)
+        for doubt in suspicions(record):
+            self._say(f"round {round}/{self.rounds}  look: {doubt}")
+        for line in lines_of_measures(record, self.rounds):
+            self._say(line)
+        self.barrier()
+        return after
+
+    def sent(self, now: RoundState, client: str) -> tuple[State, State]:
+        """What a client is sent: the state that it starts from, and what goes beside it."""
+        if self.send is None:
+            return now.personal.get(client, now.shared), for_clients(now.memory)
+        task = self.tasks.get(client, "")
+        return self.send(client, task, now.personal, now.shared, now.memory)
+
+    def _collect(self, turns: Sequence[Turn]) -> tuple[dict[str, Update], dict[str, str]]:
+        """Every turn's update, or why there is none; what is on the disk is not done again."""
+        updates = finished(turns)
+        failed = failures(turns)
+        limit = may_fail(turns, self.min_clients)
+        if len(failed) > limit:  # the run stopped for that, and is to try again
+            for turn in turns:
+                turn.failure_file.unlink(missing_ok=True)
+            failed = {}
+        self.barrier()
+        left = [t for t in turns if t.name not in updates and t.name not in failed]
+        began, seconds = time.perf_counter(), 0.0
+        with contextlib.closing(self.fit_many(left, lambda: len(failed) <= limit)) as results:
+            for turn, result in results:
+                if isinstance(result, ClientFailed):
+                    failed[turn.name] = str(result)
+                    keep_failure(turn, str(result))
+                    if len(failed) <= limit:
+                        self._say(f"round {turn.round}/{self.rounds}  goes on without {turn.name}")
+                    continue
+                self._check(turn, result)
+                if self.main:
+                    save_update(result, turn.update_file)
+                updates[turn.name] = result
+                seconds += result.metrics.get("seconds", 0.0)
+                self._say(line_of_turn(turn, self.rounds, result))
+        # Clients that are at work at once have more seconds than the clock.
+        self._watch.add("training", min(seconds, time.perf_counter() - began))
+        if len(failed) > limit:
+            raise ClientFailed(_why_stopped(failed, self.min_clients))
+        return updates, failed
+
+    def _check(self, turn: Turn, update: Update) -> None:
+        """Refuse, by the client's name, what no method should see."""
+        who = f"client {turn.name}"
+        states.check(update.state, like=turn.state, who=who)
+        check_not_zero(update.state, turn.state, who)
+        if self.rule is not None and update.num_samples:
+            sent = turn.state if self.rule.sends else {}
+            kept = turn.state if self.rule.keeps else {}
+            states.check(update.extras, like=sent, who=f"{who}, beside its state")
+            states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
+
+    def _aggregate(
+        self, now: RoundState, turns: Sequence[Turn], updates: Mapping[str, Update]
+    ) -> tuple[RoundState, dict]:
+        after = RoundState(
+            now.round + 1,
+            now.shared,
+            dict(now.personal),
+            now.memory,
+            settings=now.settings,
+            kept=dict(now.kept),
+        )
+        # In the clients' order, whoever was first to finish.
+        done = {t.name: updates[t.name] for t in turns if t.name in updates}
+        at_work = {name: update for name, update in done.items() if update.num_samples > 0}
+        if not at_work:
+            return after, {"skipped": "no client had a sample in this round"}
+        outcome = self.method(
+            [update.state for update in at_work.values()],
+            weights=[update.num_samples for update in at_work.values()],
+            base=now.shared,
+            memory=now.memory or None,
+            clients=list(at_work),
+            extras=[update.extras for update in at_work.values()],
+            total=len(self.clients),
+            tasks=[self.tasks.get(name, "") for name in at_work],
+        )
+        after.kept |= {name: update.kept for name, update in at_work.items() if update.kept}
+        if isinstance(outcome.state, list):
+            after.personal |= dict(zip(at_work, outcome.state, strict=True))
+        else:
+            after.shared = outcome.state
+        after.memory = outcome.memory or {}
+        return after, outcome.facts
+
+    def _measure(self, after: RoundState) -> dict:
+        due = self.evaluate_every and (
+            after.round % self.evaluate_every == 0 or after.round == self.rounds
+        )
+        if self.evaluate is None or not due:
+            return {}
+        if after.personal:
+            return {
+                name: self.evaluate(name, *self.sent(after, name), after.round)
+                for name in after.personal
+            }
+        return {"global": self.evaluate("global", after.shared, {}, after.round)}
+
+    def _write_records(self, state: RoundState) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in state.records)
+        write_text(self.output_dir / "rounds.jsonl", lines)
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+def _why_stopped(failed: Mapping[str, str], at_least: int) -> str:
+    first, *more = failed.values()
+    others = f", and {len(more)} more failed" if more else ""
+    few = f"; with that fewer than --fed_min_clients {at_least} are left" if at_least else ""
+    return f"{first}{others}{few}; the same command tries again and keeps what is finished"

@@ -1,0 +1,156 @@
+"""What is told of a round: its record in rounds.jsonl, its curves, its lines on the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from fed.server.client_task import Turn
+from fed.server.round_state import Update
+from fed.state import State
+
+_CHUNK = 2**18  # values of an update that are cast to float64 at once
+MUCH = 20.0  # times the median length: nobody trains so much more than the others
+ALIKE = 1e-12
+
+
+class Stopwatch:
+    """Seconds of a round, by what they went into; a round begins where the one before ended."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._parts[name] = seconds
+
+    def lap(self) -> dict[str, float]:
+        """The parts since the last lap, and `other`: what was none of them."""
+        now = time.perf_counter()
+        parts = {**self._parts, "other": now - self._mark - sum(self._parts.values())}
+        self._mark, self._parts = now, {}
+        return parts
+
+
+def round_record(
+    turns: Sequence[Turn],
+    updates: Mapping[str, Update],
+    failed: Mapping[str, str],
+    **facts: object,
+) -> dict:
+    """A line of rounds.jsonl; what `facts` has is the same for all clients."""
+    done = [(turn, updates[turn.name]) for turn in turns if turn.name in updates]
+    products = update_products([t.state for t, _ in done], [u.state for _, u in done])
+    return {
+        "round": turns[0].round,
+        "clients": {t.name: {"samples": u.num_samples, **u.metrics} for t, u in done},
+        "failed": {turn.name: failed[turn.name] for turn in turns if turn.name in failed},
+        "norms": products.diagonal().sqrt().tolist(),
+        "cosines": cosines_of(products),
+        "drift": drift_of(products, [u.num_samples for _, u in done]),
+        **facts,
+    }
+
+
+def update_products(starts: Sequence[State], ends: Sequence[State]) -> torch.Tensor:
+    """Inner products of the clients' updates (end − start, all tensors as one vector), (K, K)."""
+    products = torch.zeros(len(ends), len(ends), dtype=torch.float64)
+    for name in sorted(ends[0]) if ends else ():
+        pairs = [
+            (start[name].flatten(), end[name].flatten())
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        for first in range(0, len(pairs[0][0]), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            rows = torch.stack([(end[part] - start[part]).double() for start, end in pairs])
+            products += rows @ rows.T
+    return products
+
+
+def cosines_of(products: torch.Tensor) -> list[list[float | None]]:
+    """Cosines from inner products, (K, K); None where an update is zero."""
+    norms = products.diagonal().sqrt()
+    cosines = products / torch.outer(norms, norms)
+    return [
+        [
+            None if norms[i] == 0 or norms[j] == 0 else float(cosines[i, j])
+            for j in range(len(norms))
+        ]
+        for i in range(len(norms))
+    ]
+
+
+def drift_of(products: torch.Tensor, weights: Sequence[float]) -> float | None:
+    """How far clients are from their mean update, over how far they went: both root mean squares.
+
+    0 when all clients move alike, sqrt(1 − 1/K) when K equal ones move at right angles, 1 when they
+    cancel; None when nobody moved.
+    """
+    p = torch.tensor(weights, dtype=torch.float64)
+    p = p / p.sum()
+    went = float(p @ products.diagonal())
+    if not went > 0:
+        return None
+    return max(1 - float(p @ products @ p) / went, 0.0) ** 0.5
+
+
+def suspicions(record: dict) -> Iterator[str]:
+    """What a person should look at: updates of zero, very long ones, and copies of each other."""
+    names = [n for n, client in record["clients"].items() if client["samples"]]
+    places = [list(record["clients"]).index(name) for name in names]
+    norms = [record["norms"][i] for i in places]
+    typical = sorted(norms)[len(norms) // 2] if norms else 0.0
+    for name, norm in zip(names, norms, strict=True):
+        if norm == 0:
+            yield f"client {name} sent back just what it was sent"
+        elif len(norms) > 2 and norm > MUCH * typical > 0:
+            yield f"client {name}'s update is {norm / typical:.0f} times as long as the median one"
+    for i, a in enumerate(places):
+        for j, b in list(enumerate(places))[i + 1 :]:
+            cosine = record["cosines"][a][b]
+            if cosine is not None and cosine > 1 - ALIKE and norms[i] == norms[j]:
+                yield f"clients {names[i]} and {names[j]} sent the same update"
+
+
+def curves(record: dict) -> dict[str, float]:
+    """The numbers of a record that make curves."""
+    values = {f"clients/{n}/loss": c["loss"] for n, c in record["clients"].items()}
+    for model, sets in record["heldout"].items():
+        for name, m in sets.items():
+            values[f"heldout/{model}/{name}/loss"] = m["loss"]
+            values[f"heldout/{model}/{name}/exact"] = m["exact"]
+    if record["drift"] is not None:
+        values["clients/drift"] = record["drift"]
+    values |= {f"seconds/{name}": s for name, s in record["seconds"].items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def line_of_turn(turn: Turn, rounds: int, update: Update) -> str:
+    loss = update.metrics.get("loss")
+    if update.num_samples:
+        loss = "loss unknown" if loss is None else f"loss {loss:.4f}"
+    else:
+        loss = "no sample in this round"
+    seconds = update.metrics.get("seconds", 0.0)
+    return (
+        f"round {turn.round}/{rounds}  {turn.name:<20} {update.num_samples:>6} samples  "
+        f"{loss}  {seconds:.1f} s"
+    )
+
+
+def lines_of_measures(record: dict, rounds: int) -> Iterator[str]:
+    for model, sets in record["heldout"].items():
+        for name, m in sets.items():
+            yield (
+                f"round {record['round']}/{rounds}  {model} on {name}: "
+                f"loss {m['loss']:.4f}, exact {100 * m['exact']:.1f} % of {m['samples']}"
+            )

@@ -1,0 +1,1 @@
+"""Real pictures and small frozen parts to try everything on."""

@@ -1,0 +1,1 @@
+"""The tools that made the playground's data and frozen parts, and that unpack them."""

@@ -1,0 +1,113 @@
+"""Cut the playground's private pictures into clients in further ways.
+
+By caption source: four clients, each with a random quarter of the pictures, which it describes in
+its own way. By skew: twelve clients, Dirichlet over topic × style, of very unequal sizes, once for
+choosing settings (`skew-dev`) and once for reporting (`skew`). Mixed: four clients, each with half
+of the topics in half of the styles. Common: a random tenth of all pictures, for a brief alignment
+that several parties begin with. `unpack_data.py` calls `cut`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from fed.data.dirichlet import dirichlet
+
+SEED = 2024
+SKEW = {"skew-dev": 1, "skew": 2}  # the seeds of the two Dirichlet cuts
+SKEW_CLIENTS, ALPHA, SIZE_ALPHA, SMALLEST = 12, 0.3, 1.0, 16
+KINDS = {  # as the language model learnt to say them
+    "smileys": "a smiley or an emotion",
+    "people": "a person or a part of the body",
+    "animals": "an animal or a plant",
+    "food": "food or drink",
+    "travel": "a place or a vehicle",
+    "activities": "an activity",
+    "objects": "an object",
+    "symbols": "a symbol",
+}
+LIFE = ("animals", "food", "people", "smileys")
+HALVES = {"google": "gt", "twitter": "gt", "openmoji": "of", "fluent": "of"}  # of the styles
+SOURCES = ("name", "keyword", "short", "kind")
+
+
+def caption(source: str, name: str, topic: str, keywords: list[str], words: set[str]) -> str:
+    """A picture's caption as one source gives it.
+
+    By keyword: the first one that the playground's language model has the words of, which are those
+    of all names; where there is none, the name.
+
+    >>> known = {"light", "oil", "lamp"}
+    >>> [caption(s, "diya lamp", "objects", ["clay light", "oil"], known) for s in SOURCES]
+    ['diya lamp', 'oil', 'lamp', 'an object']
+    """
+    if source == "keyword":
+        return next((k for k in keywords if set(k.split()) <= words), name)
+    if source == "short":
+        return name.split()[-1]
+    return KINDS[topic] if source == "kind" else name
+
+
+def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
+    """Write `clients/{caption,skew-dev,skew,mixed,common}/*.json` and held-out pictures for them.
+
+    `heldout_{dev,test}_caption.json` are described as the sources do, and the pictures of
+    `heldout_{dev,test}_mixed.json` name the client of `mixed` whose domain they are of.
+
+    Args:
+        folder: the unpacked playground.
+        keywords: `playground/data/captions.json`: of every concept.
+    """
+    private = []
+    for file in sorted((folder / "clients/topic").glob("*.json")):
+        private += json.loads(file.read_text())
+    words = {word for record in private for word in record["conversations"][1]["value"].split()}
+    order = private[:]
+    random.Random(f"{SEED} caption").shuffle(order)
+    for i, source in enumerate(SOURCES):
+        records = [
+            _described(record, source, keywords, words) for record in order[i :: len(SOURCES)]
+        ]
+        _write(folder / f"clients/caption/{source}.json", records)
+    for part in ("dev", "test"):
+        heldout = json.loads((folder / f"heldout_{part}.json").read_text())
+        random.Random(f"{SEED} caption {part}").shuffle(heldout)
+        # Half of the pictures by name, the others as the other sources describe them, in turns.
+        records = [
+            _described(record, "name" if i % 2 == 0 else SOURCES[1 + i // 2 % 3], keywords, words)
+            for i, record in enumerate(heldout)
+        ]
+        _write(folder / f"heldout_{part}_caption.json", records)
+        mixed = [{**record, "mixed": mixed_client(record)} for record in heldout]
+        _write(folder / f"heldout_{part}_mixed.json", mixed)
+    for client in sorted({mixed_client(record) for record in private}):
+        own = [record for record in private if mixed_client(record) == client]
+        _write(folder / f"clients/mixed/{client}.json", own)
+    random.Random(f"{SEED} common").shuffle(order)
+    _write(folder / "clients/common/common.json", order[: len(order) // 10])
+    keys = [(record["topic"], record["style"]) for record in private]
+    for name, seed in SKEW.items():
+        shards = dirichlet(
+            keys, SKEW_CLIENTS, alpha=ALPHA, size_alpha=SIZE_ALPHA, minimum=SMALLEST, seed=seed
+        )
+        for i, shard in enumerate(shards):
+            _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
+
+
+def mixed_client(record: dict) -> str:
+    """`life-gt`, `life-of`, `things-gt` or `things-of`: topics, then initials of the styles."""
+    return ("life-" if record["topic"] in LIFE else "things-") + HALVES[record["style"]]
+
+
+def _described(record: dict, source: str, keywords: dict[str, list[str]], words: set[str]) -> dict:
+    question, answer = record["conversations"]
+    own = keywords[record["id"].split("-", 1)[1]]
+    text = caption(source, answer["value"], record["topic"], own, words)
+    return {**record, "source": source, "conversations": [question, {**answer, "value": text}]}
+
+
+def _write(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
