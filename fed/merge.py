@@ -97,18 +97,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def list_methods() -> str:
-    """One line a method that can merge, with its options and their defaults."""
+    """The methods that can merge, each with its options, their defaults and their ranges."""
     from fed import methods
-    from fed.methods.interface.options import defaults
 
     found = []
     for name in methods.names():
-        function = methods.get(name)
-        if function.personal or function.client is not None:
+        method = methods.get(name)
+        if not method.merges:
             continue
-        options = " ".join(f"{o}={str(v).lower()}" for o, v in defaults(function).items())
-        notes = " (needs --calibration_data)" if function.calibrated else ""
+        options = " ".join(f"{o}={str(v).lower()}" for o, v in method.defaults.items())
+        notes = " (needs --calibration_data)" if method.needs_calibration else ""
         found.append(f"{name:16} {options}{notes}".rstrip())
+        found += [f"    {option}: {known.allowed}" for option, known in method.options.items()]
     return "\n".join(found)
 
 

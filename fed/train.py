@@ -49,7 +49,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     if scripted:
         run = setup.scripted(specs, arguments, logger)
     else:
-        rule = methods.client_rule(fed_args.fed_method, options)
+        rule = methods.get(fed_args.fed_method).rule(options)
         run = setup.resident(specs, client_args, arguments, logger, rule)
     evaluation_sets = [
         setup.evaluation_set(path, data_args, fed_args, run.session, training_args)
@@ -62,7 +62,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         clients=run.clients,
         fit_many=run.fit_many,
         method=functools.partial(method, **options),
-        rule=method.client,
+        rule=method.client_rule,
         send=method.send,
         tasks={spec.name: spec.task for spec in specs if spec.task is not None},
         output_dir=Path(training_args.output_dir),

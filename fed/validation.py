@@ -82,10 +82,10 @@ def check_flags(
         if not getattr(fed_args, flag) >= 0:
             raise InputError(f"--{flag} is {getattr(fed_args, flag)}, 0 or more is expected")
     _check_driver(fed_args)
-    options = methods.parse_options(
-        fed_args.fed_method, _options(fed_args.fed_method, fed_args.fed_options)
+    options = methods.get(fed_args.fed_method).parse(
+        _options(fed_args.fed_method, fed_args.fed_options)
     )
-    if methods.get(fed_args.fed_method).client is not None:
+    if methods.get(fed_args.fed_method).client_rule is not None:
         _check_steps_changed(training_args, fed_args)
     return options
 
@@ -157,7 +157,7 @@ def _options(method: str, words: Sequence[str]) -> list[str]:
 def _rehearse(name: str, options: dict, clients: int) -> None:
     """A round on next to nothing: finds a value that is out of range before anybody trains."""
     tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
-    make_rule = methods.client_rule(name, options)
+    make_rule = methods.get(name).rule(options)
     sent = make_rule(tiny, {}, {}).end().extras if make_rule else {}
     methods.get(name)(
         [tiny] * clients, weights=[1] * clients, base=tiny, extras=[sent] * clients, **options

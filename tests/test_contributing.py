@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 EXAMPLE = dict(re.findall(r"`(\S+\.py)`:\n\n```python\n(.*?)```", TEXT, re.DOTALL))
-METHOD, TEST = "fed/methods/majority_vote.py", "tests/fed/test_majority_vote.py"
+METHOD, TEST = "fed/methods/majority_vote.py", "tests/fed/methods/test_majority_vote.py"
 
 
 def run(folder, *files):
@@ -34,7 +34,9 @@ def write(folder):
 
 def test_the_example_passes_its_own_test_and_the_contract(tmp_path):
     write(tmp_path)
-    done = run(tmp_path, tmp_path / "test_majority_vote.py", "tests/fed/test_methods.py")
+    done = run(
+        tmp_path, tmp_path / "test_majority_vote.py", "tests/fed/methods/test_all_methods.py"
+    )
     assert done.returncode == 0, done.stdout
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed > 20  # two of its own, the others of all methods

@@ -32,9 +32,9 @@ def test_every_setting_is_one_that_the_method_takes(plan):
     for title, of in plan["methods"].items():
         assert 1 <= len(of["settings"]) <= 4, title
         for setting in of["settings"]:
-            methods.parse_options(of["method"], setting)
+            methods.get(of["method"]).parse(setting)
     for options in plan["ablation"]["variants"].values():
-        methods.parse_options(plan["ablation"]["method"], options)
+        methods.get(plan["ablation"]["method"]).parse(options)
     for title in [
         plan["ours"],
         plan["reference"],

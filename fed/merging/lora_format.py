@@ -62,7 +62,7 @@ class LoraFormat:
             self.experts = [self.products.of(tensors) for tensors in self._plain]
             self.base = self.products.of(self._base)
         names = list(self.experts[0])
-        whole = methods.get(settings.method).whole and self.products is None
+        whole = methods.get(settings.method).cross_layer and self.products is None
         self.groups = [names] if whole else by_layer(names)
         self.size = sum(map(bytes_of, (self.adapters[0], self.others[0])))
         self.written = (

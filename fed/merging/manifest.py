@@ -11,7 +11,6 @@ from fed.merging import card
 from fed.merging.config import Settings, text
 from fed.merging.formats import Format
 from fed.merging.sources import Source
-from fed.methods.interface.options import defaults
 
 
 def facts_of(
@@ -23,7 +22,7 @@ def facts_of(
     prints: list[str | None],
 ) -> dict[str, Any]:
     """What is known before anything is merged."""
-    full = {**defaults(methods.get(settings.method)), **options}
+    full = {**methods.get(settings.method).defaults, **options}
     license, note = card.inherited([card.license_of(expert) for expert in experts])
 
     def about(source: Source, fingerprint: str | None) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def run(settings: Settings) -> Result:
         InputError: bad input; nothing has been written.
     """
     validation.check_method(settings)
-    options = methods.parse_options(settings.method, settings.options)
+    options = methods.get(settings.method).parse(settings.options)
     validation.rehearse(settings, options)
     experts = [open_source(path, "expert") for path in settings.experts]
     base = None if settings.base is None else open_source(settings.base, "base")

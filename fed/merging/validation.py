@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from fed import methods
 from fed.merging.compatibility import backbone_differences, differences
 from fed.merging.config import Settings
 from fed.merging.sources import WHOLE, Source
-from fed.methods.interface.options import defaults
 from llava.errors import InputError
 
 # A base is not the experts' common start where all task vectors have one direction, the detour from
@@ -27,31 +25,32 @@ def check_method(settings: Settings) -> None:
     name, function = settings.method, methods.get(settings.method)
     if function.personal:
         raise InputError(f"--method {name}: gives every expert a model of its own, so none merged")
-    if function.client is not None:
+    if function.client_rule is not None:
         raise InputError(
             f"--method {name}: changes how clients train in a round, which is over in a merge; "
             "fedavg is what its server does"
         )
     whole = settings.scope == "all"
-    if function.calibrated and not settings.calibration_data:
+    if function.needs_calibration and not settings.calibration_data:
         raise InputError(f"--method {name}: needs data; name them with --calibration_data")
     if settings.calibration_data and whole:
         raise InputError("--calibration_data: measures projectors, so it needs --scope projector")
-    asks = "calibration" in inspect.signature(inspect.unwrap(function)).parameters
-    if settings.calibration_data and not asks:
+    if settings.calibration_data and not function.takes_calibration:
         raise InputError(f"--calibration_data: {name} makes no use of data")
 
 
 def rehearse(settings: Settings, options: Mapping[str, Any]) -> None:
     """The method on next to nothing: a value out of range is found before anything is read."""
     function = methods.get(settings.method)
-    mode = {**defaults(function), **options}.get("mode", "calibration")
-    if settings.calibration_data and mode != "calibration":
-        raise InputError(
-            f"--calibration_data: {settings.method} looks at it with --options mode=calibration "
-            f"only, mode is {mode}"
-        )
-    if function.calibrated or settings.calibration_data:
+    if settings.calibration_data and function.calibrated_by:
+        option, value = function.calibrated_by
+        found = {**function.defaults, **options}[option]
+        if found != value:
+            raise InputError(
+                f"--calibration_data: {settings.method} looks at it with --options "
+                f"{option}={value} only, {option} is {found}"
+            )
+    if function.needs_calibration or settings.calibration_data:
         return
     start = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
     count = len(settings.experts)
@@ -61,7 +60,7 @@ def rehearse(settings: Settings, options: Mapping[str, Any]) -> None:
 
 def check_streamed(settings: Settings) -> None:
     """Refuse a method that needs all tensors at once where they go through layer by layer."""
-    if methods.get(settings.method).whole:
+    if methods.get(settings.method).cross_layer:
         raise InputError(
             f"--method {settings.method}: needs all layers at once, and --scope all goes through "
             "them one by one; --scope projector is possible"

@@ -9,15 +9,7 @@ within their turns, if anything, is a `ClientRule`.
 
 from fed.methods.interface.calibration import Calibration
 from fed.methods.interface.client_rule import ClientRule
-from fed.methods.interface.registry import Outcome, client_rule, get, method, names, parse_options
+from fed.methods.interface.method import Method, Outcome
+from fed.methods.interface.registry import get, method, names
 
-__all__ = [
-    "Calibration",
-    "ClientRule",
-    "Outcome",
-    "client_rule",
-    "get",
-    "method",
-    "names",
-    "parse_options",
-]
+__all__ = ["Calibration", "ClientRule", "Method", "Outcome", "get", "method", "names"]

@@ -21,23 +21,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_memory, check_option, memory_shapes
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.checks import check_memory, memory_shapes
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Decay, Positive
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
-
-_BETA = "a number in [0, 1)"
 
 
 @method("fedadam")
 def fedadam(
     states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor],
-    server_lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3,
+    server_lr: Positive = 0.01, beta1: Decay = 0.9, beta2: Decay = 0.99, tau: Positive = 1e-3,
     bias_correction: bool = False, paper_compat: bool = False,
 ) -> Outcome:  # fmt: skip
     """One round of FedAdam; memory and facts as `step` says."""
-    check_option("fedadam", "beta2", beta2, 0 <= beta2 < 1, _BETA)
 
     def second(v: Tensor, squared: Tensor) -> Tensor:
         return beta2 * v + (1 - beta2) * squared
@@ -50,11 +49,10 @@ def fedadam(
 @method("fedyogi")
 def fedyogi(
     states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor],
-    server_lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3,
+    server_lr: Positive = 0.01, beta1: Decay = 0.9, beta2: Decay = 0.99, tau: Positive = 1e-3,
     bias_correction: bool = False, paper_compat: bool = False,
 ) -> Outcome:  # fmt: skip
     """One round of FedYogi; memory and facts as `step` says."""
-    check_option("fedyogi", "beta2", beta2, 0 <= beta2 < 1, _BETA)
 
     def second(v: Tensor, squared: Tensor) -> Tensor:
         return v - (1 - beta2) * squared * (v - squared).sign()
@@ -67,7 +65,8 @@ def fedyogi(
 @method("fedadagrad")
 def fedadagrad(
     states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor],
-    server_lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3, paper_compat: bool = False,
+    server_lr: Positive = 0.01, beta1: Decay = 0.0, tau: Positive = 1e-3,
+    paper_compat: bool = False,
 ) -> Outcome:  # fmt: skip
     """One round of FedAdagrad, whose v is a sum: no beta2, and no bias to correct."""
     given = dict(states=states, weights=weights, base=base, memory=memory)
@@ -84,9 +83,6 @@ def step(
     Memory holds `<tensor>.m` and `<tensor>.v` and the rounds done as `step`, a scalar; float32.
     Facts hold the lengths of Delta and of the step. `correct` is beta2 where bias is corrected.
     """
-    check_option(name, "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
-    check_option(name, "beta1", beta1, 0 <= beta1 < 1, _BETA)
-    check_option(name, "tau", tau, 0 < tau < math.inf, "a positive number")
     shapes = memory_shapes(base, [".m", ".v"]) | {"step": ()}
     check_memory(name, memory, shapes)
     t = 1 + int(memory["step"]) if memory else 1

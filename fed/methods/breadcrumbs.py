@@ -16,11 +16,11 @@ and a scale of 0.3, as they are quoted: we could not reach the paper's own text.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
-from torch import Tensor
-
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive, Range, Share
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.magnitude_cutoff import count, magnitudes, order_statistics
 from fed.numerics.weighted_mean import shares
@@ -33,15 +33,11 @@ def breadcrumbs(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    density: float = 0.143,
-    gamma: float = 0.007,
-    scale: float = 0.3,
+    density: Share = 0.143,
+    gamma: Annotated[float, Range("[0, 1)", "a share in [0, 1)")] = 0.007,
+    scale: Positive = 0.3,
 ) -> Outcome:
     """The base and `scale` times the weighted sum of the masked task vectors."""
-    check_option("breadcrumbs", "density", density, 0 < density <= 1, "a share in (0, 1]")
-    check_option("breadcrumbs", "gamma", gamma, 0 <= gamma < 1, "a share in [0, 1)")
-    check_option("breadcrumbs", "scale", scale, 0 < scale < math.inf, "a positive number")
     ends = order_statistics(states, base, lambda n: middle(n, density, gamma))
     p, result = shares(weights), empty(base)
     for block in blocks(states, base):

@@ -10,12 +10,9 @@ bears far less.
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive, Share
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import empty
 from fed.numerics.dare import dropped
 from fed.numerics.weighted_mean import shares
@@ -28,14 +25,11 @@ def dare_linear(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    density: float = 0.8,
-    scale: float = 0.4,
+    density: Share = 0.8,
+    scale: Positive = 0.4,
     seed: int = 0,
 ) -> Outcome:
     """The base and `scale` times the weighted sum of the thinned task vectors."""
-    check_option("dare_linear", "density", density, 0 < density <= 1, "a share in (0, 1]")
-    check_option("dare_linear", "scale", scale, 0 < scale < math.inf, "a positive number")
     p, result = shares(weights), empty(base)
     for block, _ in dropped(states, base, density, seed):
         block.write(result, block.base + scale * len(states) * block.mix(p))

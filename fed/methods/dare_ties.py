@@ -11,12 +11,9 @@ it is told `normalize: true`. With a density of 1 this is `ties` with a density 
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive, Share
+from fed.methods.interface.registry import method
 from fed.methods.ties import disjoint_mean
 from fed.numerics.chunks import empty
 from fed.numerics.dare import dropped
@@ -29,14 +26,11 @@ def dare_ties(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    density: float = 0.8,
-    scale: float = 1.0,
+    density: Share = 0.8,
+    scale: Positive = 1.0,
     seed: int = 0,
 ) -> Outcome:
     """The base and `scale` times the disjoint mean of the thinned task vectors."""
-    check_option("dare_ties", "density", density, 0 < density <= 1, "a share in (0, 1]")
-    check_option("dare_ties", "scale", scale, 0 < scale < math.inf, "a positive number")
     result = empty(base)
     for block, moves in dropped(states, base, density, seed):
         block.write(result, block.base + scale * disjoint_mean(moves, weights))

@@ -8,12 +8,9 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive
+from fed.methods.interface.registry import method
 from fed.numerics.weighted_mean import mean_shares, towards_mean
 from fed.state import State
 
@@ -24,14 +21,12 @@ def fedavg(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    server_lr: float = 1.0,
+    server_lr: Positive = 1.0,
     paper_compat: bool = False,
 ) -> Outcome:
     """The weighted mean in float64, or a step of another length towards it.
 
     One client, or identical clients, give that client: to the bit in float32 and narrower types.
     """
-    check_option("fedavg", "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
     p = mean_shares(weights, paper_compat)
     return Outcome(towards_mean(states, base, p, server_lr))

@@ -17,8 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_memory, check_option, memory_shapes
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.checks import check_memory, memory_shapes
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Decay, Positive
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
@@ -31,8 +33,8 @@ def fedavgm(
     weights: list[float],
     base: State,
     memory: dict[str, Tensor],
-    momentum: float = 0.9,
-    server_lr: float = 1.0,
+    momentum: Decay = 0.9,
+    server_lr: Positive = 1.0,
     nesterov: bool = False,
     paper_compat: bool = False,
 ) -> Outcome:
@@ -40,8 +42,6 @@ def fedavgm(
 
     Memory holds v as `<tensor>.velocity`, float32. Facts hold the lengths of Delta and of the step.
     """
-    check_option("fedavgm", "momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
-    check_option("fedavgm", "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
     shapes = memory_shapes(base, [".velocity"])
     check_memory("fedavgm", memory, shapes)
     p = mean_shares(weights, paper_compat)

@@ -18,21 +18,21 @@ import math
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import NonNegative
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
 
-@method("fedexp", whole=True)
+@method("fedexp", cross_layer=True)
 def fedexp(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    eps: float = 1e-3,
+    eps: NonNegative = 1e-3,
     paper_compat: bool = False,
 ) -> Outcome:
     """One round of FedExP; where eta is 1, FedAvg.
@@ -40,7 +40,6 @@ def fedexp(
     `eps` has the units of a squared update; the authors' experiments have 0.001, and 0.1 for
     EMNIST. `paper_compat` takes p_k = 1 / K. Facts: `eta`, the lengths of Delta and of the step.
     """
-    check_option("fedexp", "eps", eps, 0 <= eps < math.inf, "0 or more")
     p = mean_shares(weights, paper_compat)
     by = torch.tensor(p, dtype=torch.float64)
     # Float32 at least: the mean is read again once eta is known.

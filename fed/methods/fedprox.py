@@ -12,15 +12,11 @@ scales gradients, as Adam, scales the pull with them: it is the gradient of the 
 
 from __future__ import annotations
 
-import inspect
-import math
-
-from torch import Tensor
-
 from fed.methods.fedavg import fedavg
-from fed.methods.interface.checks import check_option
 from fed.methods.interface.client_rule import ClientRule
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import NonNegative, Positive
+from fed.methods.interface.registry import method
 from fed.state import State
 
 
@@ -37,24 +33,17 @@ class Proximal(ClientRule):
         return {name: self.mu * (weights[name] - start) for name, start in self.start.items()}
 
 
-@method("fedprox", client=Proximal)
+@method("fedprox", client_rule=Proximal)
 def fedprox(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    mu: float = 0.01,
-    server_lr: float = 1.0,
+    mu: NonNegative = 0.01,
+    server_lr: Positive = 1.0,
     paper_compat: bool = False,
 ) -> Outcome:
     """FedAvg, with its options; `mu` is for the clients."""
-    check_option("fedprox", "mu", mu, 0 <= mu < math.inf, "0 or more")
-    return inspect.unwrap(fedavg)(
-        states,
-        weights=weights,
-        base=base,
-        memory=memory,
-        server_lr=server_lr,
-        paper_compat=paper_compat,
+    return fedavg.function(
+        states, weights=weights, base=base, server_lr=server_lr, paper_compat=paper_compat
     )

@@ -18,29 +18,27 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from fed.methods.interface.calibration import Calibration
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 
-@method("fisher", whole=True)
+@method("fisher", cross_layer=True)
 def fisher(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
     calibration: list[Calibration],
-    floor: float = 1e-6,
+    floor: Positive = 1e-6,
     normalise: bool = False,
 ) -> Outcome:
     """One merge. Facts: `fisher`, the mean of each expert's F, before anything is done to it."""
-    check_option("fisher", "floor", floor, 0 < floor < math.inf, "a positive number")
     p = shares(weights)
     found = [measured.fisher(state) for measured, state in zip(calibration, states, strict=True)]
     values = sum(t.numel() for t in base.values()) or 1

@@ -17,13 +17,12 @@ ends when v moves by less than 1e-5 of the clients' mean distance from it (our a
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Natural, Positive
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import shares
 from fed.state import State
@@ -31,23 +30,20 @@ from fed.state import State
 _STILL = 1e-5
 
 
-@method("geometric_median", whole=True)
+@method("geometric_median", cross_layer=True)
 def geometric_median(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    iterations: int = 32,
-    eps: float = 1e-6,
+    iterations: Natural = 32,
+    eps: Positive = 1e-6,
 ) -> Outcome:
     """One round; 0 `iterations` are FedAvg. `eps` is a distance, in the units of the weights.
 
     Facts: `iterations` made; by client its `weight` in the result, which sum to 1, and `distance`
     from it.
     """
-    check_option("geometric_median", "iterations", iterations, iterations >= 0, "0 or more")
-    check_option("geometric_median", "eps", eps, 0 < eps < math.inf, "a positive number")
     p = torch.tensor(shares(weights), dtype=torch.float64)
     share, done = p, 0
     result = empty(base)

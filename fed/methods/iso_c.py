@@ -15,12 +15,9 @@ length. Where both sides are above 1024, U V^T comes from an iteration (`low_ran
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive
+from fed.methods.interface.registry import method
 from fed.numerics.joint_basis import mean_matrix
 from fed.numerics.layers import Parts, write_matrix
 from fed.numerics.low_rank import isometry
@@ -35,11 +32,9 @@ def iso_c(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    scale: float = 1.0,
+    scale: Positive = 1.0,
 ) -> Outcome:
     """One merge. Facts: `length`, mean(S) of each layer, before `scale`."""
-    check_option("iso_c", "scale", scale, 0 < scale < math.inf, "a positive number")
     p = shares(weights)
     affine = weights_alone(base)
     result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)

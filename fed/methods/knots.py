@@ -18,14 +18,14 @@ scales and other tensors that are no layer it is A_0 + scale * (mean - A_0).
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Count, Positive, Share
+from fed.methods.interface.registry import method
 from fed.methods.ties import ties
 from fed.numerics.joint_basis import joint_basis, mean_matrix
 from fed.numerics.layers import Parts, layers, write_matrix
@@ -41,16 +41,12 @@ def knots(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
     merge: Literal["ties", "linear"] = "ties",
-    density: float = 0.2,
-    scale: float = 1.0,
-    rank: int | None = None,
+    density: Share = 0.2,
+    scale: Positive = 1.0,
+    rank: Count | None = None,
 ) -> Outcome:
     """One merge. Facts by layer: `rank` of the basis, `kept`, the share of energy within it."""
-    check_option("knots", "density", density, 0 < density <= 1, "a share in (0, 1]")
-    check_option("knots", "scale", scale, 0 < scale < math.inf, "a positive number")
-    check_option("knots", "rank", rank, rank is None or rank >= 1, "at least 1, or none")
     p = shares(weights)
     affine, others = layers(base)
     result = averaged(states, p, base, but=base.keys() - others, scale=scale)

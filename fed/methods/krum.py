@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Count, Natural
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 from llava.errors import InputError
 
 
-@method("krum", whole=True)
+@method("krum", cross_layer=True)
 def krum(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    byzantine: int | None = None,
-    keep: int = 1,
+    byzantine: Natural | None = None,
+    keep: Count = 1,
     weighted: bool = False,
 ) -> Outcome:
     """One round.
@@ -46,9 +46,6 @@ def krum(
         InputError: too few clients for f, or for `keep`.
     """
     k = len(states)
-    fits = byzantine is None or byzantine >= 0
-    check_option("krum", "byzantine", byzantine, fits, "0 or more, or none")
-    check_option("krum", "keep", keep, keep >= 1, "1 or more")
     f = max(0, (k - 3) // 2) if byzantine is None else byzantine
     if k < 2 * f + 3:
         raise InputError(

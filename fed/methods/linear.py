@@ -8,16 +8,13 @@ does in a round, by the same code; the name is the one that merging has for it.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.registry import method
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
 
 
 @method("linear")
-def linear(
-    states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor]
-) -> Outcome:
+def linear(states: list[State], *, weights: list[float], base: State) -> Outcome:
     """The weighted mean, in float64. Equal experts give that expert."""
     return Outcome(towards_mean(states, base, shares(weights)))

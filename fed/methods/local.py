@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.registry import method
 from fed.state import State
 
 
 @method("local", personal=True)
-def local(states: list[State], *, weights: list[float], base: State, memory: dict) -> Outcome:
+def local(states: list[State], *, weights: list[float], base: State) -> Outcome:
     """One state per client, its own."""
     return Outcome(list(states))

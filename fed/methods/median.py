@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import shares
 from fed.state import State
@@ -29,7 +29,6 @@ def median(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
     weighted: bool = False,
 ) -> Outcome:
     """One round. Facts: `distance`, of each client from the result, over all tensors."""

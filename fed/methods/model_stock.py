@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.weighted_mean import shares
 from fed.state import State
@@ -23,9 +24,7 @@ from llava.errors import InputError
 
 
 @method("model_stock")
-def model_stock(
-    states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor]
-) -> Outcome:
+def model_stock(states: list[State], *, weights: list[float], base: State) -> Outcome:
     """The base drawn towards the mean. Equal experts give that expert, unrelated ones the base.
 
     Facts: `t` by tensor.

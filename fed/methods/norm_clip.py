@@ -13,36 +13,31 @@ than half did not move, nobody does. Nothing clipped is FedAvg. The paper's nois
 
 from __future__ import annotations
 
-import math
 import statistics
 
 import torch
-from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 
-@method("norm_clip", whole=True)
+@method("norm_clip", cross_layer=True)
 def norm_clip(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    bound: float | None = None,
-    multiple: float = 1.0,
+    bound: Positive | None = None,
+    multiple: Positive = 1.0,
 ) -> Outcome:
     """One round. `bound` has the units of the weights; with it `multiple` says nothing.
 
     Facts: `bound`; by client `norm`, |Delta_k|, and `scale`, s_k.
     """
-    fits = bound is None or 0 < bound < math.inf
-    check_option("norm_clip", "bound", bound, fits, "a positive number, or none")
-    check_option("norm_clip", "multiple", multiple, 0 < multiple < math.inf, "a positive number")
     lengths = torch.zeros(len(states), dtype=torch.float64)
     for block in blocks(states, base):
         lengths += squares(block.clients - block.base)

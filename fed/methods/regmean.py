@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fed.methods.interface.calibration import Calibration
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Unit
+from fed.methods.interface.registry import method
 from fed.numerics.joint_basis import mean_matrix
 from fed.numerics.layers import Parts, layers, to_matrix, write_matrix
 from fed.numerics.least_squares import add_pull, correction
@@ -32,22 +33,20 @@ from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 
-@method("regmean", whole=True)
+@method("regmean", cross_layer=True)
 def regmean(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
     calibration: list[Calibration],
-    reduce: float = 0.9,
+    reduce: Unit = 0.9,
     bias: Literal["average", "joint"] = "average",
 ) -> Outcome:
     """One merge. Facts: `moved`, the length of each layer's correction to the mean.
 
     Each expert's data passes through it once. `reduce` = 0 weighs each input by itself.
     """
-    check_option("regmean", "reduce", reduce, 0 <= reduce <= 1, "in [0, 1]")
     p = shares(weights)
     affine, others = layers(base)
     result = averaged(states, p, base, but=base.keys() - others)

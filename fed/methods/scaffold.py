@@ -29,9 +29,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_memory, check_option, memory_shapes
+from fed.methods.interface.checks import check_memory, memory_shapes
 from fed.methods.interface.client_rule import FOR_CLIENTS, ClientRule, Ending
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
@@ -67,7 +69,7 @@ class ControlVariates(ClientRule):
         return Ending(new, {name: new[name] - self.own[name] for name in new})
 
 
-@method("scaffold", client=ControlVariates)
+@method("scaffold", client_rule=ControlVariates)
 def scaffold(
     states: list[State],
     *,
@@ -76,14 +78,13 @@ def scaffold(
     memory: dict[str, Tensor],
     extras: list[State],
     total: int,
-    server_lr: float = 1.0,
+    server_lr: Positive = 1.0,
     weighting: Literal["uniform", "samples"] = "uniform",
 ) -> Outcome:
     """The server's side. Memory holds c as `<tensor>.for_clients`, float32.
 
     Facts: `c`, the Euclidean length of c after the round; `share`, |S| / N.
     """
-    check_option("scaffold", "server_lr", server_lr, 0 < server_lr < math.inf, "a positive number")
     check_memory("scaffold", memory, memory_shapes(base, [FOR_CLIENTS]))
     p = mean_shares(weights, weighting == "uniform")
     share, length = len(states) / total, 0.0

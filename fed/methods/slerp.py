@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Unit
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.weighted_mean import shares
 from fed.state import State
@@ -31,8 +31,7 @@ def slerp(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    t: float | None = None,
+    t: Unit | None = None,
 ) -> Outcome:
     """From the first expert, `t` 0, to the second, 1; none takes the second's share of the weights.
 
@@ -43,8 +42,6 @@ def slerp(
     """
     if len(states) != 2:
         raise InputError(f"slerp merges exactly two experts, found {len(states)}")
-    fits = t is None or 0 <= t <= 1
-    check_option("slerp", "t", t, fits, "a number in [0, 1], or none")
     t = shares(weights)[1] if t is None else t
     grams = {name: torch.zeros(2, 2, dtype=torch.float64) for name in base}
     for block in blocks(states, base):

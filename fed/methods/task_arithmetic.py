@@ -9,12 +9,9 @@ scale on held-out data; 0.4 is what Yadav et al. (arXiv 2306.01708) find to do w
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive
+from fed.methods.interface.registry import method
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
 
@@ -25,9 +22,7 @@ def task_arithmetic(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    scale: float = 0.4,
+    scale: Positive = 0.4,
 ) -> Outcome:
     """The base and `scale` times the weighted sum of the task vectors."""
-    check_option("task_arithmetic", "scale", scale, 0 < scale < math.inf, "a positive number")
     return Outcome(towards_mean(states, base, shares(weights), scale * len(states)))

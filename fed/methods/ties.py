@@ -14,13 +14,12 @@ as in the base; mergekit takes the positive side there.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive, Share
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.magnitude_cutoff import count, magnitudes, order_statistics
 from fed.state import State
@@ -32,13 +31,10 @@ def ties(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    density: float = 0.2,
-    scale: float = 1.0,
+    density: Share = 0.2,
+    scale: Positive = 1.0,
 ) -> Outcome:
     """The merged task vector on the base; that of equal experts is their own, trimmed."""
-    check_option("ties", "density", density, 0 < density <= 1, "a share in (0, 1]")
-    check_option("ties", "scale", scale, 0 < scale < math.inf, "a positive number")
     least = order_statistics(states, base, lambda n: [n - count(density, n)])
     result = empty(base)
     for block in blocks(states, base):

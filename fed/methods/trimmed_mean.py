@@ -10,13 +10,14 @@ published, samples count for nothing.
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Range
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty, squares
 from fed.state import State
 
@@ -27,11 +28,9 @@ def trimmed_mean(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    trim: float = 0.2,
+    trim: Annotated[float, Range("[0, 0.5)", "a share in [0, 0.5)")] = 0.2,
 ) -> Outcome:
     """One round. Facts: `cut`, and `distance` of each client from the result, over all tensors."""
-    check_option("trimmed_mean", "trim", trim, 0 <= trim < 0.5, "a share in [0, 0.5)")
     k = len(states)
     cut = min(math.floor(trim * k + 1e-9), (k - 1) // 2)  # 0.29 * 100 is 28.999999999999996
     result = empty(base)

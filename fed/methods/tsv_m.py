@@ -20,13 +20,11 @@ Where both sides are above 1024, triplets come from a range finder and orth from
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Positive, Share
+from fed.methods.interface.registry import method
 from fed.numerics.layers import Parts, write_matrix
 from fed.numerics.low_rank import isometry, leading
 from fed.numerics.matrix_common import averaged, weights_alone
@@ -40,13 +38,10 @@ def tsv_m(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
-    scale: float = 1.0,
-    rank: float | None = None,
+    scale: Positive = 1.0,
+    rank: Share | None = None,
 ) -> Outcome:
     """One merge. Facts by layer: `rank`, triplets of each expert; `kept`, their share of energy."""
-    check_option("tsv_m", "scale", scale, 0 < scale < math.inf, "a positive number")
-    check_option("tsv_m", "rank", rank, rank is None or 0 < rank <= 1, "a share in (0, 1], or none")
     p = shares(weights)
     share = 1 / len(states) if rank is None else rank
     affine = weights_alone(base)

@@ -21,14 +21,14 @@ expert's term has K p_k before it, and Adam starts at K sum_k p_k T_k: ours.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Count, Positive
+from fed.methods.interface.registry import method
 from fed.numerics.joint_basis import mean_matrix
 from fed.numerics.layers import Parts, write_matrix
 from fed.numerics.least_squares import add_pull, correction, gram_of
@@ -43,19 +43,15 @@ def wudi(
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
     solver: Literal["exact", "adam"] = "exact",
-    iterations: int = 300,
-    lr: float = 1e-5,
-    scale: float = 1.0,
+    iterations: Count = 300,
+    lr: Positive = 1e-5,
+    scale: Positive = 1.0,
 ) -> Outcome:
     """One merge; `iterations` and `lr` are Adam's.
 
     Facts: `moved`, the length of the way from the start to T in each layer.
     """
-    check_option("wudi", "iterations", iterations, iterations >= 1, "at least 1")
-    check_option("wudi", "lr", lr, 0 < lr < math.inf, "a positive number")
-    check_option("wudi", "scale", scale, 0 < scale < math.inf, "a positive number")
     p, k = shares(weights), len(states)
     affine = weights_alone(base)
     result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)

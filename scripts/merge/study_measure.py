@@ -100,7 +100,7 @@ def merge(plan: Mapping, job: Job, experts: Mapping[str, Mapping], given: dict) 
     name = of["method"] if of is plan["ablation"] else of[job.title]["method"]
     options = json.loads(job.setting)
     method = methods.get(name)
-    if method.calibrated or options.get("mode") == "calibration":
+    if method.needs_calibration or options.get("mode") == "calibration":
         if job.cell not in given:
             given[job.cell] = calibration(plan, job.cell, list(experts))
         options["calibration"] = given[job.cell]

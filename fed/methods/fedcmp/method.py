@@ -36,15 +36,16 @@ by samples. fusion.py has the sums over clients that the server needs.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
 from fed.methods.fedcmp.facts import describe
 from fed.methods.fedcmp.fusion import fuse
 from fed.methods.fedcmp.momentum import check_history, turn
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Count, Range, Unit
+from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.joint_basis import joint_basis
 from fed.numerics.layers import Parts, layers, write_matrix
@@ -62,14 +63,14 @@ def fedcmp(
     base: State,
     memory: dict[str, Tensor],
     space: Literal["updates", "weights"] = "updates",
-    energy: float = 1.0,
-    rank: int | None = None,
+    energy: Annotated[float, Range("(0, 1]")] = 1.0,
+    rank: Count | None = None,
     basis: Literal["auto", "exact", "randomised"] = "auto",
     rest: Literal["keep", "drop"] = "keep",
-    tau: float = math.inf,
-    rescale: float = 4.0,
-    flatten: float = 0.3,
-    beta: float = 0.0,
+    tau: Annotated[float, Range("[0.01, inf]", "at least 0.01")] = math.inf,
+    rescale: Annotated[float, Range("[1, inf)", "at least 1 and finite")] = 4.0,
+    flatten: Unit = 0.3,
+    beta: Annotated[float, Range("[0, 1)")] = 0.0,
     align: Literal["procrustes", "signs"] = "procrustes",
 ) -> Outcome:
     """One round of Fed-CMP.
@@ -78,12 +79,6 @@ def fedcmp(
     while beta > 0. Facts hold what `describe` and `turn` say of each layer, and the
     names of the tensors that were averaged.
     """
-    check_option("fedcmp", "energy", energy, 0 < energy <= 1, "in (0, 1]")
-    check_option("fedcmp", "rank", rank, rank is None or rank >= 1, "at least 1, or none")
-    check_option("fedcmp", "tau", tau, tau >= MIN_TAU, f"at least {MIN_TAU}")
-    check_option("fedcmp", "rescale", rescale, 1 <= rescale < math.inf, "at least 1 and finite")
-    check_option("fedcmp", "flatten", flatten, 0 <= flatten <= 1, "in [0, 1]")
-    check_option("fedcmp", "beta", beta, 0 <= beta < 1, "in [0, 1)")
     p = shares(weights)
     affine, others = layers(base)
     sides = {f"{layer.name}.basis": len(base[layer.weight]) for layer in affine}

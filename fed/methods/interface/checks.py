@@ -1,20 +1,12 @@
-"""What a method checks by itself: the range of an option, and that its memory is of this model."""
+"""Shared checks: that a state was filled, and that a memory is of this model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from fed.state import State, StateError, is_finite, near
-from llava.errors import InputError
-
-
-def check_option(method: str, option: str, value: Any, fits: bool, expected: str) -> None:
-    """Refuse an option's value that is out of range; `expected` ends the sentence."""
-    if not fits:
-        raise InputError(f"{method} option {option}: expected {expected}, found {value}")
 
 
 def check_not_zero(state: State, base: State, who: str) -> None:

@@ -27,16 +27,19 @@ Memory holds every task's adapter as TASK/NAME. A task whose clients are away ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from fed.methods.interface.checks import check_memory, check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.checks import check_memory
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Natural, Range
+from fed.methods.interface.registry import method
 from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot.neighbours import distances, mixture, nearest
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
+from llava.errors import InputError
 
 ADAPTER = "model.mm_projector."  # how names of the task adapter begin; the others are LoRA
 
@@ -59,7 +62,7 @@ def send(
     return start, {n: t for n, t in memory.items() if n.partition("/")[0] != task}
 
 
-@method("pilot", personal=True, whole=True, send=send)
+@method("pilot", personal=True, cross_layer=True, send=send)
 def pilot(
     states: list[State],
     *,
@@ -68,9 +71,9 @@ def pilot(
     memory: dict[str, Tensor],
     clients: list[str],
     tasks: list[str],
-    neighbours: int = 3,
+    neighbours: Natural = 3,
     weighting: Literal["literal", "normalise", "mean"] = "literal",
-    own: float = 0.0,
+    own: Annotated[float, Range("[0, 1]", "0 (by samples) to 1")] = 0.0,
     average: Literal["factors", "product"] = "factors",
 ) -> Outcome:
     """One state a client: its task's adapter and its own average of LoRA.
@@ -78,10 +81,10 @@ def pilot(
     `own` 0 is by samples. Facts: `tasks`, who made each task's adapter; `lora`, by client the
     weight of its `own` LoRA, and its `neighbours` with their `distance` and `weight`.
     """
-    check_option("pilot", "neighbours", neighbours, neighbours >= 0, "0 or more")
-    check_option("pilot", "own", own, 0 <= own <= 1, "0 (by samples) to 1")
-    fits = own == 0 or weighting == "normalise"
-    check_option("pilot", "own", own, fits, "0, as only weighting=normalise knows it")
+    if own != 0 and weighting != "normalise":
+        raise InputError(
+            f"pilot option own: expected 0, as only weighting=normalise knows it, found {own}"
+        )
     memory, made = _adapters(states, weights, base, memory, tasks)
     lora, facts = _lora(base), {"tasks": {t: [clients[k] for k in of] for t, of in made.items()}}
     theirs: list[State] = [{} for _ in states]

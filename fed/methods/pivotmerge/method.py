@@ -35,15 +35,13 @@ found; above, the leading 128. Norms, scales and the like are averaged. The step
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal
-
-from torch import Tensor
+from typing import Annotated, Literal
 
 from fed.methods.interface.calibration import Calibration
-from fed.methods.interface.checks import check_option
-from fed.methods.interface.registry import Outcome, method
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.options import Count, NonNegative, Positive, Range, Unit
+from fed.methods.interface.registry import method
 from fed.methods.pivotmerge.shared_space import Shared, by_leaving_out
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.layers import Layer, Parts, layers, write_matrix
@@ -52,32 +50,24 @@ from fed.state import State
 from llava.errors import InputError
 
 
-@method("pivotmerge")
+@method("pivotmerge", calibrated_by=("mode", "calibration"))
 def pivotmerge(
     states: list[State],
     *,
     weights: list[float],
     base: State,
-    memory: dict[str, Tensor],
     calibration: list[Calibration] | None = None,
     mode: Literal["uniform", "energy", "subspace", "calibration"] = "subspace",
     side: Literal["input", "output"] = "input",
-    noise: float = 0.25,
-    floor: float = 0.1,
-    kappa_min: float = 0.0,
-    specific: float = 1.0,
-    rescale: float = 4.0,
-    power: float = 0.0,
-    rank: int | None = None,
+    noise: Positive = 0.25,
+    floor: Positive = 0.1,
+    kappa_min: Unit = 0.0,
+    specific: NonNegative = 1.0,
+    rescale: Annotated[float, Range("[1, inf)", "at least 1 and finite")] = 4.0,
+    power: Unit = 0.0,
+    rank: Count | None = None,
 ) -> Outcome:
     """Merge once. Facts: `layers`, what `Shared.joined` says of each, and the tensors averaged."""
-    check_option("pivotmerge", "noise", noise, 0 < noise < math.inf, "a positive number")
-    check_option("pivotmerge", "floor", floor, 0 < floor < math.inf, "a positive number")
-    check_option("pivotmerge", "kappa_min", kappa_min, 0 <= kappa_min <= 1, "in [0, 1]")
-    check_option("pivotmerge", "specific", specific, 0 <= specific < math.inf, "0 or more")
-    check_option("pivotmerge", "rescale", rescale, 1 <= rescale < math.inf, "at least 1 and finite")
-    check_option("pivotmerge", "power", power, 0 <= power <= 1, "in [0, 1]")
-    check_option("pivotmerge", "rank", rank, rank is None or rank >= 1, "at least 1, or none")
     if mode == "calibration" and calibration is None:
         raise InputError("pivotmerge option mode: calibration needs --calibration_data")
     p = shares(weights)

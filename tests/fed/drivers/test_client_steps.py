@@ -37,12 +37,12 @@ def scaffold(states, extras, **changes):
 
 
 def test_fedprox_adds_the_pull_to_the_start():
-    rule = methods.client_rule("fedprox", {"mu": 0.5})(one(1.0, 2.0), {}, {})
+    rule = methods.get("fedprox").rule({"mu": 0.5})(one(1.0, 2.0), {}, {})
     assert rule.step(one(9.0, 9.0), one(1.0, 2.0))["w"].tolist() == [0, 0]
     assert rule.step(one(9.0, 9.0), one(3.0, 1.0))["w"].tolist() == [1, -0.5]
     assert rule.end() == ({}, {}) and rule.running == {}
-    assert methods.client_rule("fedprox", {"mu": 0})(one(1.0), {}, {}).step({}, one(2.0)) == {}
-    by_default = methods.client_rule("fedprox", {})(one(1.0), {}, {})
+    assert methods.get("fedprox").rule({"mu": 0})(one(1.0), {}, {}).step({}, one(2.0)) == {}
+    by_default = methods.get("fedprox").rule({})(one(1.0), {}, {})
     assert by_default.step({}, one(2.0))["w"].item() == pytest.approx(0.01)
 
 
@@ -56,19 +56,19 @@ def test_fedprox_averages_as_fedavg_does():
 
 
 def test_scaffolds_client_by_hand():
-    rule = methods.client_rule("scaffold", {})(one(0.0), one(5.0), one(2.0))  # c = 5, c_k = 2
+    rule = methods.get("scaffold").rule({})(one(0.0), one(5.0), one(2.0))  # c = 5, c_k = 2
     assert rule.step(one(1.0), one(0.0))["w"].item() == 3
     assert rule.step(one(-4.0), one(0.0))["w"].item() == 3
     kept, extras = rule.end()
     assert kept["w"].item() == -1.5  # the mean of the client's own gradients, without the addition
     assert extras["w"].item() == -3.5
-    first = methods.client_rule("scaffold", {})(one(0.0), {}, {})
+    first = methods.get("scaffold").rule({})(one(0.0), {}, {})
     assert first.step(one(1.0), one(0.0))["w"].item() == 0
     assert [part["w"].item() for part in first.end()] == [1, 1]
     # A step in which the tensor has no gradient counts as one of gradient 0.
     first.step({}, one(0.0))
     assert first.end().kept["w"].item() == 0.5
-    idle = methods.client_rule("scaffold", {})(one(0.0), one(5.0), one(2.0))
+    idle = methods.get("scaffold").rule({})(one(0.0), one(5.0), one(2.0))
     assert [part["w"].item() for part in idle.end()] == [2, 0]
 
 
@@ -117,7 +117,7 @@ def test_other_methods_take_no_extras():
     with pytest.raises(StateError, match="client 0, beside its state: tensor w is not expected"):
         mean([one(1.0)], weights=[1], base=one(0.0), extras=[one(1.0)])
     assert mean([one(1.0)], weights=[1], base=one(0.0), extras=[{}], total=4).state["w"] == 1
-    assert methods.client_rule("fedavg", {}) is None
+    assert methods.get("fedavg").rule({}) is None
 
 
 # -- many rounds of plain SGD on |w - optimum|^2 * slope / 2, in float64 --------------------------
@@ -130,7 +130,7 @@ LR = 0.1
 def play(name, rounds, steps=5, take=lambda round: range(3), clients=None, **options):
     """Rounds of a method on such clients; gives the last state, its memory, and what they keep."""
     clients = clients or list(zip(OPTIMA, SLOPES, strict=True))
-    make = methods.client_rule(name, options) or ClientRule
+    make = methods.get(name).rule(options) or ClientRule
     now, memory, kept = {"w": torch.zeros(2, dtype=torch.float64)}, {}, {}
     for round in range(rounds):
         states, extras = [], []
@@ -199,7 +199,7 @@ def test_where_clients_are_alike_scaffold_is_fedavg(clients):
 
 def test_the_mean_gradient_is_the_papers_option_two_for_plain_sgd():
     common, own = one(0.3, -0.2), one(-1.0, 0.5)
-    rule = methods.client_rule("scaffold", {})(one(0.0, 0.0), common, own)
+    rule = methods.get("scaffold").rule({})(one(0.0, 0.0), common, own)
     w = torch.zeros(2)
     for i in range(7):
         g = torch.sin(w + i)
@@ -248,7 +248,7 @@ class Bench:
         self.folder = folder
 
     def turn(self, method="fedavg", extras=None, kept=None, **options) -> Update:
-        self.driver.rule = methods.client_rule(method, options)
+        self.driver.rule = methods.get(method).rule(options)
         return self.driver.fit(
             self.client, self.start, 1, extras=extras, kept=kept, work_dir=self.folder / "turn"
         )

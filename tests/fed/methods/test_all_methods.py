@@ -25,9 +25,13 @@ SHARED = [name for name in ALL if not methods.get(name).personal]
 def call(name, states, **arguments):
     """A method, with what its clients would send beside their states if it asks for that."""
     function = methods.get(name)
-    if function.client is not None and function.client.sends and "extras" not in arguments:
+    if (
+        function.client_rule is not None
+        and function.client_rule.sends
+        and "extras" not in arguments
+    ):
         arguments["extras"] = [{n: 0.01 * t.float() for n, t in s.items()} for s in states]
-    if function.calibrated:
+    if function.needs_calibration:
         arguments.setdefault("calibration", [Measured()] * len(states))
     weights = arguments["weights"]
     if name == "slerp" and len(weights) == len(states):  # which takes two: the last two have a say
@@ -117,7 +121,7 @@ def test_a_second_method_of_a_name_is_refused(toy):
     ],
 )
 def test_options_are_read_by_their_types(toy, given, expected):
-    parsed = methods.parse_options("toy", given)
+    parsed = methods.get("toy").parse(given)
     assert parsed == expected
     assert [type(v) for v in parsed.values()] == [type(v) for v in expected.values()]
 
@@ -145,7 +149,7 @@ def test_options_are_read_by_their_types(toy, given, expected):
 )
 def test_wrong_options(toy, given, said):
     with pytest.raises(InputError) as caught:
-        methods.parse_options("toy", given)
+        methods.get("toy").parse(given)
     assert said in str(caught.value) and "toy" in str(caught.value)
 
 
@@ -292,7 +296,7 @@ def test_an_identity_connector_has_nothing_to_aggregate(name):
     assert call(name, [{}, {}, {}], weights=[1, 2, 3], base={}).state == {}
 
 
-@pytest.mark.parametrize("name", [n for n in SHARED if not methods.get(n).whole])
+@pytest.mark.parametrize("name", [n for n in SHARED if not methods.get(n).cross_layer])
 def test_a_layer_depends_on_itself_alone(name):
     """What a merge of whole models, which goes layer by layer, relies on."""
     base, states = draw(3)
@@ -317,7 +321,7 @@ def test_a_method_that_asks_is_told_clients_and_tasks(toy):
     found = curious(states, **given, clients=["a", "b", "c"], tasks=["x", "y", "z"])
     assert found.facts["told"] == [["a", "c"], ["x", "z"]]
     with pytest.raises(InputError, match="no option 'tasks'.*it has scale$"):
-        methods.parse_options("curious", ["tasks=1"])
+        methods.get("curious").parse(["tasks=1"])
     assert curious.send(1, 2) == (1, 2) and methods.get("toy").send is None
 
 
@@ -331,7 +335,7 @@ def test_a_method_that_needs_data_says_so(toy):
     with pytest.raises(InputError, match="judged needs data to calibrate on"):
         methods.get("judged")(states, **given)
     with pytest.raises(InputError, match="no option 'calibration'"):
-        methods.parse_options("judged", ["calibration=1"])
+        methods.get("judged").parse(["calibration=1"])
     best = methods.get("judged")(states, **given, calibration=[Measured()] * 3)
     assert best.facts["clients"] == ["0", "2"]
 

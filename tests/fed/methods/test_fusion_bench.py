@@ -62,7 +62,7 @@ def test_as_fusion_bench_has_it(case):
     base, experts = state(drawn["base"]), [state(e) for e in drawn["experts"][:k]]
     options, weights = options_of(case)
     method = methods.get(case["method"])
-    if method.calibrated:
+    if method.needs_calibration:
         pairs = zip(drawn["grams"][:k], drawn["fishers"][:k], strict=True)
         options["calibration"] = [Recorded(*pair) for pair in pairs]
     found = method(experts, weights=weights, base=base, **options).state

@@ -52,7 +52,7 @@ def draw(seed=0, clients=3, spread=0.1):
 
 def merge(name, base, states, weights=None, data=None, **options):
     method = methods.get(name)
-    if method.calibrated:
+    if method.needs_calibration:
         options["calibration"] = data or [Data(k) for k in range(len(states))]
     return method(states, weights=weights or [1] * len(states), base=base, **options).state
 

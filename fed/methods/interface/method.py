@@ -1,0 +1,249 @@
+"""A method: one object that says all there is to know of an aggregation or a merge."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fed.methods.interface import options
+from fed.methods.interface.calibration import Calibration
+from fed.methods.interface.checks import check_not_zero
+from fed.methods.interface.client_rule import ClientRule
+from fed.state import State, StateError, check, is_finite
+from llava.errors import InputError
+
+# What a client is sent: (its name, its task, all clients' own states, the shared one, the method's
+# memory) -> (the state that it starts from, what goes beside it).
+Send = Callable[[str, str, Mapping[str, State], State, State], tuple[State, State]]
+
+
+@dataclass
+class Outcome:
+    """The result of a method.
+
+    Attributes:
+        state: the shared state, or for a personal method one per client, in `base`'s dtypes.
+        memory: what its next call is to be given: a flat dict of tensors, None when nothing.
+        facts: what happened, for people and plots; JSON types only.
+    """
+
+    state: State | list[State]
+    memory: dict[str, torch.Tensor] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A callable `(states, *, weights, base, memory=None, **options) -> Outcome`.
+
+    Attributes:
+        name: in the registry.
+        function: the arithmetic, `(states, *, weights, base, …) -> Outcome`. It gets arguments that
+            were checked, no client of weight 0 unless `personal`, and may return any floating type.
+            It declares what it uses: `memory` between rounds, a dict; `clients`, the names;
+            `tasks`, the clients' tasks; `extras`, what each client's rule sent; `total`, how many
+            clients the run has; `calibration`, what there is to measure of each client's state on
+            data, without which it cannot do where it gives no default. All other keyword arguments
+            are its options.
+        personal: whether one state per client comes back.
+        cross_layer: whether a layer's result depends on more than its own weight and bias. A merge
+            of whole models goes layer by layer where it does not.
+        calibrated_by: the option and its value with which calibration data are looked at, where
+            that is not always so.
+        client_rule: what clients do within their steps, made anew for each turn; None: nothing.
+        send: what a client is sent, where that is not its own state or the shared one.
+        exchanges: from --fed_rounds to how often clients send something back.
+    """
+
+    name: str
+    function: Callable[..., Outcome]
+    personal: bool = False
+    cross_layer: bool = False
+    calibrated_by: tuple[str, Any] | None = None
+    client_rule: type[ClientRule] | None = None
+    send: Send | None = None
+    exchanges: Callable[[int], int] = lambda rounds: rounds
+
+    @functools.cached_property
+    def options(self) -> dict[str, options.Option]:
+        """Options by name."""
+        return options.options_of(self.name, self.function)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What each option is when it is not given."""
+        return {name: option.default for name, option in self.options.items()}
+
+    @functools.cached_property
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the function."""
+        return inspect.signature(self.function).parameters
+
+    @property
+    def takes_calibration(self) -> bool:
+        """Whether it has a use for data to calibrate on."""
+        return "calibration" in self.arguments
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it cannot do without."""
+        own = self.arguments.get("calibration")
+        return own is not None and own.default is own.empty
+
+    @property
+    def merges(self) -> bool:
+        """Whether it has a meaning outside rounds: one state comes out, and clients do nothing."""
+        return not self.personal and self.client_rule is None
+
+    @property
+    def sends_extras(self) -> bool:
+        """Whether clients send something beside their state."""
+        return self.client_rule is not None and self.client_rule.sends
+
+    def parse(self, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+        """Options from `["tau=0.3", …]` or a mapping, typed and in range.
+
+        Only what is given is returned. `none` means None where the type allows it, `inf` is a
+        float.
+
+        Raises:
+            InputError: an unknown option, one given twice, or a value that does not fit.
+        """
+        return options.parse(self.name, self.options, given)
+
+    def rule(
+        self, given: Sequence[str] | Mapping[str, Any]
+    ) -> Callable[[State, State, State], ClientRule] | None:
+        """What makes a client's rule for a turn, `(start, sent, kept) -> ClientRule`, or None."""
+        if self.client_rule is None:
+            return None
+        return functools.partial(self.client_rule, **{**self.defaults, **self.parse(given)})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        states: Sequence[State],
+        *,
+        weights: Sequence[float],
+        base: State,
+        memory: Mapping[str, torch.Tensor] | None = None,
+        clients: Sequence[str] | None = None,
+        extras: Sequence[State] | None = None,
+        total: int | None = None,
+        calibration: Sequence[Calibration] | None = None,
+        tasks: Sequence[str] | None = None,
+        **given: Any,
+    ) -> Outcome:
+        """One state out of several, or one for each; none of the arguments is changed.
+
+        Args:
+            clients: names, for messages and facts.
+            extras: what each client sent beside its state, where clients do.
+            total: how many clients there are; as many as states when not given.
+            calibration: one a client.
+            tasks: the name of each client's; all have one, "", when not given.
+
+        Raises:
+            InputError: weights that are not sample counts, an option that it has not or that does
+                not fit.
+            StateError: a state that has not the names and shapes of `base` or is not finite, memory
+                or extras that do not fit.
+        """
+        parsed = self.parse(given)
+        who = list(clients or map(str, range(len(states))))
+        counts = _check(states, weights, base, who)
+        extras = self._check_extras(extras, base, who)
+        tasks = [""] * len(states) if tasks is None else tasks
+        if len(tasks) != len(states):
+            raise InputError(f"{len(tasks)} tasks, expected one of each of {len(states)} clients")
+        total = len(states) if total is None else total
+        if total < len(states):
+            raise InputError(f"{len(states)} client states of {total} clients in total")
+        if self.needs_calibration and calibration is None:
+            raise InputError(
+                f"{self.name} needs data to calibrate on, which a merge has "
+                "(--calibration_data) and a round has not"
+            )
+        heard = [k for k, weight in enumerate(counts) if self.personal or weight > 0]
+        beside = {
+            "memory": dict(memory or {}),
+            "extras": [extras[k] for k in heard],
+            "total": total,
+            "calibration": None if calibration is None else [calibration[k] for k in heard],
+            "clients": [who[k] for k in heard],
+            "tasks": [tasks[k] for k in heard],
+        }
+        outcome = self.function(
+            [states[k] for k in heard],
+            weights=[counts[k] for k in heard],
+            base=base,
+            **{name: value for name, value in beside.items() if name in self.arguments},
+            **parsed,
+        )
+        self._cast(outcome, base)
+        outcome.memory = outcome.memory or None
+        outcome.facts["clients"] = [who[k] for k in heard]
+        return outcome
+
+    def _check_extras(
+        self, extras: Sequence[State] | None, base: State, who: list[str]
+    ) -> Sequence[State]:
+        like = base if self.sends_extras else {}
+        if extras is None:
+            if like:
+                raise InputError(
+                    f"{self.name} needs extras: what each client sent beside its state"
+                )
+            return [{}] * len(who)
+        if len(extras) != len(who):
+            raise InputError(f"{len(extras)} extras, expected one of each of {len(who)} clients")
+        for client, extra in zip(who, extras, strict=True):
+            check(extra, like, who=f"client {client}, beside its state")
+        return extras
+
+    def _cast(self, outcome: Outcome, base: State) -> None:
+        """Bring what the function returned into `base`'s dtypes and order."""
+        if isinstance(outcome.state, list):
+            for k, state in enumerate(outcome.state):  # one by one: there is one a client
+                outcome.state[k] = self._as(base, state, copy=True)
+        else:
+            outcome.state = self._as(base, outcome.state, copy=False)
+
+    def _as(self, base: State, state: State, copy: bool) -> State:
+        """In `base`'s dtypes and order; `copy` where the tensors may be those of a client."""
+        cast = {name: state[name].to(base[name].dtype, copy=copy) for name in base}
+        for name, tensor in cast.items():
+            if not is_finite(tensor):
+                raise StateError(
+                    f"{self.name}: the result's {name} does not fit into {tensor.dtype}"
+                )
+        return cast
+
+
+def _check(
+    states: Sequence[State], weights: Sequence[float], base: State, who: list[str]
+) -> list[float]:
+    if not states:
+        raise InputError("no client states to aggregate")
+    if not len(states) == len(weights) == len(who):
+        raise InputError(
+            f"{len(states)} client states, {len(weights)} weights and {len(who)} client names: "
+            "expected one of each per client"
+        )
+    weights = [float(weight) for weight in weights]
+    for client, weight in zip(who, weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise InputError(f"client {client} has weight {weight}, expected a number of samples")
+    if not 0 < sum(weights) < math.inf:
+        raise InputError(f"the clients' weights sum to {sum(weights)}, expected some samples")
+    check(base, base, who="the base")
+    for client, state in zip(who, states, strict=True):
+        check(state, base, who=f"client {client}")
+        check_not_zero(state, base, f"client {client}")
+    return weights
