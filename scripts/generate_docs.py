@@ -34,8 +34,8 @@ def methods_page() -> str:
     parts = [
         "# Methods",
         NOTE,
-        "A method makes one state out of several: in a round of `fed.train` (`--fed_method`), and in "
-        "`fed.merge` (`--method`). Options are `name=value`. Published forms are the default; "
+        "A method makes one state out of several: in a round of `fed.train` (`--fed_method`), and "
+        "in `fed.merge` (`--method`). Options are `name=value`. Published forms are the default; "
         "`paper_compat` is the form that research code commonly has instead.",
         _contents(),
     ]
@@ -63,14 +63,12 @@ def flags_page() -> str:
     parts = [
         "# Flags",
         NOTE,
-        "Flags have upstream's names and defaults. Beside these, `llava.train` and `fed.train` take "
-        "all flags of transformers' `TrainingArguments`, also where a newer version has renamed "
+        "Flags have upstream's names and defaults. Beside these, `llava.train` and `fed.train` "
+        "take all flags of transformers' `TrainingArguments`, also where a newer version renamed "
         "one. Booleans are written `--flag True`.",
     ]
     for kind, title in FLAGS:
-        inherited = {f.name for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)
-                     for f in dataclasses.fields(base)} if kind is TrainingArguments else set()  # fmt: skip
-        fields = [f for f in dataclasses.fields(kind) if f.name not in inherited]
+        fields = [f for f in dataclasses.fields(kind) if f.name in kind.__annotations__]
         parts += [f"## {title}", _table([(f"--{f.name}", _default(f), _help(f)) for f in fields])]
     rows = [
         (action.option_strings[0], _plain(action.default), action.help or "")
@@ -105,10 +103,9 @@ def _where(method: methods.Method) -> str:
 
 def _table(rows: list[tuple[str, str, str]]) -> str:
     lines = [
-        f"| `{flag}` | {f'`{default}`' if default else ''} | {text} |"
-        for flag, default, text in rows
+        f"| `{flag}` | {default and f'`{default}`'} | {text} |" for flag, default, text in rows
     ]
-    return "\n".join(["| flag | default | |", "|---|---|---|", *lines]).replace(" |  | ", " | | ")
+    return "\n".join(["| flag | default | |", "|---|---|---|", *lines])
 
 
 def _default(field: dataclasses.Field) -> str:
