@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava.chunks import chunk_offsets
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -124,13 +125,11 @@ def tokenize(
         if i:
             ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
-        encoded = tokenizer(
-            chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids += encoded.input_ids
+        tokens, begins = chunk_offsets(chunk, tokenizer)
+        ids += tokens
         labels += [
             token if learnt[start + begin] else IGNORE_INDEX
-            for token, (begin, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+            for token, begin in zip(tokens, begins, strict=True)
         ]
         start += len(chunk) + len(DEFAULT_IMAGE_TOKEN)
     return torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long)

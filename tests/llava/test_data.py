@@ -27,6 +27,7 @@ from llava.train.preprocess import fit, preprocess_multimodal, read_turns, rende
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((GOLDEN_DIR / "upstream_golden.json").read_text())["preprocess"]
+UPSTREAM_TOKENS = json.loads((GOLDEN_DIR / "upstream_tokens.json").read_text())
 CONVERSATIONS = {
     "image_one": ["Describe the image.\n<image>", "A random picture."],
     "image_two_rounds": ["Look <image> what is this?", "A cat.", "Sure?", "Yes."],
@@ -90,6 +91,23 @@ def test_every_template_learns_the_answers_and_nothing_of_the_questions(key, tok
     masked = tokenizer.decode(ids[(labels == IGNORE_INDEX) & (ids >= 0)])
     assert learnt.count("RRR") == len(turns) // 2 and "QQQ" not in learnt
     assert "RRR" not in masked
+
+
+@pytest.mark.parametrize("legacy", UPSTREAM_TOKENS["legacy"])
+def test_a_token_after_a_picture_is_learnt_where_it_begins(legacy, upstream_tokenizer):
+    tokenizer = upstream_tokenizer(legacy)
+    answer = " red, \u00e9\U0001f642 </s> square\n"
+    own = tokenizer_image_token(f"<image>{answer}", tokenizer)[2:]
+    golden = zip(UPSTREAM_TOKENS["prompts"], UPSTREAM_TOKENS["legacy"][legacy], strict=True)
+    for prompt, expected in golden:
+        ids, labels = tokenize([(prompt, True)], tokenizer)
+        assert ids.tolist() == expected
+        learnt = [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in expected[1:]]
+        assert labels.tolist()[1:] == learnt
+        ids, labels = tokenize([(f"{prompt}<image>", False), (answer, True)], tokenizer)
+        assert answers(ids, labels) == own == ids.tolist()[-len(own) :]
+    ids, labels = tokenize([("<image> a", False), (" b", True), (" c</s> d", False)], tokenizer)
+    assert tokenizer.decode(answers(ids, labels)).strip() == "b"
 
 
 def test_ids_are_those_of_the_prompt_that_the_model_is_asked_with(tokenizer):
