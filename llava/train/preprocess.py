@@ -81,7 +81,16 @@ def render(turns: Sequence[str], template: Conversation) -> list[Segment]:
     Two styles are trained in another form than they are asked in, as upstream does: PLAIN keeps of
     the question only its pictures, and SINGLE (v0) puts "### " before every turn and learns the
     mark itself, by which the model ends its answer.
+
+    An answer of nothing but white space ends like any other, but it is not learnt, nor is what ends
+    it; where there is no other answer, nothing is.
     """
+    segments = _rendered(turns, template)
+    said = any(text.strip() for text in turns[1::2])
+    return segments if said else [(text, False) for text, _ in segments]
+
+
+def _rendered(turns: Sequence[str], template: Conversation) -> list[Segment]:
     if template.sep_style is SeparatorStyle.PLAIN:
         if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in turns[0]:
             raise InputError(
@@ -93,12 +102,14 @@ def render(turns: Sequence[str], template: Conversation) -> list[Segment]:
     if template.sep_style is SeparatorStyle.SINGLE:
         human, assistant = template.roles
         segments = [(f"{template.system}\n\n", False)]
+        ends = True
         for i, text in enumerate(turns):
             if i % 2:
-                segments.append((f"{template.sep} {assistant}: {text}\n", True))
+                ends = bool(text.strip())
+                segments.append((f"{template.sep} {assistant}: {text}\n", ends))
             else:
-                segments += [(template.sep, True), (f" {human}: {text}\n", False)]
-        return [*segments, (f"{template.sep} ", True)]
+                segments += [(template.sep, ends), (f" {human}: {text}\n", False)]
+        return [*segments, (f"{template.sep} ", ends)]
     conversation = template.copy()
     conversation.messages = [[template.roles[i % 2], text] for i, text in enumerate(turns)]
     return conversation.segments()
