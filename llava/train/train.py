@@ -80,7 +80,7 @@ def prepare_output(args: TrainingArguments) -> list[transformers.TrainerCallback
 def prepare(
     dataset: LazySupervisedDataset, title: str, cache: FeatureCache | None, world_size: int = 1
 ) -> CheckReport:
-    """Check a data set whole, say what was cut or skipped, and fill the feature cache for it.
+    """Check a data set whole, say what was cut or left out, and fill the feature cache for it.
 
     In a run of several processes only a cache on disk is filled, each process its share.
     """
@@ -95,6 +95,8 @@ def prepare(
         notes += f", {report.truncated} longer than --model_max_length: their text is cut"
     if report.skipped:
         notes += f", {report.skipped} skipped for a bad picture"
+    if report.unlabelled:
+        notes += f", {report.unlabelled} left out: their answers are empty or cut off"
     if rank == 0:
         print(f"{title}: {report.samples} samples{notes}", flush=True)
     return report
