@@ -12,6 +12,9 @@ from bisect import bisect_left
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from llava.errors import InputError
+from llava.texts import half_character
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +40,12 @@ def chunk_offsets(chunk: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
 
 
 def _pad(chunk: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    """The chunk with the spaces that Metaspace would leave out, and where they stand in it."""
+    """The chunk with the spaces that Metaspace would leave out, and where they stand in it.
+
+    `InputError` for what is no text, wherever it comes from.
+    """
+    if (half := half_character(chunk)) is not None:
+        raise InputError(f"the text has half a character in {half!r}, which no tokenizer takes")
     metaspace = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
     scheme = getattr(metaspace, "prepend_scheme", "never")
     if scheme == "never":

@@ -86,8 +86,9 @@ def picture_pixels(path: str, data_args: Any) -> torch.Tensor:
 class CheckReport:
     """What `LazySupervisedDataset.check` found.
 
-    `samples` are left, the text of `truncated` of them will be cut at model_max_length, `skipped`
-    were dropped for a picture that cannot be read, and `unlabelled` as nothing in them is learnt.
+    `samples` are left. `skipped` were dropped for a picture that cannot be read, `unlabelled` as
+    nothing in them is learnt. `truncated` of those that can be read have text that is cut at
+    model_max_length.
     """
 
     samples: int
@@ -249,7 +250,7 @@ class LazySupervisedDataset(Dataset):
             )
         skipped, unlabelled = len(self) - len(readable), len(readable) - len(kept)
         self.records = [self.records[i] for i in kept]
-        return CheckReport(len(kept), sum(lengths[i].cut for i in kept), skipped, unlabelled)
+        return CheckReport(len(kept), sum(lengths[i].cut for i in readable), skipped, unlabelled)
 
     def _length(self, index: int) -> _Length:
         """Whether the record's text is longer than the model takes, and what is left to learn."""

@@ -51,6 +51,13 @@ def read_turns(conversations: list[dict[str, Any]]) -> list[str]:
     return [turn["value"] for turn in turns]
 
 
+def says_nothing(record: dict[str, Any]) -> bool:
+    """Whether all answers of a record are empty, as far as it has the structure that is trained."""
+    turns = [turn for turn in record["conversations"] if isinstance(turn, dict)]
+    answers = [turn.get("value") for turn in turns if turn.get("from") == SPEAKERS[1]]
+    return bool(answers) and all(isinstance(a, str) and not a.strip() for a in answers)
+
+
 def preprocess_multimodal(
     turns: Sequence[str], template: Conversation, mm_use_im_start_end: bool = False
 ) -> list[str]:

@@ -327,6 +327,21 @@ def test_bad_flags(fake, tmp_path, monkeypatch, changes, message):
     assert not (tmp_path / "run" / "logs").exists()
 
 
+def test_a_clients_samples_that_teach_nothing_do_not_count(fake, tiny, tmp_path, capfd):
+    records = json.loads((tiny / "a.json").read_text())
+    for record in records[:3]:
+        record["conversations"][1]["value"] = "\n"
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    (line,) = fake(a={"data_path": f"{tmp_path}/some.json"}, fed_rounds=1)
+    assert line["clients"]["a"]["samples"] == 9
+    assert "client a: 9 samples, 3 left out" in capfd.readouterr().out
+    found = state.load(tmp_path / "run" / "mm_projector.bin")
+    assert torch.allclose(found["model.mm_projector.0.bias"], torch.tensor((9 + 27) / 18))
+    (tmp_path / "none.json").write_text(json.dumps(records[:3]))
+    with pytest.raises(InputError, match="client b: .*none.json: there is nothing to learn in it"):
+        fake(b={"data_path": f"{tmp_path}/none.json"}, out="other")
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [

@@ -278,6 +278,10 @@ def test_bad_start(flags, tiny, tmp_path, change, message):
     ],
 )
 def test_bad_data(flags, tiny, tmp_path, content, message):
+    bad_client(flags, tiny, tmp_path, content, message)
+
+
+def bad_client(flags, tiny, tmp_path, content, message):
     records = json.loads((tiny / "a.json").read_text())
     if content is None:
         records[3]["image"] = "missing.png"
@@ -291,6 +295,56 @@ def test_bad_data(flags, tiny, tmp_path, content, message):
     )
     with pytest.raises(InputError, match=f"client bad: .*({message})"):
         run(flags, tmp_path / "x", clients)
+
+
+def answered(file: Path, *answers: str) -> list[dict]:
+    """The records of a file, the first ones with these answers."""
+    records = json.loads(file.read_text())
+    for record, text in zip(records, answers, strict=False):
+        record["conversations"][1]["value"] = text
+    return records
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([""] * 12, "a.json: there is nothing to learn in it: of 12 records, 12 have an empty"),
+        (["red", "red \ud83c"], r"a.json: record 1 \(id 'a-1'\) has half a character"),
+    ],
+)
+def test_answers_that_cannot_be_learnt(flags, tiny, tmp_path, answers, message):
+    content = json.dumps(answered(tiny / "a.json", *answers))
+    bad_client(flags, tiny, tmp_path, content, message)
+
+
+def test_samples_that_teach_nothing_do_not_count_in_the_average(flags, tiny, tmp_path, capfd):
+    records = answered(tiny / "a.json", "", " ", "")
+    results = []
+    for name, given in (("some", records), ("less", records[3:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(given))
+        clients = clients_yaml(
+            tmp_path / f"{name}.yaml",
+            tiny,
+            "{name: b, data_path: DIR/b.json, image_folder: DIR/images}",
+            f"{{name: a, data_path: {tmp_path}/{name}.json, image_folder: DIR/images}}",
+        )
+        run(flags, tmp_path / name, clients, feature_cache=tmp_path / "features")
+        results.append((tmp_path / name / "mm_projector.bin").read_bytes())
+        line = json.loads((tmp_path / name / "rounds.jsonl").read_text().splitlines()[0])
+        assert line["clients"]["a"]["samples"] == 9
+    assert results[0] == results[1]
+    assert "client a: 9 samples, 3 left out: their answers are empty" in capfd.readouterr().out
+
+
+def test_held_out_samples_without_an_answer_are_left_out(flags, tiny, tmp_path, capfd):
+    (tmp_path / "held.json").write_text(json.dumps(answered(tiny / "heldout.json", "", "")))
+    run(flags, tmp_path / "x", tiny / "clients.yaml", fed_eval_data_path=tmp_path / "held.json")
+    line = json.loads((tmp_path / "x" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert "4 samples, 2 left out" in capfd.readouterr().out
+    assert line["heldout"]["global"]["held"]["samples"] == 4
+    (tmp_path / "held.json").write_text(json.dumps(answered(tiny / "heldout.json", *[""] * 6)))
+    with pytest.raises(InputError, match="held.json: there is nothing to learn in it"):
+        run(flags, tmp_path / "y", tiny / "clients.yaml", fed_eval_data_path=tmp_path / "held.json")
 
 
 def test_truncated_pictures_are_named_or_skipped_and_counted(flags, tiny, tmp_path, capfd):

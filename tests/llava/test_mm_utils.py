@@ -220,6 +220,13 @@ def test_the_space_before_a_chunk_does_not_swallow_the_one_it_begins_with(upstre
     assert ids[ids.index(1110) :][:4] == [1110, IMAGE_TOKEN_INDEX, 1110, 276]
 
 
+def test_what_is_no_text_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"half a character in ' strawberry \\ud83c'"):
+        tokenizer_image_token("<image> strawberry \ud83c", tokenizer)
+    with pytest.raises(InputError, match=r"half a character in 'caf\\udce9'"):  # of a command line
+        tokenizer_image_token("caf\udce9", tokenizer)
+
+
 def test_bytes_as_tokens_get_no_space():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -290,6 +290,7 @@ def test_defaults_are_upstreams():
     [
         ('{"question_id": 1, "image": "0.png", "text": "x"}\n{"question_id"', "line 2: not JSON"),
         ('\n\n{"question_id": 1, "text": "x"}', "line 3: 'image' is missing"),
+        ("[" * 100_000, "line 1: not JSON"),
         ("[1]", "line 1: expected an object, found list"),
         ('{"question_id": 1, "image": null, "text": "x"}', "line 1: 'image' is None, text is"),
         ('{"question_id": 1, "image": "0.png", "text": 5}', "line 1: 'text' is 5, text is"),
@@ -332,6 +333,7 @@ def test_bad_tables_are_one_clear_error(ask, mmbench, spoil, message):
     ("content", "message"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "bad.json: not JSON"),
         ("[]", "expected a list of questions"),
         ('[{"id": 3}]', "question 0: 'conversations' is missing"),
         ('[{"id": 3, "conversations": []}]', "'conversations' is not a list of turns"),

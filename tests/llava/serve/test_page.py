@@ -160,6 +160,8 @@ def test_what_cannot_be_sent_is_said_by_name(tmp_path):
             typed("what?", tmp_path / name)
     with pytest.raises(Trouble, match="Type a question"):
         typed("  ")
+    with pytest.raises(Trouble, match="half an emoji"):
+        typed("what? \ud83c")
 
 
 # -- trouble -----------------------------------------------------------------------------------
