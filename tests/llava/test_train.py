@@ -402,6 +402,27 @@ def test_attention_falls_back_with_a_word(capsys):
     assert choose_attention(None, "cpu") == "sdpa" and choose_attention("eager", "cpu") == "eager"
 
 
+def test_data_that_teach_nothing_are_refused_or_left_out(flags, tiny, tmp_path, capfd):
+    def told(**changes) -> str:
+        with pytest.raises(InputError) as caught:
+            train(argv=flags(version="v1", data_path=tmp_path / "a.json", **changes))
+        return str(caught.value)
+
+    records = json.loads((tiny / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert "of 12 model_max_length 40 cuts the answer off" in told(model_max_length=40)
+    for record in records[:10]:
+        record["conversations"][1]["value"] = ""
+    (tmp_path / "a.json").write_text(json.dumps(records[:10]))
+    assert "a.json: there is nothing to learn in it: of 10 records, 10 have" in told()
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    train(argv=flags(version="v1", data_path=tmp_path / "a.json"))
+    assert "training: 2 samples, 10 left out: their answers are" in capfd.readouterr().out
+    records[11]["conversations"][1]["value"] = "blue \ud83c"
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert "a.json: record 11 (id 'a-11') has half a character" in told()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
