@@ -80,11 +80,12 @@ def check_keys(record: Any, keys: Sequence[str], where: str) -> None:
     if missing := [key for key in keys if key not in record]:
         raise InputError(f"{where}: {missing[0]!r} is missing")
     for key in keys:
-        if key in TEXTS and not _is_text(record[key]):
+        if key in TEXTS and not is_text(record[key]):
             raise InputError(f"{where}: {key!r} is {record[key]!r}, text is expected")
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether it is a string that can be written as UTF-8, and so be read by a tokenizer."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes

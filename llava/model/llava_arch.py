@@ -101,6 +101,18 @@ class LlavaMixin:
             merge=merge_type(self.config),
         )
 
+    def picture_length(self, size: Size) -> int:
+        """How many tokens a picture of `size` becomes."""
+        if (tiling := self.tiling) is not None:
+            return tiling.num_tokens(size)
+        return self.get_model().mm_projector.num_tokens(self.get_vision_tower().num_patches)
+
+    @property
+    def most_picture_length(self) -> int:
+        """How many tokens a picture of any size becomes at most."""
+        sizes = self.tiling.resolutions if self.tiling else [(1, 1)]
+        return max(map(self.picture_length, sizes))
+
     # -- pictures to tokens ----------------------------------------------------------------------
 
     def encode_images(self, images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
