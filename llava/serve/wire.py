@@ -15,6 +15,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
+from llava.eval.questions import is_text
 
 NUL = b"\0"
 ERROR_MODEL, NO_WORKER, WORKER_GONE = 1, 2, 3
@@ -112,6 +113,8 @@ def _field(body: Mapping, name: str, kind: type, default: Any) -> Any:
         return default
     if not isinstance(value, kind):
         raise InputError(f"{name}: {_kind(value)} was sent, {kind.__name__} is expected")
+    if kind is str and not is_text(value):
+        raise InputError(f"{name}: it has half of a surrogate pair, which is not UTF-8")
     return value
 
 
