@@ -34,6 +34,8 @@ class Turn:
     trouble: str = ""
     done: bool = False
     model: str = ""
+    vote: str = ""
+    """How its answer was voted on: once."""
     conversation: Conversation | None = None
     """What `model` was given, with the answer once that is there."""
 
