@@ -318,12 +318,14 @@ def test_captions_longer_than_the_model_takes(flags, tiny, tmp_path, capfd):
     assert "client a: 12 samples, 12 longer than --model_max_length" in capfd.readouterr().out
 
 
-def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path):
+def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path, capsys):
     run(flags, tmp_path / "x", tiny / "clients.yaml")
     before = (tmp_path / "x" / "mm_projector.bin").read_bytes()
     with pytest.raises(InputError, match="--learning_rate = '0.01', now it is '0.001'"):
         run(flags, tmp_path / "x", tiny / "clients.yaml", learning_rate=1e-3)
+    capsys.readouterr()
     run(flags, tmp_path / "x", tiny / "clients.yaml")  # finished: nothing to do, nothing changed
+    assert "round 1 is done, nothing is left to train" in capsys.readouterr().out
     assert (tmp_path / "x" / "mm_projector.bin").read_bytes() == before
 
 
