@@ -167,6 +167,8 @@ class Loop:
             self._write_records(after)
             shutil.rmtree(folder, ignore_errors=True)
         self.log(curves(record), round)
+        if "skipped" in facts:
+            self._say(f"round {round}/{self.rounds}  skipped: {facts['skipped']}")
         for doubt in suspicions(record):
             self._say(f"round {round}/{self.rounds}  look: {doubt}")
         for line in lines_of_measures(record, self.rounds):
