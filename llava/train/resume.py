@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from llava.atomic import write_text
+from llava.atomic import remove_leftovers, write_text
 from llava.errors import InputError
 from llava.model.checkpoint import PROJECTOR_FILE
 from llava.model.lora import ADAPTER_CONFIG
@@ -80,6 +80,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def record(args: TrainingArguments, settings: Mapping[str, Any]) -> None:
     """Write the settings of the run that now begins to train."""
     if args.process_index == 0:
+        remove_leftovers(args.output_dir)
         text = json.dumps({"settings": dict(settings)}, indent=2) + "\n"
         write_text(Path(args.output_dir, RUN_FILE), text)
 
