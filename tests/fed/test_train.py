@@ -167,6 +167,33 @@ def test_one_sample_and_empty_slices(flags, tiny, tmp_path):
     assert rounds[0]["facts"]["clients"] == ["a"]
 
 
+def test_one_clients_changed_data_or_flag_is_named(flags, tiny, tmp_path):
+    b = json.loads((tiny / "b.json").read_text())
+    (tmp_path / "b.json").write_text(json.dumps(b))
+
+    kept = ", lr_scheduler_kwargs: {num_cycles: 0.4}"
+
+    def go(own: str = kept, rate: str = "1e-3"):
+        clients = clients_yaml(
+            tmp_path / "c.yaml",
+            tiny,
+            f"{{name: a, data_path: DIR/a.json, image_folder: DIR/images, learning_rate: {rate}}}",
+            f"{{name: b, data_path: {tmp_path}/b.json, image_folder: DIR/images{own}}}",
+        )
+        return run(flags, tmp_path / "x", clients)
+
+    go()
+    with pytest.raises(InputError, match="with learning_rate of client a = '1e-3', now it is '1'"):
+        go(rate="1")
+    with pytest.raises(InputError, match="with max_steps of client b = None, now it is '3'"):
+        go(f"{kept}, max_steps: 3")
+    go(f"{kept}, logging_steps: 5")  # decides nothing
+    b[2]["conversations"][1]["value"] = "a picture of another colour"
+    (tmp_path / "b.json").write_text(json.dumps(b))
+    with pytest.raises(InputError, match=r"with data of client b = '\w{16}', now it is '\w{16}'"):
+        go()
+
+
 def test_a_client_may_have_its_own_flags(flags, tiny, tmp_path):
     clients = clients_yaml(
         tmp_path / "c.yaml",
