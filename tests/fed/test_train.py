@@ -167,6 +167,33 @@ def test_one_sample_and_empty_slices(flags, tiny, tmp_path):
     assert rounds[0]["facts"]["clients"] == ["a"]
 
 
+def test_one_clients_changed_data_or_flag_is_named(flags, tiny, tmp_path):
+    b = json.loads((tiny / "b.json").read_text())
+    (tmp_path / "b.json").write_text(json.dumps(b))
+
+    kept = ", lr_scheduler_kwargs: {num_cycles: 0.4}"
+
+    def go(own: str = kept, rate: str = "1e-3"):
+        clients = clients_yaml(
+            tmp_path / "c.yaml",
+            tiny,
+            f"{{name: a, data_path: DIR/a.json, image_folder: DIR/images, learning_rate: {rate}}}",
+            f"{{name: b, data_path: {tmp_path}/b.json, image_folder: DIR/images{own}}}",
+        )
+        return run(flags, tmp_path / "x", clients)
+
+    go()
+    with pytest.raises(InputError, match="with learning_rate of client a = '1e-3', now it is '1'"):
+        go(rate="1")
+    with pytest.raises(InputError, match="with max_steps of client b = None, now it is '3'"):
+        go(f"{kept}, max_steps: 3")
+    go(f"{kept}, logging_steps: 5")  # decides nothing
+    b[2]["conversations"][1]["value"] = "a picture of another colour"
+    (tmp_path / "b.json").write_text(json.dumps(b))
+    with pytest.raises(InputError, match=r"with data of client b = '\w{16}', now it is '\w{16}'"):
+        go()
+
+
 def test_a_client_may_have_its_own_flags(flags, tiny, tmp_path):
     clients = clients_yaml(
         tmp_path / "c.yaml",
@@ -372,12 +399,14 @@ def test_captions_longer_than_the_model_takes(flags, tiny, tmp_path, capfd):
     assert "client a: 12 samples, 12 longer than --model_max_length" in capfd.readouterr().out
 
 
-def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path):
+def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path, capsys):
     run(flags, tmp_path / "x", tiny / "clients.yaml")
     before = (tmp_path / "x" / "mm_projector.bin").read_bytes()
     with pytest.raises(InputError, match="--learning_rate = '0.01', now it is '0.001'"):
         run(flags, tmp_path / "x", tiny / "clients.yaml", learning_rate=1e-3)
+    capsys.readouterr()
     run(flags, tmp_path / "x", tiny / "clients.yaml")  # finished: nothing to do, nothing changed
+    assert "round 1 is done, nothing is left to train" in capsys.readouterr().out
     assert (tmp_path / "x" / "mm_projector.bin").read_bytes() == before
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,7 +161,7 @@ def test_fine_tuning_goes_on_from_a_full_llavas_own_projector(flags, tiny, full,
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     with pytest.raises(InputError, match="--mm_projector_type is 'linear'.*'mlp2x_gelu'"):
-        train(argv=flags(**start, **given, mm_projector_type="linear"))
+        train(argv=flags(**start, **given, mm_projector_type="linear", output_dir=tmp_path / "b"))
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -344,6 +347,37 @@ def test_the_last_deepspeed_file_is_the_one_that_counts(tmp_path, text, message)
         file.write_text(text)
     with pytest.raises(InputError, match=f"--deepspeed {file}: .*{message}"):
         parse(["--deepspeed", str(good), "--deepspeed", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "package", "message"),
+    [
+        ({"optim": "galore_adamw"}, "galore_torch", "--optim galore_adamw: .*GaLore"),
+        ({"use_liger_kernel": True}, "liger_kernel", "liger"),
+        ({"report_to": "swanlab"}, "swanlab", "--report_to .*swanlab"),
+    ],
+)
+def test_a_package_that_a_flag_needs_is_named(flags, tiny, changes, package, message):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=message):
+        train(argv=flags(data_path=tiny / "a.json", **changes))
+
+
+def test_deepspeed_without_its_package_is_one_sentence(tmp_path):
+    """In a process of its own, for which the package is not there."""
+    file = tmp_path / "zero2.json"
+    file.write_text("{}")
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "from llava.train.train import main\n"
+        f"sys.argv = ['train', '--deepspeed', '{file}']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: --deepspeed needs the package deepspeed: pip install 'fedllava[train]'" in (
+        done.stderr
+    )
 
 
 def test_a_near_flag_is_named_once():
