@@ -150,6 +150,7 @@ def test_a_rotation_of_the_outputs_rotates_the_result(seed, space, align):
     assert_same(there.state, turn(second.state), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_the_size_of_llava_7b_in_bfloat16():
     shapes = {"a.weight": (4096, 1024), "a.bias": (4096,), "b.weight": (4096, 4096)}
     base, states = draw(0, 2, torch.bfloat16, shapes, step=0.0)

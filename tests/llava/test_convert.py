@@ -1,4 +1,4 @@
-"""Upstream's layout ↔ transformers' own LLaVA: equal logits, ids, pixels and prompts, bit for bit.
+"""Upstream's layout ↔ transformers' own LLaVA: ids, pixels and prompts bit for bit, and logits.
 
 The checkpoints are those that upstream itself wrote (`tests/golden/upstream`), and random ones of
 other language models and towers.
