@@ -129,10 +129,10 @@ def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkey
     monkeypatch.setattr(RunLogger, "of_client", capture)
     run(flags, tmp_path / "run", tiny / "clients.yaml", fed_rounds=3)
     spanning, rates = rates["a"], {}
-    assert len(spanning) == 6 and spanning[0] == 1e-2
+    assert len(spanning) == 6 and spanning[0] == pytest.approx(1e-2)
     assert all(later < earlier for earlier, later in zip(spanning, spanning[1:], strict=False))
     run(flags, tmp_path / "round", tiny / "clients.yaml", fed_rounds=3, fed_lr_schedule="round")
-    assert rates["a"][0::2] == [1e-2] * 3
+    assert rates["a"][0::2] == pytest.approx([1e-2] * 3)
 
 
 def test_local_keeps_clients_apart_and_pool_puts_them_together(flags, tiny, tmp_path):

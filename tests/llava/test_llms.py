@@ -75,16 +75,17 @@ def test_its_class_is_importable_by_upstreams_pattern(model):
 def test_text_alone_gives_the_base_models_logits(model, folder):
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([[1, 30, 31, 32]])
-    assert torch.equal(model(ids).logits, base(ids).logits)
+    close = dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, base(ids).logits, **close)
     # What the pictures come in by: embeddings that the model is handed mean the same as ids.
     embeds = model.get_input_embeddings()(ids)
-    assert torch.equal(model(inputs_embeds=embeds).logits, base(ids).logits)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, base(ids).logits, **close)
 
 
 def test_a_picture_is_seen_and_only_by_what_follows(model):
     ids = torch.tensor([[1, 30, IMAGE_TOKEN_INDEX, 31, 32]])
     one, two = (model(ids, images=torch.full((1, 3, 16, 16), value)).logits for value in (0.0, 2.0))
-    assert torch.equal(one[:, :2], two[:, :2])
+    torch.testing.assert_close(one[:, :2], two[:, :2], rtol=1e-6, atol=1e-6)
     assert (one[:, 2:] - two[:, 2:]).abs().max() > 1e-4
 
 
@@ -245,7 +246,7 @@ def test_siglip_has_no_class_token_to_drop(siglip, tiny):
     reference = transformers.SiglipVisionModel.from_pretrained(siglip).eval()
     with torch.no_grad():
         states = reference(pixels, output_hidden_states=True).hidden_states
-    assert torch.equal(tower(pixels), states[-2])
+    torch.testing.assert_close(tower(pixels), states[-2], rtol=1e-5, atol=1e-5)
     assert tower.num_patches == PATCHES and tower.image_processor.size["height"] == 16
     ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30]])
     assert model(ids, images=pixels[:1]).logits.shape[1] == 2 + PATCHES
@@ -278,10 +279,11 @@ def test_a_tower_runs_only_the_layers_that_are_read(tiny, layer):
     with torch.no_grad():
         states = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
     for _ in range(2):
-        assert torch.equal(tower(pixels), states[layer][:, 1:])
+        torch.testing.assert_close(tower(pixels), states[layer][:, 1:], rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # and a program that asks the encoder itself gets what it always got
         again = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
-    assert len(again) == 3 and torch.equal(again[layer], states[layer])
+    assert len(again) == 3
+    torch.testing.assert_close(again[layer], states[layer], rtol=1e-5, atol=1e-5)
     run = []
     for module in tower.vision_tower.encoder.layers:
         module.register_forward_hook(lambda *_: run.append(1))
