@@ -110,7 +110,7 @@ def test_what_is_kept_of_each_expert(plan):
     ]
     found.rows = {Job.of_row(r).key: r for r in rows}
     assert found.kept("linear (mean)", cell) == pytest.approx(50)
-    assert found.row(merge_found.BEST, cell)["loss"] == 1.5
+    assert found.row(merge_found.BEST, cell)["loss"] == pytest.approx(1.5)
     assert found.kept(merge_found.BEST, cell) == pytest.approx((25 + 100) / 2)
 
 
