@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
 # What a client may have of its own: its pictures' processing, and how it steps.
 CLIENT_FLAGS = (
@@ -42,10 +45,6 @@ class FedArguments:
     )
     fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run."})
     fed_method: str = field(default="fedavg", metadata={"help": "How updates become one state."})
-    pilot_stage1_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Pilot: that of the first exchange; --learning_rate when not given."},
-    )
     fed_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options: [FILE.yaml] name=value …"}
     )
@@ -101,7 +100,11 @@ class FedArguments:
         metadata={"help": "script: with how many clients a round goes on if others fail; 0: all."},
     )
 
-    @property
-    def exchanges(self) -> int:
-        """How often clients send something back: Pilot's first round has two stages."""
-        return self.fed_rounds + (self.fed_method == "pilot")
+
+class Arguments(NamedTuple):
+    """The command line of a federated run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    fed: FedArguments

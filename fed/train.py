@@ -8,128 +8,69 @@ checkpoints instead.
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import transformers
 
-from fed import methods, setup, state, validation
-from fed.arguments import CLIENT_FLAGS, FedArguments
+from fed import methods, validation
+from fed.arguments import CLIENT_FLAGS
 from fed.clients.clients_yaml import load_clients
-from fed.evaluate import EvaluationSet, evaluate
-from fed.methods.pilot.export import export
-from fed.server.loop import Loop
+from fed.drivers import driver as drivers
+from fed.drivers.driver import Run
+from fed.server.heldout import evaluation_set, measurer
+from fed.server.loop import RoundLoop
 from fed.server.resume_key import settings_of
-from fed.server.round_state import RoundState
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
-from llava.model.checkpoint import gathered, write_config
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
-from llava.train.data import DataCollatorForSupervisedDataset
 from llava.train.train import prepare_output
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
-    argv = validation.for_driver(list(sys.argv[1:] if argv is None else argv))
-    arguments = parse(argv, ModelArguments, DataArguments, TrainingArguments, FedArguments)
-    _, data_args, training_args, fed_args = arguments
-    options = validation.check_flags(*arguments)
-    scripted = fed_args.fed_driver == "script"
-    method = methods.get(fed_args.fed_method)
-    specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, processes=scripted)
-    validation.check_pilot(specs, *arguments)
-    validation.check_round(specs, fed_args, options)
-    client_args = [validation.arguments_of(spec, argv, data_args, training_args) for spec in specs]
-    logger = RunLogger(training_args, prepare_output(training_args))
+    argv = validation.command_line(sys.argv[1:] if argv is None else argv)
+    arguments, options = validation.check_flags(validation.parse_arguments(argv))
+    fed_args = arguments.fed
+    kind, method = drivers.get(fed_args.fed_driver), methods.get(fed_args.fed_method)
+    rounds = method.exchanges(fed_args.fed_rounds)
+    specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, kind, validation.driver_keys())
+    if method.prepare is not None:
+        arguments = method.prepare(specs, arguments)
+    validation.check_round(specs, fed_args, options, rounds)
+    client_args = [validation.arguments_of(spec, argv, arguments) for spec in specs]
+    logger = RunLogger(arguments.training, prepare_output(arguments.training))
 
-    if scripted:
-        run = setup.scripted(specs, arguments, logger)
-    else:
-        rule = methods.get(fed_args.fed_method).rule(options)
-        run = setup.resident(specs, client_args, arguments, logger, rule)
-    rounds = range(1, fed_args.exchanges + 1)
-    at_work = [sum(client.samples(round) > 0 for client in run.clients) for round in rounds]
+    run = Run(specs, arguments, client_args, method, options, logger.of_client)
+    driver = kind(run)
+    at_work = [sum(c.samples(r) > 0 for c in driver.clients) for r in range(1, rounds + 1)]
     validation.rehearse(fed_args, options, at_work)  # once more: a slice may be empty
-    evaluation_sets = [
-        setup.evaluation_set(path, data_args, fed_args, run.session, training_args)
+    sets = [
+        evaluation_set(path, arguments.data, fed_args, driver.session, arguments.training)
         for path in fed_args.fed_eval_data_path
     ]
-    measure = None
-    if evaluation_sets:
-        measure = _measure(run, evaluation_sets, training_args, visit=scripted)
-    loop = Loop(
-        clients=run.clients,
-        fit_many=run.fit_many,
-        method=functools.partial(method, **options),
-        rule=method.client_rule,
-        send=method.send,
-        tasks={spec.name: spec.task for spec in specs if spec.task is not None},
-        output_dir=Path(training_args.output_dir),
-        settings=settings_of(specs, run.datasets, arguments, options, run.initial),
-        rounds=fed_args.exchanges,
-        seed=training_args.seed,
+    loop = RoundLoop(
+        driver,
+        method,
+        options,
+        output_dir=run.output_dir,
+        settings=settings_of(run, driver),
+        rounds=rounds,
+        seed=arguments.training.seed,
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
-        evaluate=measure,
+        task_of={spec.name: spec.task for spec in specs if spec.task is not None},
+        evaluate=measurer(driver, sets, arguments.training) if sets else None,
         evaluate_every=fed_args.fed_eval_every,
         log=logger.of_round,
-        main=training_args.process_index == 0,
+        main=run.main,
         barrier=_barrier,
     )
     logger.start()
-    final = loop.run(run.initial)
-    _save(final, run, loop, training_args)
+    final = loop.run(driver.initial)
+    driver.store.config.use_cache = True
+    driver.store.export(final, loop.sent, run.output_dir)
     logger.close()
-
-
-def _measure(
-    run: setup.Setup, sets: Sequence[EvaluationSet], args: TrainingArguments, visit: bool
-) -> Callable[..., dict]:
-    """What the loop calls to measure a state; with `visit` the model is on the device only then."""
-    model = run.session.model
-    collator = DataCollatorForSupervisedDataset(run.session.tokenizer)
-
-    def measure(client: str, shared: state.State, beside: state.State, round: int) -> dict:
-        if run.own:
-            run.own.put(client, beside, after=round)
-        run.form.into_model(model, shared, "the aggregated state")
-        model.eval()
-        if visit:
-            model.to(args.device)
-        with gathered(model.parameters()):  # between two clients no engine does it
-            measures = {
-                data.name: evaluate(
-                    model, data, collator, args.per_device_eval_batch_size, args.device
-                )
-                for data in sets
-            }
-        if visit and args.device.type == "cuda":
-            model.to("cpu")
-            torch.cuda.empty_cache()
-        return measures
-
-    return measure
-
-
-def _save(final: RoundState, run: setup.Setup, loop: Loop, args: TrainingArguments) -> None:
-    """Checkpoints of what trained: one for all, or one a client if the method keeps them apart."""
-    output_dir = Path(args.output_dir)
-    run.config.use_cache = True
-    if run.own:
-        export(final, run.session.model, run.own, loop, output_dir)
-    if run.own or args.process_index:
-        return
-    places = {output_dir: final.shared}
-    if final.personal:
-        places = {output_dir / "clients" / name: s for name, s in final.personal.items()}
-    for folder, trained in places.items():
-        run.form.write(trained, folder)
-        write_config(run.config, folder, full=False)
-        print(f"wrote {folder / run.form.files[0]}", flush=True)
 
 
 def _barrier() -> None:

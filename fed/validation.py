@@ -1,58 +1,53 @@
-"""The flags of a run, checked before anything is loaded."""
+"""The command line of a run: parsed, and refused before anything is loaded."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from fed import methods
-from fed.arguments import FedArguments
+from fed.arguments import Arguments, FedArguments
 from fed.clients.clients_yaml import ClientSpec, named
+from fed.drivers import driver as drivers
+from fed.drivers.driver import Driver
+from fed.methods import Method
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
-DRIVERS = ("resident", "script")
-SCRIPT_FLAGS = (
-    "fed_client_command",
-    "fed_client_timeout",
-    "fed_client_retries",
-    "fed_parallel_clients",
-    "fed_min_clients",
-)
 
-
-def for_driver(argv: list[str]) -> list[str]:
-    """The command line, to be parsed; where clients are processes, the GPUs are left to them."""
+def command_line(argv: Sequence[str]) -> list[str]:
+    """The command line as the run's driver needs it."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("fed_driver", "fed_eval_data_path", "deepspeed"):
-        peek.add_argument(f"--{flag}", nargs="?")
-    first, _ = peek.parse_known_args(argv)
-    if first.fed_driver != "script":
-        return argv
-    if first.deepspeed or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(
-            "--fed_driver script is one process that starts the clients': a launcher and "
-            "--deepspeed belong into the client's own command"
-        )
-    return argv if first.fed_eval_data_path else [*argv, "--use_cpu", "True"]
+    peek.add_argument("--fed_driver", nargs="?", default=FedArguments.fed_driver)
+    name = peek.parse_known_args(argv)[0].fed_driver
+    return drivers.get(str(name)).command_line(list(argv))
 
 
-def check_flags(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    fed_args: FedArguments,
-) -> dict:
-    """Refuse what no model is needed to refuse, and fill in what depends on the driver.
+def parse_arguments(argv: list[str]) -> Arguments:
+    """The command line's flags, those of all methods included."""
+    return Arguments(*parse(argv, *_kinds()))
+
+
+def _kinds() -> tuple[type, ...]:
+    """What the command line is parsed into: FedArguments has the methods' own flags, too."""
+    own = [flags for name in methods.names() if (flags := methods.get(name).flags)]
+    fed = dataclasses.make_dataclass("FedArguments", [], bases=(FedArguments, *own))
+    return ModelArguments, DataArguments, TrainingArguments, fed
+
+
+def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
+    """Refuse what no model is needed to refuse.
 
     Returns:
-        The method's options.
+        The arguments with what depends on the driver filled in, and the method's options.
     """
+    model_args, data_args, training_args, fed_args = arguments
     if not fed_args.fed_clients:
         raise InputError("--fed_clients is missing: the YAML file that names the clients")
     for flag, instead in (("data_path", "fed_clients"), ("eval_data_path", "fed_eval_data_path")):
@@ -70,8 +65,22 @@ def check_flags(
         )
     if model_args.unfreeze_mm_vision_tower:
         raise InputError("--unfreeze_mm_vision_tower has no place in a federated run")
-    if fed_args.fed_rounds < 1:
-        raise InputError(f"--fed_rounds is {fed_args.fed_rounds}, at least 1 is expected")
+    kind = drivers.get(fed_args.fed_driver)
+    fed_args = dataclasses.replace(
+        fed_args, fed_lr_schedule=fed_args.fed_lr_schedule or kind.lr_schedule
+    )
+    _check_numbers(fed_args)
+    _check_driver(fed_args, kind)
+    method = methods.get(fed_args.fed_method)
+    options = method.parse(_options(method.name, fed_args.fed_options))
+    _check_method(method, kind, arguments._replace(fed=fed_args))
+    return arguments._replace(fed=fed_args), options
+
+
+def _check_numbers(fed_args: FedArguments) -> None:
+    for flag, least in (("fed_rounds", 1), ("fed_parallel_clients", 1)):
+        if getattr(fed_args, flag) < least:
+            raise InputError(f"--{flag} is {getattr(fed_args, flag)}, at least {least} is expected")
     for flag in (
         "fed_clients_per_round",
         "fed_eval_every",
@@ -81,50 +90,74 @@ def check_flags(
     ):
         if not getattr(fed_args, flag) >= 0:
             raise InputError(f"--{flag} is {getattr(fed_args, flag)}, 0 or more is expected")
-    _check_driver(fed_args)
-    options = methods.get(fed_args.fed_method).parse(
-        _options(fed_args.fed_method, fed_args.fed_options)
-    )
-    if methods.get(fed_args.fed_method).client_rule is not None:
-        _check_steps_changed(training_args, fed_args)
-    return options
-
-
-def check_pilot(
-    specs: Sequence[ClientSpec],
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    fed_args: FedArguments,
-) -> None:
-    """Refuse where Pilot's connector, method and tasks do not come together; fill in the tasks."""
-    is_method, kind = fed_args.fed_method == "pilot", model_args.mm_projector_type
-    if is_method != (kind == "pilot"):
+    schedules = ("run", "round")
+    if fed_args.fed_lr_schedule not in schedules:
         raise InputError(
-            f"--fed_method pilot and --mm_projector_type pilot go together, here they are "
-            f"{fed_args.fed_method} and {kind}"
+            f"--fed_lr_schedule is {fed_args.fed_lr_schedule!r}; known are {', '.join(schedules)}"
         )
-    if not is_method:
-        if fed_args.pilot_stage1_learning_rate is not None:
-            raise InputError("--pilot_stage1_learning_rate is for --fed_method pilot")
-        return
-    who = "--fed_method pilot"
-    for flag, why in (
-        ("fed_pool", "all data in one place has no tasks to keep apart"),
-        ("fed_driver script", "a client's own parts are put into the model by the resident one"),
-    ):
-        name, _, value = flag.partition(" ")
-        if getattr(fed_args, name) == (value or True):
-            raise InputError(f"{who} has no place with --{flag}: {why}")
-    for flag in ("pilot_tasks", "pilot_stage"):
-        if getattr(model_args, flag) != getattr(ModelArguments(), flag):
+
+
+def _check_driver(fed_args: FedArguments, kind: type[Driver]) -> None:
+    """Refuse flags that are for another driver."""
+    who = f"--fed_driver {fed_args.fed_driver}"
+    if fed_args.fed_pool and not kind.trains_here:
+        raise InputError(f"--fed_pool has no place with {who}: run the script itself")
+    for name in drivers.names():
+        for flag in drivers.get(name).flags:
+            if flag in kind.flags:
+                continue
+            if getattr(fed_args, flag) != getattr(FedArguments, flag):
+                raise InputError(f"--{flag} is for --fed_driver {name}")
+
+
+def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> None:
+    """Refuse flags and a connector of another method, and a driver that cannot do this one."""
+    model_args, _, training_args, fed_args = arguments
+    who = f"--fed_method {method.name}"
+    for name in methods.names():
+        other = methods.get(name)
+        if other.connector and (other is method) != (
+            model_args.mm_projector_type == other.connector
+        ):
             raise InputError(
-                f"--{flag} has no place with {who}: tasks are in {fed_args.fed_clients}"
+                f"--fed_method {name} and --mm_projector_type {other.connector} go together, here "
+                f"they are {method.name} and {model_args.mm_projector_type}"
             )
-    for spec in specs:
-        if spec.task is None:
-            raise InputError(f"{who}: client {spec.name} of {fed_args.fed_clients} has no `task`")
-    model_args.pilot_tasks = list(dict.fromkeys(spec.task for spec in specs))
+        for field in dataclasses.fields(other.flags) if other.flags and other is not method else ():
+            if getattr(fed_args, field.name) != field.default:
+                raise InputError(f"--{field.name} is for --fed_method {name}")
+    if method.store is not None and not kind.trains_here:
+        raise InputError(
+            f"{who} has no place with --fed_driver {fed_args.fed_driver}: clients' private "
+            "parameters are put into the model by the resident one"
+        )
+    if method.client_rule is not None:
+        _check_steps_changed(who, kind, training_args, fed_args)
+
+
+def _check_steps_changed(
+    who: str, kind: type[Driver], training_args: TrainingArguments, fed_args: FedArguments
+) -> None:
+    """Refuse where a method's rule for the clients' steps would have no effect, or no sense."""
+    if not kind.trains_here:
+        raise InputError(
+            f"{who} changes the clients' own steps, which a script of --fed_driver "
+            f"{fed_args.fed_driver} does not know of; --fed_driver resident does"
+        )
+    if fed_args.fed_pool:
+        raise InputError(
+            f"{who} has no place with --fed_pool: all data in one place is trained as it is"
+        )
+    for flag in ("deepspeed", "fsdp"):
+        if getattr(training_args, flag):
+            raise InputError(
+                f"{who} changes gradients before each step, and --{flag} keeps them to itself"
+            )
+
+
+def driver_keys() -> dict[str, str]:
+    """The keys of clients.yaml that are a driver's own, with the driver's name."""
+    return {key: name for name in drivers.names() for key in drivers.get(name).keys}
 
 
 def _options(method: str, words: Sequence[str]) -> list[str]:
@@ -154,7 +187,7 @@ def _options(method: str, words: Sequence[str]) -> list[str]:
     return [*(f"{name}={value}" for name, value in own.items()), *words]
 
 
-def rehearse(fed_args: FedArguments, options: dict, at_work: Sequence[int]) -> None:
+def rehearse(fed_args: FedArguments, options: Mapping[str, Any], at_work: Sequence[int]) -> None:
     """Rounds on next to nothing: find a method that cannot, or a value out of range, before anybody
     trains.
 
@@ -163,7 +196,7 @@ def rehearse(fed_args: FedArguments, options: dict, at_work: Sequence[int]) -> N
     """
     method = methods.get(fed_args.fed_method)
     tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
-    make_rule = methods.get(fed_args.fed_method).rule(options)
+    make_rule = method.rule(options)
     sent = make_rule(tiny, {}, {}).end().extras if make_rule else {}
     sizes: dict[int, str] = {}
     for round, there in enumerate(at_work, start=1):
@@ -187,47 +220,9 @@ def rehearse(fed_args: FedArguments, options: dict, at_work: Sequence[int]) -> N
             raise InputError(f"{error} ({why})") from None
 
 
-def _check_steps_changed(training_args: TrainingArguments, fed_args: FedArguments) -> None:
-    """Refuse where a method's rule for the clients' steps would not be heard, or has no sense."""
-    who = f"--fed_method {fed_args.fed_method}"
-    if fed_args.fed_driver == "script":
-        raise InputError(
-            f"{who} changes the clients' own steps, which a script of --fed_driver script does not "
-            "know of; --fed_driver resident does"
-        )
-    if fed_args.fed_pool:
-        raise InputError(
-            f"{who} has no place with --fed_pool: all data in one place is trained as it is"
-        )
-    for flag in ("deepspeed", "fsdp"):
-        if getattr(training_args, flag):
-            raise InputError(
-                f"{who} changes gradients before each step, and --{flag} keeps them to itself"
-            )
-
-
-def _check_driver(fed_args: FedArguments) -> None:
-    """The flags of the drivers, and the default of --fed_lr_schedule, which depends on them."""
-    scripted = fed_args.fed_driver == "script"
-    # Upstream's own training code does not know of a schedule that spans several runs.
-    fed_args.fed_lr_schedule = fed_args.fed_lr_schedule or ("round" if scripted else "run")
-    for flag, known in (("fed_lr_schedule", ("run", "round")), ("fed_driver", DRIVERS)):
-        if getattr(fed_args, flag) not in known:
-            raise InputError(
-                f"--{flag} is {getattr(fed_args, flag)!r}; known are {', '.join(known)}"
-            )
-    if fed_args.fed_parallel_clients < 1:
-        raise InputError(
-            f"--fed_parallel_clients is {fed_args.fed_parallel_clients}, at least 1 is expected"
-        )
-    if scripted and fed_args.fed_pool:
-        raise InputError("--fed_pool has no place with --fed_driver script: run the script itself")
-    for flag in () if scripted else SCRIPT_FLAGS:
-        if getattr(fed_args, flag) != getattr(FedArguments, flag):
-            raise InputError(f"--{flag} is for --fed_driver script")
-
-
-def check_round(specs: Sequence[ClientSpec], fed_args: FedArguments, options: dict) -> None:
+def check_round(
+    specs: Sequence[ClientSpec], fed_args: FedArguments, options: Mapping[str, Any], rounds: int
+) -> None:
     """Refuse to ask for more clients than there are, and a method that so many are no use to."""
     asked, there = fed_args.fed_clients_per_round, len(specs)
     if asked > there:
@@ -238,23 +233,19 @@ def check_round(specs: Sequence[ClientSpec], fed_args: FedArguments, options: di
         raise InputError(
             f"--fed_min_clients is {fed_args.fed_min_clients}, a round has {asked or there} clients"
         )
-    joined = [
-        sum(spec.from_round <= round for spec in specs)
-        for round in range(1, fed_args.exchanges + 1)
-    ]
+    joined = [sum(spec.from_round <= r for spec in specs) for r in range(1, rounds + 1)]
     rehearse(fed_args, options, [1] if fed_args.fed_pool else joined)
 
 
 def arguments_of(
-    spec: ClientSpec, argv: list[str], data_args: DataArguments, training_args: TrainingArguments
+    spec: ClientSpec, argv: list[str], arguments: Arguments
 ) -> tuple[DataArguments, TrainingArguments]:
     """The client's own arguments: the command line's, then what clients.yaml overrides."""
+    _, data_args, training_args, _ = arguments
     with named(spec):
         if spec.overrides:
             own = [text for key, value in spec.overrides.items() for text in (f"--{key}", value)]
-            model_args, data_args, training_args, _ = parse(
-                [*argv, *own], ModelArguments, DataArguments, TrainingArguments, FedArguments
-            )
+            model_args, data_args, training_args, _ = parse_arguments([*argv, *own])
             # What loading the session sets on the command line's own arguments.
             training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
         _check_steps(training_args)

@@ -14,7 +14,8 @@ from typing import Any
 
 from fed import merge, methods
 from fed.arguments import FedArguments
-from fed.personalise import PersonaliseArguments
+from fed.methods.pilot.personalise import PersonaliseArguments
+from fed.methods.pilot.run import PilotFlags
 from llava.atomic import write_text
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -25,6 +26,7 @@ FLAGS = (
     (DataArguments, "Data: `llava.train`, `fed.train`"),
     (TrainingArguments, "Training: `llava.train`, `fed.train`"),
     (FedArguments, "Federation: `fed.train`"),
+    (PilotFlags, "Pilot: `fed.train --fed_method pilot`"),
     (PersonaliseArguments, "A new client after a Pilot run: `fed.personalise`"),
 )
 

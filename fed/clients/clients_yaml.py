@@ -1,16 +1,16 @@
-"""Clients: what clients.yaml says of them, and which of their samples a round sees.
+"""clients.yaml: the clients of a run and their data.
 
 ```yaml
 clients:
   - name: st-mary                     # letters, digits, . _ -
     data_path: st-mary/captions.json  # LLaVA JSON; relative to this file
     image_folder: st-mary/images
-    task: captions                    # letters, digits, - _: the kind of data (--fed_method pilot)
+    task: captions                    # letters, digits, - _: the kind of data, for methods that ask
     from_round: 3                     # has no part in the rounds before; 1 when not given
     learning_rate: 5e-4               # a flag of its own; fed/arguments.py lists them
 ```
 
-Where clients are processes (--fed_driver script), fed/drivers/client_process.py has four keys more.
+A driver may have keys of its own: for --fed_driver script see fed/drivers/client_process.py.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from fed.clients.yaml_values import flag_of, text_of, unquoted
-from fed.drivers.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from llava.errors import InputError
 
 DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
@@ -33,16 +33,26 @@ DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
 class ClientSpec:
     """One client: a name, its data, and the flags that are its own (flag name → value as text).
 
-    `task` names the kind of its data; of one file's clients all have one or none has.
+    `task` names the kind of its data; of one file's clients all have one or none has. `driver` is
+    what the driver has read of its own keys.
     """
 
     name: str
     data_path: str
     image_folder: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
-    process: ProcessSpec = field(default_factory=ProcessSpec)
+    driver: Any = None
     task: str | None = None
     from_round: int = 1
+
+
+class KeyReader(Protocol):
+    """A driver, as much as clients.yaml knows of it; `fed.drivers.driver.Driver`."""
+
+    keys: tuple[str, ...]
+
+    @classmethod
+    def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> Any: ...
 
 
 @contextlib.contextmanager
@@ -55,13 +65,17 @@ def named(spec: ClientSpec) -> Iterator[None]:
 
 
 def load_clients(
-    path: str | Path, flags: Sequence[str], processes: bool = False
+    path: str | Path,
+    flags: Sequence[str],
+    driver: type[KeyReader] | None = None,
+    of_others: Mapping[str, str] | None = None,
 ) -> list[ClientSpec]:
     """Read clients.yaml.
 
     Args:
         flags: the names that a client may override.
-        processes: whether clients are processes, which have keys of their own.
+        driver: the run's; it reads its own keys.
+        of_others: keys that only other drivers have, with the driver's name.
 
     Raises:
         InputError: no such file, not YAML, an unknown or missing key, a bad or doubled name, a
@@ -82,7 +96,9 @@ def load_clients(
         raise InputError(f"--fed_clients {path}: a list under the key `clients` is expected")
     if unknown := sorted(map(str, set(document) - {"clients"})):
         raise InputError(f"--fed_clients {path}: unknown key {unknown[0]!r} beside `clients`")
-    clients = [_client(path, i, entry, flags, processes) for i, entry in enumerate(entries)]
+    clients = [
+        _client(path, i, entry, flags, driver, of_others or {}) for i, entry in enumerate(entries)
+    ]
     seen: set[str] = set()
     for client in clients:
         # Names become folders, and some file systems do not tell cases apart.
@@ -96,7 +112,12 @@ def load_clients(
 
 
 def _client(
-    path: Path, index: int, entry: object, flags: Sequence[str], processes: bool
+    path: Path,
+    index: int,
+    entry: object,
+    flags: Sequence[str],
+    driver: type[KeyReader] | None,
+    of_others: Mapping[str, str],
 ) -> ClientSpec:
     where = f"--fed_clients {path}: client {index + 1}"
     if not isinstance(entry, dict):
@@ -110,10 +131,10 @@ def _client(
     where = f"--fed_clients {path}: client {name}"
     if name in ("global", "pool"):
         raise InputError(f"{where}: that name stands for all clients together; choose another")
-    known = [*DATA_KEYS, *flags, *(PROCESS_KEYS if processes else ())]
+    known = [*DATA_KEYS, *flags, *(driver.keys if driver else ())]
     for key in entry:
-        if key in PROCESS_KEYS and not processes:
-            raise InputError(f"{where} has {key}, which is for --fed_driver script")
+        if key in of_others and key not in known:
+            raise InputError(f"{where} has {key}, which is for --fed_driver {of_others[key]}")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
@@ -138,6 +159,6 @@ def _client(
     if not isinstance(first, int) or isinstance(first, bool) or first < 1:
         raise InputError(f"{where} has from_round {first!r}; a round's number is expected, from 1")
     overrides = {key: flag_of(key, value, where) for key, value in entry.items() if key in flags}
-    process = read_process(entry, path.parent, where)
+    own = driver.read_keys(entry, path.parent, where) if driver else None
     folder = image_folder and str(image_folder)
-    return ClientSpec(name, str(data_path), folder, overrides, process, task, first)
+    return ClientSpec(name, str(data_path), folder, overrides, own, task, first)

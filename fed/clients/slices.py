@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
+
+from fed.clients.clients_yaml import ClientSpec
+from llava.errors import InputError
 
 
 def seed_of(*parts: object) -> int:
@@ -22,3 +26,35 @@ def slices(samples: int, rounds: int, seed: int) -> list[list[int]]:
     random.Random(seed).shuffle(order)
     bounds = [r * samples // rounds for r in range(rounds + 1)]
     return [order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def cut(
+    specs: Sequence[ClientSpec], samples: Sequence[int], rounds: int, *, one_pass: bool, seed: int
+) -> list[list[list[int]]]:
+    """For each client the indices of its samples that each round sees.
+
+    Args:
+        samples: how many each client has.
+        one_pass: each sample at most once; else a round sees the whole shard.
+
+    Raises:
+        InputError: nobody is there in the first round, or one pass cannot fill every round.
+    """
+    most = max(samples)
+    absent: list[list[list[int]]] = [[[]] * min(spec.from_round - 1, rounds) for spec in specs]
+    if min(map(len, absent)) > 0:
+        raise InputError("--fed_clients: no client has from_round 1")
+    if not one_pass:
+        return [
+            [*away, *[list(range(count))] * (rounds - len(away))]
+            for away, count in zip(absent, samples, strict=True)
+        ]
+    if most < rounds:
+        raise InputError(
+            f"--fed_rounds is {rounds}, but no client has more than {most} samples: some rounds "
+            "would have none (one pass sees each sample once)"
+        )
+    return [
+        [*away, *slices(count, rounds - len(away), seed_of(seed, "slices", spec.name))]
+        for spec, away, count in zip(specs, absent, samples, strict=True)
+    ]

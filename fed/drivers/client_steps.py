@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
+from fed.clients.update import Update
 from fed.methods.interface.client_rule import ClientRule
-from fed.server.round_state import Update
 from fed.state import State, save
 from llava.state import read_tensors
 

@@ -1,6 +1,6 @@
 """The resident driver: one backbone stays in memory and clients take turns on what trains.
 
-K clients × R rounds cost one model load. Each turn is LLaVA's own trainer with the client's own
+K clients × R rounds cost one model load. Each task is LLaVA's own trainer with the client's own
 arguments, on the slice of its shard that the round sees.
 """
 
@@ -11,24 +11,25 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
-from fed.clients.slices import seed_of
+from fed.clients.clients_yaml import ClientSpec
+from fed.clients.slices import cut, seed_of
+from fed.clients.store import ClientStore
+from fed.clients.task import ClientTask, Log
+from fed.clients.update import Update
 from fed.drivers.client_steps import ClientSteps
-from fed.methods import ClientRule
-from fed.methods.pilot.private_parameters import OwnParts
-from fed.server.client_task import Log, Turn
-from fed.server.round_state import Update
+from fed.drivers.driver import Driver, Run, driver
+from fed.drivers.resident_data import load_clients_data, pool
 from fed.state import State
-from llava.model.trainable_part import trainable_part
+from llava.model.trainable_part import trained_part
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
-from llava.train.session import Session
+from llava.train.session import load_session
 from llava.train.train import make_trainer
 
 
@@ -50,135 +51,129 @@ class Client:
         return steps_of(self.args, self.samples(round))
 
 
-class ResidentDriver:
-    """Runs clients' turns on one `Session`, one after another.
+@driver("resident")
+class ResidentDriver(Driver):
+    """Runs clients' tasks on one `Session`, one after another."""
 
-    Args:
-        schedule: `run` lets the learning-rate schedule span the rounds, `round` starts it anew.
-        rule: what makes the method's rule for a turn, None where clients step as they are.
-        log_of: a client's name → what takes its logs, `log(step, values)`.
-        own: where the clients' own parts of the connector are, for Pilot.
-        first_rate: the learning rate of the first round, where it has one of its own.
-    """
+    trains_here = True
 
-    def __init__(
-        self,
-        session: Session,
-        collator: DataCollatorForSupervisedDataset,
-        schedule: str = "run",
-        log_of: Callable[[str], Log] = lambda name: lambda step, values: None,
-        rule: Callable[[State, State, State], ClientRule] | None = None,
-        own: OwnParts | None = None,
-        first_rate: float | None = None,
-    ):
-        self.session = session
-        self.form = trainable_part(session.model)
-        self.collator = collator
-        self.schedule = schedule
-        self.log_of = log_of
-        self.rule = rule
-        self.own = own
-        self.first_rate = first_rate
-        extract_model_from_parallel(session.model)  # imports what the first turn would import
-        # Each turn's trainer collects garbage; what lives as long as the run need not be searched.
+    def __init__(self, run: Run):
+        args = run.arguments
+        self.session = load_session(*args[:3])
+        self.part, self.initial = trained_part(self.session.model)
+        if run.method.store is None:
+            self.store = ClientStore(self.part, self.session.model.config, run.main)
+        else:
+            self.store = run.method.store(self.session.model, self.part, run)
+        self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
+        self.clients = self._clients(run)
+        self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
+        self.schedule = args.fed.fed_lr_schedule
+        self.log_of: Callable[[str], Log] = lambda name: self.store.log_of(name, run.log_of(name))
+        self.rule = run.method.rule(run.options)
+        extract_model_from_parallel(self.session.model)  # imports what the first task would import
+        # Each task's trainer collects garbage; what lives as long as the run need not be searched.
         gc.collect()
         gc.freeze()
 
-    def fit_many(
-        self, turns: Sequence[Turn], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[Turn, Update]]:
-        """The driver contract."""
-        for turn in turns:
-            update = self.fit(
-                turn.client,
-                turn.state,
-                turn.round,
-                extras=turn.extras,
-                kept=turn.kept,
-                work_dir=self.own.work_dir(turn.name, turn.round) if self.own else turn.work_dir,
-                log=self.log_of(turn.name),
-            )
-            yield turn, update
+    def _clients(self, run: Run) -> list[Client]:
+        specs, datasets, args = run.specs, self.datasets, [args for _, args in run.client_args]
+        training, fed = run.arguments.training, run.arguments.fed
+        if fed.fed_pool:
+            specs, args = [ClientSpec("pool", "")], [training]
+            datasets = [pool(datasets, run.arguments.data, self.session)]
+        cuts = cut(
+            specs,
+            [len(dataset) for dataset in datasets],
+            run.rounds,
+            one_pass=fed.fed_one_pass,
+            seed=training.seed,
+        )
+        return [
+            Client(spec.name, own, dataset, slices)
+            for spec, own, dataset, slices in zip(specs, args, datasets, cuts, strict=True)
+        ]
 
-    def fit(
-        self,
-        client: Client,
-        state: State,
-        round: int,
-        *,
-        work_dir: Path,
-        extras: State | None = None,
-        kept: State | None = None,
-        log: Log = lambda step, logs: None,
-    ) -> Update:
-        """Train `client` from `state` on its slice of `round`.
+    def run(
+        self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
+    ) -> Iterator[tuple[ClientTask, Update]]:
+        for task in tasks:
+            yield task, self.fit(task)
 
-        Args:
-            extras, kept: what was sent beside the state, and what the client has kept, for the
-                method's rule; where clients have parts of their own, those know what to do with it.
-            work_dir: where the trainer's own checkpoints go (with --save_strategy); a turn that was
-                cut short continues from them.
-            log: called with the client's step, counted over all its rounds, and the trainer's logs.
+    def fit(self, task: ClientTask) -> Update:
+        """Train the task's client from the state that it was sent, on its slice of the round.
+
+        A task that was cut short goes on from the trainer's own checkpoints (--save_strategy).
 
         Returns:
             The update; `metrics` has `loss` (mean over the steps), `steps`, `seconds` between the
             first and the last step, and `parameters`: how many numbers were trained, sent to the
             client (`received`) and sent by it.
         """
-        if self.own:
-            self.own.put(client.name, extras or {}, turn=round)
-        self.form.into_model(self.session.model, state, f"the state sent to client {client.name}")
-        samples = client.samples(round)
+        client, model = task.client, self.session.model
+        self.store.enter(task)
+        self.part.into_model(model, task.state, f"the state sent to client {client.name}")
+        samples = client.samples(task.round)
         if samples == 0:
-            return Update(state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
-        before = sum(client.steps(r) for r in range(1, round))
-        args = dataclasses.replace(
-            client.args,
-            output_dir=str(work_dir),
-            seed=seed_of(client.args.seed, client.name, round),
-            report_to=[],
-            schedule_samples=[len(cut) for cut in client.slices] if self.schedule == "run" else [],
-            schedule_round=round,
-        )
-        args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
-        if round == 1 and self.first_rate is not None:
-            args.learning_rate = self.first_rate
-        watch = _Watch(f"round {round} client {client.name}", before, log)
+            return Update(task.state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
+        before = sum(client.steps(round) for round in range(1, task.round))
+        title = f"round {task.round} client {client.name}"
+        watch = _Watch(title, before, self.log_of(client.name))
         trainer = make_trainer(
             self.session,
-            args,
-            train_dataset=client.dataset.select(client.slices[round - 1]),
+            self._arguments(task),
+            train_dataset=client.dataset.select(client.slices[task.round - 1]),
             data_collator=self.collator,
             callbacks=[watch],
             progress=False,
         )
-        checkpoint = last_checkpoint(args.output_dir)
-        steps = None
-        if self.rule is not None:
-            parameters = self.form.parameters(self.session.model)
-            steps = ClientSteps(self.rule, parameters, extras or {}, kept or {})
-            trainer.add_callback(steps)
-            if checkpoint:
-                steps.go_on_from(checkpoint)
+        checkpoint = last_checkpoint(trainer.args.output_dir)
+        steps = self._steps(task, trainer, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         loss = result.training_loss
-        if checkpoint:  # that was the mean since then; the log goes back to the turn's beginning
+        if checkpoint:  # that was the mean since then; the log goes back to the task's beginning
             losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
             loss = sum(losses) / len(losses) if losses else loss
-        trained = self.form.of_model(self.session.model)
+        trained = self.part.of_model(model)
         release(trainer)
         metrics = {"loss": loss, "steps": result.global_step, "seconds": watch.seconds}
         update = Update(trained, samples, metrics)
         if steps is not None:
             steps.finish(update)
-        if self.own:
-            self.own.keep(client.name, round)
+        self.store.leave(task)
         metrics["parameters"] = {
-            "trained": _trained_numbers(self.session.model),
-            "received": _numbers(state) + _numbers(extras or {}),
+            "trained": _trained_numbers(model),
+            "received": _numbers(task.state) + _numbers(task.extras),
             "sent": _numbers(update.state) + _numbers(update.extras),
         }
         return update
+
+    def _arguments(self, task: ClientTask) -> TrainingArguments:
+        """The client's arguments for the task."""
+        client, spans = task.client, self.schedule == "run"
+        args = dataclasses.replace(
+            client.args,
+            output_dir=str(self.store.work_dir(task)),
+            seed=seed_of(client.args.seed, client.name, task.round),
+            report_to=[],
+            schedule_samples=[len(indices) for indices in client.slices] if spans else [],
+            schedule_round=task.round,
+        )
+        args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
+        return self.store.training_args(args, task.round)
+
+    def _steps(
+        self, task: ClientTask, trainer: LLaVATrainer, checkpoint: str | None
+    ) -> ClientSteps | None:
+        """The method's rule within the trainer, where it has one."""
+        if self.rule is None:
+            return None
+        parameters = self.part.parameters(self.session.model)
+        steps = ClientSteps(self.rule, parameters, task.extras, task.kept)
+        trainer.add_callback(steps)
+        if checkpoint:
+            steps.go_on_from(checkpoint)
+        return steps
 
 
 def _trained_numbers(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ sent as `--lora_weight_path DIR` (which upstream passes over), and expected back
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -24,138 +25,158 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedConfig
+
+from fed import state
+from fed.arguments import Arguments
+from fed.clients.clients_yaml import ClientSpec
 from fed.clients.slices import seed_of
-from fed.drivers.client_process import ProcessSpec
+from fed.clients.store import ClientStore
+from fed.clients.task import ClientFailed, ClientTask, Result
+from fed.clients.update import Update
+from fed.drivers.client_process import PROCESS_KEYS, ProcessSpec, read_process
+from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.process_groups import ProcessGroups, locked, sole_use, unwound_by_signals
-from fed.server.client_task import ClientFailed, Log, Result, Turn
-from fed.server.round_state import Update
-from fed.state import StateError
+from fed.drivers.script_clients import make_clients
+from fed.state import State, StateError
 from llava.atomic import write_text
-from llava.model.checkpoint import PROJECTOR_FILE
+from llava.errors import InputError
+from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.model.lora import NON_LORA_FILE
-from llava.model.trainable_part import TrainablePart, read_result
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.trainable_part import ProjectorPart, read_result, trained_part
+from llava.train.session import load_session, training_config
 
 
-@dataclass
-class ScriptClient:
-    """A client that is a process: its command with its own flags, its records, its slices."""
+@driver("script")
+class ScriptDriver(Driver):
+    """Runs clients' tasks as processes, with logs in `logs/round-NNNN-CLIENT.log`.
 
-    name: str
-    command: list[str]
-    records: list[dict]
-    slices: list[list[int]]
-    seed: int
-    image_folder: str | None = None
-    process: ProcessSpec = field(default_factory=ProcessSpec)
-
-    def samples(self, round: int) -> int:
-        """How many samples round `round` (from 1) trains on."""
-        return len(self.slices[round - 1])
-
-    def shares_gpu(self, other: ScriptClient) -> bool:
-        return bool({*(self.process.gpus or ())} & {*(other.process.gpus or ())})
-
-
-class ScriptDriver:
-    """Runs clients' turns as processes.
-
-    Args:
-        output_dir: gets `logs/round-NNNN-CLIENT.log`.
-        form: what passes to and from the clients, a projector or LoRA.
-        schedule: `run` lets the learning-rate schedule span the rounds.
-        timeout: seconds that a try may take; 0 is without limit.
-        retries: how often a turn that failed is tried again.
-        parallel: how many clients are at work at once; those that share a GPU never are.
-        log_of: a client's name → what takes its logs, `log(step, values)`.
+    A model of its own is loaded only to draw a state to start from, or to measure.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        form: TrainablePart,
-        schedule: str = "round",
-        timeout: float = 0,
-        retries: int = 0,
-        parallel: int = 1,
-        log_of: Callable[[str], Log] = lambda name: lambda step, values: None,
-    ):
-        self.output_dir = output_dir
-        self.form = form
-        self.schedule = schedule
-        self.timeout = timeout
-        self.retries = retries
-        self.parallel = parallel
-        self.log_of = log_of
+    keys = PROCESS_KEYS
+    flags = (
+        "fed_client_command",
+        "fed_client_timeout",
+        "fed_client_retries",
+        "fed_parallel_clients",
+        "fed_min_clients",
+    )
+    lr_schedule = "round"  # upstream's own training code knows no schedule that spans several runs
+
+    def __init__(self, run: Run):
+        args, fed = run.arguments, run.arguments.fed
+        self.clients = make_clients(run)
+        self.datasets = [client.records for client in self.clients]
+        self.session = None
+        if _is_projector_in_a_file(args) and not fed.fed_eval_data_path:
+            config, self.part = training_config(*args[:3]), ProjectorPart()
+            self.initial = _read_initial(config, args.model.pretrain_mm_mlp_adapter)
+        else:
+            session = load_session(*args[:3])
+            config = session.model.config
+            self.part, self.initial = trained_part(session.model)
+            self.session = session if fed.fed_eval_data_path else None
+        self.store = ClientStore(self.part, config, run.main)
+        self.output_dir = run.output_dir
+        self.schedule = fed.fed_lr_schedule
+        self.timeout, self.retries = fed.fed_client_timeout, fed.fed_client_retries
+        self.parallel = fed.fed_parallel_clients
+        self.log_of = run.log_of
         self._log_mutex = threading.Lock()
 
-    def fit_many(
-        self, turns: Sequence[Turn], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[Turn, Result]]:
-        """The driver contract. Closing it, Ctrl-C, SIGTERM and SIGHUP end all processes."""
-        if not turns:
+    @classmethod
+    def command_line(cls, argv: list[str]) -> list[str]:
+        """Refuse a launcher; where nothing is measured, the GPUs are left to the clients."""
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for flag in ("fed_eval_data_path", "deepspeed"):
+            peek.add_argument(f"--{flag}", nargs="?")
+        first, _ = peek.parse_known_args(argv)
+        if first.deepspeed or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError(
+                "--fed_driver script is one process that starts the clients': a launcher and "
+                "--deepspeed belong into the client's own command"
+            )
+        return argv if first.fed_eval_data_path else [*argv, "--use_cpu", "True"]
+
+    @classmethod
+    def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> ProcessSpec:
+        return read_process(entry, folder, where)
+
+    @classmethod
+    def settings_of(cls, spec: ClientSpec) -> dict[str, Any]:
+        return {"command": spec.driver.command}
+
+    def run(
+        self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
+    ) -> Iterator[tuple[ClientTask, Result]]:
+        """As `Driver.run`. Closing it, Ctrl-C, SIGTERM and SIGHUP end all processes."""
+        if not tasks:
             return
         (self.output_dir / "logs").mkdir(parents=True, exist_ok=True)
         refusal = f"--output_dir {self.output_dir}: another run is at work there"
         with locked(self.output_dir / "logs", refusal), unwound_by_signals():
-            yield from self._side_by_side(turns, go_on)
+            yield from self._side_by_side(tasks, go_on)
 
-    def _side_by_side(self, turns, go_on) -> Iterator[tuple[Turn, Result]]:
-        waiting, running = list(turns), dict[Future, Turn]()
+    def _side_by_side(self, tasks, go_on) -> Iterator[tuple[ClientTask, Result]]:
+        waiting, running = list(tasks), dict[Future, ClientTask]()
         groups = ProcessGroups()
         with ThreadPoolExecutor(self.parallel) as pool:
             try:
                 while waiting or running:
-                    for turn in list(waiting) if go_on() else ():
+                    for task in list(waiting) if go_on() else ():
                         if len(running) < self.parallel and not any(
-                            turn.client.shares_gpu(other.client) for other in running.values()
+                            task.client.shares_gpu(other.client) for other in running.values()
                         ):
-                            waiting.remove(turn)
-                            running[pool.submit(self._result, turn, groups)] = turn
+                            waiting.remove(task)
+                            running[pool.submit(self._result, task, groups)] = task
                     if not running:
                         return
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in sorted(done, key=lambda f: turns.index(running[f])):
+                    for future in sorted(done, key=lambda f: tasks.index(running[f])):
                         yield running.pop(future), future.result()
             finally:
                 groups.close()
 
-    def _result(self, turn: Turn, groups: ProcessGroups) -> Result:
+    def _result(self, task: ClientTask, groups: ProcessGroups) -> Result:
         for left in reversed(range(1 + self.retries)):
             try:
-                return self._fit(turn, groups)
+                return self._fit(task, groups)
             except ClientFailed as error:
                 failure = error
             if left:
-                print(f"client {turn.name} is tried again", flush=True)
+                print(f"client {task.name} is tried again", flush=True)
         return failure
 
-    def _fit(self, turn: Turn, groups: ProcessGroups) -> Update:
-        """One try of a turn."""
-        client, samples = turn.client, turn.client.samples(turn.round)
+    def _fit(self, task: ClientTask, groups: ProcessGroups) -> Update:
+        """One try of a task."""
+        client, samples = task.client, task.client.samples(task.round)
         if samples == 0:
-            return Update(turn.state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
-        output = turn.work_dir / "output"
-        log = self.output_dir / "logs" / f"round-{turn.round:04d}-{client.name}.log"
-        turn.work_dir.mkdir(parents=True, exist_ok=True)
-        with sole_use(turn.work_dir) as lock:
+            return Update(task.state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
+        output = task.work_dir / "output"
+        log = self.output_dir / "logs" / f"round-{task.round:04d}-{client.name}.log"
+        task.work_dir.mkdir(parents=True, exist_ok=True)
+        with sole_use(task.work_dir) as lock:
             begun_at = _last_step(output)
             if not begun_at:
                 shutil.rmtree(output, ignore_errors=True)
             output.mkdir(exist_ok=True)
-            for name in self.form.files:
+            for name in self.part.files:
                 (output / name).unlink(missing_ok=True)
-            command = self._command(turn, output)
+            command = self._command(task, output)
             with open(log, "a") as file:
                 file.write(f"$ {shlex.join(command)}\n")
             said_before, began = log.stat().st_size, time.perf_counter()
             ended = groups.run(
                 command,
-                folder=turn.work_dir,
+                folder=task.work_dir,
                 lock=lock,
                 log=log,
                 env=client.process.environment(os.environ),
@@ -166,27 +187,27 @@ class ScriptDriver:
             try:
                 if ended:
                     raise StateError(ended)
-                result = read_result(self.form, output, like=turn.state)
+                result = read_result(self.part, output, like=task.state)
             except StateError as error:
                 # What cannot be continued, was continued in vain, or led to this, is not kept.
                 if not ended or _last_step(output) <= begun_at:
                     shutil.rmtree(output, ignore_errors=True)
-                raise self._failure(turn, str(error), log, said_before) from None
+                raise self._failure(task, str(error), log, said_before) from None
         history, steps = _history(output)
         losses = [entry["loss"] for entry in history if "loss" in entry]
         loss = sum(losses) / len(losses) if losses else None
-        self._report(turn, history, steps)
+        self._report(task, history, steps)
         return Update(result, samples, {"loss": loss, "steps": steps, "seconds": seconds})
 
-    def _command(self, turn: Turn, output: Path) -> list[str]:
+    def _command(self, task: ClientTask, output: Path) -> list[str]:
         """Write what the client is given, and the command that says where it is."""
-        client, round = turn.client, turn.round
-        sent, data_file = turn.work_dir / "sent", turn.work_dir / "data.json"
-        self.form.write(turn.state, sent)
+        client, round = task.client, task.round
+        sent, data_file = task.work_dir / "sent", task.work_dir / "data.json"
+        self.part.write(task.state, sent)
         records = [client.records[i] for i in client.slices[round - 1]]
         write_text(data_file, json.dumps(records))
         paths = {
-            self.form.flag: self.form.sent(sent),
+            self.part.flag: self.part.sent(sent),
             "data_path": data_file,
             "image_folder": client.image_folder,
             "output_dir": output,
@@ -200,21 +221,21 @@ class ScriptDriver:
             words += ["--schedule_samples", *sizes, "--schedule_round", str(round)]
         return words
 
-    def _failure(self, turn: Turn, how: str, log: Path, said_before: int) -> ClientFailed:
+    def _failure(self, task: ClientTask, how: str, log: Path, said_before: int) -> ClientFailed:
         """The failure in one sentence; the end of the log goes to the screen at once."""
-        lines = "".join(f"  {turn.name} | {line}\n" for line in _tail(log, said_before))
-        command = shlex.join(turn.client.command)
-        text = f"client {turn.name}, round {turn.round}: `{command}` {how} (log: {log})"
+        lines = "".join(f"  {task.name} | {line}\n" for line in _tail(log, said_before))
+        command = shlex.join(task.client.command)
+        text = f"client {task.name}, round {task.round}: `{command}` {how} (log: {log})"
         print(f"{text}\n{lines}", end="", file=sys.stderr, flush=True)
         return ClientFailed(text)
 
-    def _report(self, turn: Turn, history: list[dict], steps: int) -> None:
+    def _report(self, task: ClientTask, history: list[dict], steps: int) -> None:
         """Hand the trainer's logs on, at the client's step counted over its rounds."""
-        slices = turn.client.slices
+        slices = task.client.slices
         # Earlier rounds took as many steps a sample as this one.
-        seen = sum(len(cut) for cut in slices[: turn.round - 1])
-        before = steps * seen // len(slices[turn.round - 1])
-        log = self.log_of(turn.name)
+        seen = sum(len(cut) for cut in slices[: task.round - 1])
+        before = steps * seen // len(slices[task.round - 1])
+        log = self.log_of(task.name)
         with self._log_mutex:
             for entry in history:
                 shown = {k: entry[k] for k in ("loss", "learning_rate", "grad_norm") if k in entry}
@@ -258,3 +279,21 @@ def _tail(log: Path, start: int, lines: int = 15) -> list[str]:
         text = file.read().decode(errors="replace")
     last = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
     return [line for line in last if line][-lines:]
+
+
+def _is_projector_in_a_file(args: Arguments) -> bool:
+    """Whether the state to start from is there without a model."""
+    return bool(
+        args.model.pretrain_mm_mlp_adapter
+        and not args.training.lora_enable
+        and "unpad" not in args.model.mm_patch_merge_type  # with it goes a newline token
+    )
+
+
+def _read_initial(config: PreTrainedConfig, file: str) -> State:
+    """The projector of a file, float32, checked without a model."""
+    with torch.device("meta"):
+        like = build_vision_projector(config).state_dict()
+    own = {n: t.float() for n, t in state.load(file).items() if n.startswith(PROJECTOR_PREFIX)}
+    state.check(own, {PROJECTOR_PREFIX + name: t for name, t in like.items()}, who=file)
+    return own

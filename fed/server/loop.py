@@ -16,58 +16,49 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fed import state as states
 from fed.clients.slices import seed_of
-from fed.methods.interface.checks import check_not_zero
-from fed.methods.interface.client_rule import ClientRule, for_clients
-from fed.server.client_task import (
+from fed.clients.task import (
     ClientFailed,
-    FitMany,
-    Turn,
+    ClientTask,
     failures,
     finished,
     keep_failure,
     may_fail,
 )
+from fed.clients.update import Update, save_update
+from fed.drivers.driver import Driver, Participant
+from fed.methods import Method
+from fed.methods.interface.checks import check_not_zero
+from fed.methods.interface.client_rule import for_clients
 from fed.server.round_metrics import (
     Stopwatch,
     curves,
-    line_of_turn,
+    line_of_task,
     lines_of_measures,
     round_record,
     suspicions,
 )
-from fed.server.round_state import RoundState, Update, save_update
+from fed.server.round_state import RoundState
 from fed.state import State
 from llava.atomic import remove_leftovers, write_text
 from llava.train.settings import check_same
 
 
-class Participant(Protocol):
-    """What the loop knows of a client."""
-
-    name: str
-
-    def samples(self, round: int) -> int: ...
-
-
 @dataclass
-class Loop:
+class RoundLoop:
     """One federated run.
 
     Args:
-        clients: all clients, in a fixed order.
-        fit_many: the driver.
-        method: a bound aggregation method, `method(states, weights=, base=, memory=, clients=,
-            extras=, total=)`.
-        rule: what clients of the method do within their turns, if anything.
-        send: what a client is sent, where the method says so; `methods.method` has the arguments.
-        tasks: the task of each client, where clients have tasks.
+        driver: the clients, and what runs their tasks.
+        method, options: the aggregation method.
         output_dir: gets `rounds.jsonl`, and `fed/` with what resuming needs.
         settings: what must be the same when a run is continued.
+        rounds: how often clients send something back.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
+        task_of: the task of each client, where clients have tasks.
         evaluate: `evaluate(client, state, beside, round) -> dict` of what a client is sent after a
             round, or None; the client is "global" where all have one state.
         log: `log(values, round)`: scalars for TensorBoard and its like.
@@ -75,18 +66,16 @@ class Loop:
         barrier: waits for all processes of a distributed run.
     """
 
-    clients: Sequence[Participant]
-    fit_many: FitMany
-    method: Callable[..., Any]
+    driver: Driver
+    method: Method
+    options: Mapping[str, Any]
     output_dir: Path
     settings: Mapping[str, Any]
     rounds: int
     seed: int
     clients_per_round: int = 0
     min_clients: int = 0
-    rule: type[ClientRule] | None = None
-    send: Callable[..., tuple[State, State]] | None = None
-    tasks: Mapping[str, str] = field(default_factory=dict)
+    task_of: Mapping[str, str] = field(default_factory=dict)
     evaluate: Callable[[str, State, State, int], dict] | None = None
     evaluate_every: int = 1
     log: Callable[[dict[str, float], int], None] = lambda values, round: None
@@ -137,9 +126,9 @@ class Loop:
 
         These are drawn anew each round; fewer, or nobody, where no more have samples.
         """
-        if not self.clients_per_round or self.clients_per_round >= len(self.clients):
-            return list(self.clients)
-        there = [client for client in self.clients if client.samples(round) > 0]
+        if not self.clients_per_round or self.clients_per_round >= len(self.driver.clients):
+            return list(self.driver.clients)
+        there = [client for client in self.driver.clients if client.samples(round) > 0]
         if self.clients_per_round >= len(there):
             return there
         draw = random.Random(seed_of(self.seed, "clients of round", round))
@@ -149,22 +138,22 @@ class Loop:
     def _round(self, now: RoundState) -> RoundState:
         round = now.round + 1
         folder = self._folder(round)
-        turns = [
-            Turn(client, state, round, folder, extras, now.kept.get(client.name, {}))
+        tasks = [
+            ClientTask(client, state, round, folder, extras, now.kept.get(client.name, {}))
             for client in self.chosen(round)
             for state, extras in [self.sent(now, client.name)]
         ]
-        updates, failed = self._collect(turns)
+        updates, failed = self._collect(tasks)
         with self._watch.part("aggregation"):
-            after, facts = self._aggregate(now, turns, updates)
+            after, facts = self._aggregate(now, tasks, updates)
         with self._watch.part("evaluation"):
             heldout = self._measure(after)
         record = round_record(
             round,
-            turns,
+            tasks,
             updates,
             failed,
-            method=self.settings["--fed_method"],
+            method=self.method.name,
             heldout=heldout,
             facts=facts,
             seconds=self._watch.lap(),  # the writing of this round's state is of the next
@@ -186,56 +175,57 @@ class Loop:
 
     def sent(self, now: RoundState, client: str) -> tuple[State, State]:
         """What a client is sent: the state that it starts from, and what goes beside it."""
-        if self.send is None:
+        if self.method.send is None:
             return now.personal.get(client, now.shared), for_clients(now.memory)
-        task = self.tasks.get(client, "")
-        return self.send(client, task, now.personal, now.shared, now.memory)
+        task = self.task_of.get(client, "")
+        return self.method.send(client, task, now.personal, now.shared, now.memory)
 
-    def _collect(self, turns: Sequence[Turn]) -> tuple[dict[str, Update], dict[str, str]]:
-        """Every turn's update, or why there is none; what is on the disk is not done again."""
-        updates = finished(turns)
-        failed = failures(turns)
-        limit = may_fail(turns, self.min_clients)
+    def _collect(self, tasks: Sequence[ClientTask]) -> tuple[dict[str, Update], dict[str, str]]:
+        """Every task's update, or why there is none; what is on the disk is not done again."""
+        updates = finished(tasks)
+        failed = failures(tasks)
+        limit = may_fail(tasks, self.min_clients)
         if len(failed) > limit:  # the run stopped for that, and is to try again
-            for turn in turns:
-                turn.failure_file.unlink(missing_ok=True)
+            for task in tasks:
+                task.failure_file.unlink(missing_ok=True)
             failed = {}
         self.barrier()
-        left = [t for t in turns if t.name not in updates and t.name not in failed]
+        left = [t for t in tasks if t.name not in updates and t.name not in failed]
         began, seconds = time.perf_counter(), 0.0
-        with contextlib.closing(self.fit_many(left, lambda: len(failed) <= limit)) as results:
-            for turn, result in results:
+        with contextlib.closing(self.driver.run(left, lambda: len(failed) <= limit)) as results:
+            for task, result in results:
                 if isinstance(result, ClientFailed):
-                    failed[turn.name] = str(result)
-                    keep_failure(turn, str(result))
+                    failed[task.name] = str(result)
+                    keep_failure(task, str(result))
                     if len(failed) <= limit:
-                        self._say(f"round {turn.round}/{self.rounds}  goes on without {turn.name}")
+                        self._say(f"round {task.round}/{self.rounds}  goes on without {task.name}")
                     continue
-                self._check(turn, result)
+                self._check(task, result)
                 if self.main:
-                    save_update(result, turn.update_file)
-                updates[turn.name] = result
+                    save_update(result, task.update_file)
+                updates[task.name] = result
                 seconds += result.metrics.get("seconds", 0.0)
-                self._say(line_of_turn(turn, self.rounds, result))
+                self._say(line_of_task(task, self.rounds, result))
         # Clients that are at work at once have more seconds than the clock.
         self._watch.add("training", min(seconds, time.perf_counter() - began))
         if len(failed) > limit:
             raise ClientFailed(_why_stopped(failed, self.min_clients))
         return updates, failed
 
-    def _check(self, turn: Turn, update: Update) -> None:
+    def _check(self, task: ClientTask, update: Update) -> None:
         """Refuse, by the client's name, what no method should see."""
-        who = f"client {turn.name}"
-        states.check(update.state, like=turn.state, who=who)
-        check_not_zero(update.state, turn.state, who)
-        if self.rule is not None and update.num_samples:
-            sent = turn.state if self.rule.sends else {}
-            kept = turn.state if self.rule.keeps else {}
+        who = f"client {task.name}"
+        states.check(update.state, like=task.state, who=who)
+        check_not_zero(update.state, task.state, who)
+        rule = self.method.client_rule
+        if rule is not None and update.num_samples:
+            sent = task.state if rule.sends else {}
+            kept = task.state if rule.keeps else {}
             states.check(update.extras, like=sent, who=f"{who}, beside its state")
             states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
     def _aggregate(
-        self, now: RoundState, turns: Sequence[Turn], updates: Mapping[str, Update]
+        self, now: RoundState, tasks: Sequence[ClientTask], updates: Mapping[str, Update]
     ) -> tuple[RoundState, dict]:
         after = RoundState(
             now.round + 1,
@@ -246,7 +236,7 @@ class Loop:
             kept=dict(now.kept),
         )
         # In the clients' order, whoever was first to finish.
-        done = {t.name: updates[t.name] for t in turns if t.name in updates}
+        done = {t.name: updates[t.name] for t in tasks if t.name in updates}
         at_work = {name: update for name, update in done.items() if update.num_samples > 0}
         if not at_work:
             return after, {"skipped": "no client had a sample in this round"}
@@ -257,8 +247,9 @@ class Loop:
             memory=now.memory or None,
             clients=list(at_work),
             extras=[update.extras for update in at_work.values()],
-            total=len(self.clients),
-            tasks=[self.tasks.get(name, "") for name in at_work],
+            total=len(self.driver.clients),
+            tasks=[self.task_of.get(name, "") for name in at_work],
+            **self.options,
         )
         after.kept |= {name: update.kept for name, update in at_work.items() if update.kept}
         if isinstance(outcome.state, list):

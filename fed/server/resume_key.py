@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from typing import Any
 
 from fed import state
-from fed.clients.clients_yaml import ClientSpec
+from fed.drivers.driver import Driver, Run
 from llava.train.settings import DECIDING, deciding_flags, fingerprint, training_settings
 
 FED_DECIDING = frozenset(
-    "fed_rounds fed_method pilot_stage1_learning_rate fed_clients_per_round fed_one_pass "
-    "fed_lr_schedule fed_pool fed_client_command".split()
+    "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool "
+    "fed_client_command".split()
 )
 
 
-def settings_of(
-    specs: Sequence[ClientSpec],
-    datasets: Sequence[Sequence],
-    arguments: Sequence,
-    options: dict,
-    initial: state.State,
-) -> dict:
-    """The settings of a run, JSON types only.
-
-    Args:
-        specs: the clients, with a data set for each in `datasets`.
-        arguments: the command line as (Model, Data, Training, Fed)Arguments.
-        options: the method's.
-        initial: the state that the first round starts from.
-    """
-    settings = training_settings(*arguments[:3]) | deciding_flags(arguments[3:], FED_DECIDING)
-    settings["--fed_options"] = {k: str(v) for k, v in options.items()}
-    settings["the state to start from"] = state.fingerprint(initial)
+def settings_of(run: Run, driver: Driver) -> dict[str, Any]:
+    """The settings of a run, JSON types only."""
+    flags = run.method.flags
+    own = {field.name for field in dataclasses.fields(flags)} if flags else set()
+    settings = training_settings(*run.arguments[:3])
+    settings |= deciding_flags([run.arguments.fed], FED_DECIDING | own)
+    settings["--fed_options"] = {name: str(value) for name, value in run.options.items()}
+    settings["the state to start from"] = state.fingerprint(driver.initial)
     settings["the clients"] = [
         {
             "name": spec.name,
@@ -40,8 +31,8 @@ def settings_of(
             "overrides": {k: v for k, v in spec.overrides.items() if k in DECIDING},
             "from_round": spec.from_round,
             "task": spec.task,
-            "command": spec.process.command,
+            **driver.settings_of(spec),
         }
-        for spec, dataset in zip(specs, datasets, strict=True)
+        for spec, dataset in zip(run.specs, driver.datasets, strict=True)
     ]
     return settings

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from fed.server.client_task import Turn
-from fed.server.round_state import Update
+from fed.clients.task import ClientTask
+from fed.clients.update import Update
 from fed.state import State
 
 _CHUNK = 2**18  # values of an update that are cast to float64 at once
-MUCH = 20.0  # times the median length: nobody trains so much more than the others
-ALIKE = 1e-12  # equal updates' products differ by a rounding where a processor's kernels do
+OUTLIER_RATIO = 20.0  # times the median length: nobody trains so much more than the others
+DUPLICATE_TOLERANCE = (
+    1e-12  # equal updates' products differ by a rounding where a processor's kernels do
+)
 
 
 class Stopwatch:
@@ -44,18 +46,18 @@ class Stopwatch:
 
 def round_record(
     round: int,
-    turns: Sequence[Turn],
+    tasks: Sequence[ClientTask],
     updates: Mapping[str, Update],
     failed: Mapping[str, str],
     **facts: object,
 ) -> dict:
     """A line of rounds.jsonl; what `facts` has is the same for all clients."""
-    done = [(turn, updates[turn.name]) for turn in turns if turn.name in updates]
+    done = [(task, updates[task.name]) for task in tasks if task.name in updates]
     products = update_products([t.state for t, _ in done], [u.state for _, u in done])
     return {
         "round": round,
         "clients": {t.name: {"samples": u.num_samples, **u.metrics} for t, u in done},
-        "failed": {turn.name: failed[turn.name] for turn in turns if turn.name in failed},
+        "failed": {task.name: failed[task.name] for task in tasks if task.name in failed},
         "norms": products.diagonal().sqrt().tolist(),
         "cosines": cosines_of(products),
         "drift": drift_of(products, [u.num_samples for _, u in done]),
@@ -114,14 +116,14 @@ def suspicions(record: dict) -> Iterator[str]:
     for name, norm in zip(names, norms, strict=True):
         if norm == 0:
             yield f"client {name} sent back just what it was sent"
-        elif len(norms) > 2 and norm > MUCH * typical > 0:
+        elif len(norms) > 2 and norm > OUTLIER_RATIO * typical > 0:
             yield f"client {name}'s update is {norm / typical:.0f} times as long as the median one"
     for i, a in enumerate(places):
         for j, b in list(enumerate(places))[i + 1 :]:
             cosine = record["cosines"][a][b]
-            if cosine is None or cosine <= 1 - ALIKE:
+            if cosine is None or cosine <= 1 - DUPLICATE_TOLERANCE:
                 continue
-            if math.isclose(norms[i], norms[j], rel_tol=ALIKE):
+            if math.isclose(norms[i], norms[j], rel_tol=DUPLICATE_TOLERANCE):
                 yield f"clients {names[i]} and {names[j]} sent the same update"
 
 
@@ -138,7 +140,7 @@ def curves(record: dict) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def line_of_turn(turn: Turn, rounds: int, update: Update) -> str:
+def line_of_task(task: ClientTask, rounds: int, update: Update) -> str:
     loss = update.metrics.get("loss")
     if update.num_samples:
         loss = "loss unknown" if loss is None else f"loss {loss:.4f}"
@@ -146,7 +148,7 @@ def line_of_turn(turn: Turn, rounds: int, update: Update) -> str:
         loss = "no sample in this round"
     seconds = update.metrics.get("seconds", 0.0)
     return (
-        f"round {turn.round}/{rounds}  {turn.name:<20} {update.num_samples:>6} samples  "
+        f"round {task.round}/{rounds}  {task.name:<20} {update.num_samples:>6} samples  "
         f"{loss}  {seconds:.1f} s"
     )
 

@@ -147,6 +147,14 @@ def trainable_part(model: nn.Module) -> TrainablePart:
     return LoraPart(model) if is_lora(model) else ProjectorPart()
 
 
+def trained_part(model: nn.Module) -> tuple[TrainablePart, State]:
+    """What trains in a model, and its state, checked."""
+    part = trainable_part(model)
+    state = part.of_model(model)
+    states.check(state, state, who="the state to start from")
+    return part, state
+
+
 def read_result(form: TrainablePart, folder: Path, like: State) -> State:
     """What a client has left in its --output_dir.
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from fed import state, validation
-from fed.arguments import FedArguments
 from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.arguments import parse
 
 
 def run(flags, output_dir, clients, **changes) -> list[dict]:
@@ -111,7 +110,6 @@ def test_one_client_in_one_round_is_llavas_own_training(flags, tiny, tmp_path):
 def initial_projector(flags, tmp_path) -> state.State:
     """What a run with these flags starts from."""
     from llava.model.checkpoint import projector_state
-    from llava.train.arguments import parse
     from llava.train.train import load_session
 
     session = load_session(*parse(flags(output_dir=tmp_path / "unused")))
@@ -425,9 +423,9 @@ def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
 
     fit = ResidentDriver.fit
 
-    def diverge(self, client, sent, round, **kwargs):
-        update = fit(self, client, sent, round, **kwargs)
-        if client.name == "b" and round == 2:
+    def diverge(self, task):
+        update = fit(self, task)
+        if task.name == "b" and task.round == 2:
             spoil(update.state)
         return update
 
@@ -452,11 +450,11 @@ def stop_after(monkeypatch, turns: int) -> None:
 
     fit, done = ResidentDriver.fit, []
 
-    def counted(self, *args, **kwargs):
+    def counted(self, task):
         if len(done) == turns:
             raise Stop
-        done.append(args[0].name)
-        return fit(self, *args, **kwargs)
+        done.append(task.name)
+        return fit(self, task)
 
     monkeypatch.setattr(ResidentDriver, "fit", counted)
 
@@ -521,11 +519,10 @@ def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
     )
 
     def options(method, *more):
-        arguments = parse(
-            flags(fed_clients=tiny / "clients.yaml", fed_method=method, fed_options=[file, *more]),
-            *(ModelArguments, DataArguments, TrainingArguments, FedArguments),
+        argv = flags(
+            fed_clients=tiny / "clients.yaml", fed_method=method, fed_options=[file, *more]
         )
-        return validation.check_flags(*arguments)
+        return validation.check_flags(validation.parse_arguments(argv))[1]
 
     assert options("fedcmp") == {"tau": 0.5, "rank": None, "rescale": 2.0}
     assert options("fedavg", "server_lr=2") == {"server_lr": 2.0, "paper_compat": True}

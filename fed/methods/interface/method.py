@@ -59,6 +59,12 @@ class Method:
         client_rule: what clients do within their steps, made anew for each turn; None: nothing.
         send: what a client is sent, where that is not its own state or the shared one.
         exchanges: from --fed_rounds to how often clients send something back.
+        connector: the --mm_projector_type that it needs, and that needs it.
+        flags: a dataclass of command-line flags of its own; all of them decide the result.
+        prepare: refuses arguments that do not go together, `(specs, arguments) -> arguments`, and
+            returns them as the run has them.
+        store: what clients keep to themselves, `(model, part, run) -> ClientStore`.
+        personalise: fits a new client to a finished run, from a command line.
     """
 
     name: str
@@ -69,6 +75,11 @@ class Method:
     client_rule: type[ClientRule] | None = None
     send: Send | None = None
     exchanges: Callable[[int], int] = lambda rounds: rounds
+    connector: str | None = None
+    flags: type | None = None
+    prepare: Callable[[Sequence[Any], Any], Any] | None = None
+    store: Callable[..., Any] | None = None
+    personalise: Callable[[Sequence[str]], None] | None = None
 
     @functools.cached_property
     def options(self) -> dict[str, options.Option]:

@@ -1,7 +1,7 @@
-"""What a Pilot run leaves: a personal model for each client, and what the tasks share.
+"""The models that a Pilot run leaves: a personal one for each client, and the tasks' adapters.
 
-OUTPUT/clients/NAME/ is the client's whole model, its own parts included, as one folder that
-`load_pretrained_model` reads. OUTPUT/tasks/TASK/ is the adapter of a task, a plain mlp2x_gelu
+OUTPUT/clients/NAME/ is the client's whole model, its private parameters included, as one folder
+that `load_pretrained_model` reads. OUTPUT/tasks/TASK/ is the adapter of a task, a plain mlp2x_gelu
 projector.
 """
 
@@ -9,45 +9,46 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
+from transformers import PreTrainedConfig
 
 from fed import state as states
-from fed.methods.pilot.private_parameters import OwnParts
-from fed.server.loop import Loop
-from fed.server.round_state import RoundState
+from fed.state import State
 from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX, write_config
-from llava.model.trainable_part import trainable_part
 from llava.train.llava_trainer import save_part
 
+if TYPE_CHECKING:
+    from fed.clients.store import Sent
+    from fed.methods.pilot.private_parameters import PrivateParameters
+    from fed.server.round_state import RoundState
 
-def export(
-    final: RoundState, model: nn.Module, own: OwnParts, loop: Loop, output_dir: Path
-) -> None:
+
+def export(store: PrivateParameters, final: RoundState, sent: Sent, tasks_dir: Path) -> None:
     """Write both; a client that has not taken part has no model. Every rank calls it."""
-    form = trainable_part(model)
     for client in final.personal:
-        state, beside = loop.sent(final, client)
-        own.put(client, beside, after=final.round)
-        form.into_model(model, state, f"the state of client {client}")
-        config = copy.deepcopy(model.config)
-        config.mm_pilot |= {"tasks": own.order(client), "stage": own.connector.settings.stage}
-        save_part(model, own.folder(client), write=own.main)
-        if own.main:
-            write_config(config, own.folder(client), full=False)
-            print(f"wrote {own.folder(client)}", flush=True)
-    if own.main:
-        _write_tasks(final, model.config, own, output_dir / "tasks")
+        state, beside = sent(final, client)
+        store.visit(client, beside, final.round)
+        store.part.into_model(store.model, state, f"the state of client {client}")
+        config = copy.deepcopy(store.config)
+        tasks, stage = store.order(client), store.connector.settings.stage
+        config.mm_pilot |= {"tasks": tasks, "stage": stage}
+        save_part(store.model, store.folder(client), write=store.main)
+        if store.main:
+            write_config(config, store.folder(client), full=False)
+            print(f"wrote {store.folder(client)}", flush=True)
+    if store.main:
+        _write_tasks(final.memory, store.config, store.tasks, tasks_dir)
 
 
-def _write_tasks(final: RoundState, config, own: OwnParts, root: Path) -> None:
+def _write_tasks(memory: State, config: PreTrainedConfig, tasks: list[str], root: Path) -> None:
     plain = copy.deepcopy(config)
     plain.mm_projector_type = "mlp2x_gelu"
     del plain.mm_pilot
-    for task in own.tasks:
+    for task in tasks:
         adapter = {
             PROJECTOR_PREFIX + name.split(PROJECTOR_PREFIX, 1)[1]: tensor
-            for name, tensor in final.memory.items()
+            for name, tensor in memory.items()
             if name.startswith(f"{task}/{PROJECTOR_PREFIX}")
         }
         if adapter:

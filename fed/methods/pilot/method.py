@@ -35,6 +35,7 @@ from fed.methods.interface.checks import check_memory
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Natural, Range
 from fed.methods.interface.registry import method
+from fed.methods.pilot import run
 from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot.neighbours import distances, mixture, nearest
 from fed.numerics.weighted_mean import shares, towards_mean
@@ -62,7 +63,18 @@ def send(
     return start, {n: t for n, t in memory.items() if n.partition("/")[0] != task}
 
 
-@method("pilot", personal=True, cross_layer=True, send=send)
+@method(
+    "pilot",
+    personal=True,
+    cross_layer=True,
+    send=send,
+    exchanges=run.exchanges,
+    connector="pilot",
+    flags=run.PilotFlags,
+    prepare=run.prepare,
+    store=run.store,
+    personalise=run.personalise,
+)
 def pilot(
     states: list[State],
     *,

@@ -1,7 +1,7 @@
-"""What a client of Pilot has of its own, on the client's side of the run.
+"""The private parameters of Pilot's clients, on the client's side of the run.
 
 Of its connector a client shares the adapter of its task. The rest (`PilotConnector.private`: client
-adapter, cross-task adapters, router) lies in OUTPUT/clients/NAME/, is loaded when the client's turn
+adapter, cross-task adapters, router) lies in OUTPUT/clients/NAME/, is loaded when the client's task
 begins and written when it ends, and is in nothing that is sent, nor in OUTPUT/fed/, where the
 server has its files.
 """
@@ -12,17 +12,25 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fed.server.client_task import Log
+from fed.clients.store import ClientStore, Sent
+from fed.clients.task import ClientTask, Log
+from fed.methods.pilot.export import export
 from fed.state import State, save
 from llava.model.checkpoint import PROJECTOR_PREFIX, copies, copy_in
 from llava.model.multimodal_projector.connector import TRAINED
+from llava.model.trainable_part import TrainablePart
 from llava.state import read_tensors
+from llava.train.arguments import TrainingArguments
+
+if TYPE_CHECKING:
+    from fed.server.round_state import RoundState
 
 
-class OwnParts:
+class PrivateParameters(ClientStore):
     """The model's connector, which belongs to one client after the other.
 
     Args:
@@ -30,7 +38,9 @@ class OwnParts:
         root: OUTPUT/clients.
         task_of: the task of each client.
         tasks: all tasks, in the order that the run has them.
+        part: what trains and is shared.
         main: whether this process writes.
+        first_rate: the learning rate of the first round, where it has one of its own.
     """
 
     def __init__(
@@ -39,10 +49,14 @@ class OwnParts:
         root: Path,
         task_of: Mapping[str, str],
         tasks: Sequence[str],
+        part: TrainablePart,
         main: bool = True,
+        first_rate: float | None = None,
     ):
+        super().__init__(part, model.config, main)
+        self.model, self.first_rate = model, first_rate
         self.connector = model.get_model().mm_projector
-        self.root, self.task_of, self.tasks, self.main = root, task_of, tasks, main
+        self.root, self.task_of, self.tasks = root, task_of, tasks
         parameters = dict(self.connector.named_parameters())
         self.private = {name: parameters[name] for name in self.connector.private()}
         self.others = {n: p for n, p in parameters.items() if n.startswith("pilot.others.")}
@@ -56,24 +70,34 @@ class OwnParts:
     def folder(self, client: str) -> Path:
         return self.root / client
 
-    def work_dir(self, client: str, turn: int) -> Path:
-        """Where the trainer's checkpoints of a turn lie, which hold what is the client's own."""
-        return self.folder(client) / f"turn-{turn:04d}"
+    def work_dir(self, task: ClientTask) -> Path:
+        """Where the trainer's checkpoints of a task lie, which hold private parameters."""
+        return self.folder(task.name) / f"turn-{task.round:04d}"
 
-    def put(self, client: str, beside: State, *, turn: int | None = None, after: int = 0) -> None:
-        """Make the connector the client's, as its turn finds it or as a round has left it.
+    def enter(self, task: ClientTask) -> None:
+        self._put(task.name, task.extras, task.round, kept_before=task.round)
+
+    def visit(self, client: str, beside: State, round: int) -> None:
+        self._put(client, beside, round, kept_before=round + 1)
+
+    def training_args(self, args: TrainingArguments, round: int) -> TrainingArguments:
+        if round == 1 and self.first_rate is not None:
+            args.learning_rate = self.first_rate
+        return args
+
+    def _put(self, client: str, beside: State, round: int, kept_before: int) -> None:
+        """Make the connector the client's.
 
         Args:
             beside: the adapters of the other tasks, `TASK/model.mm_projector.NAME`. A task that
                 nobody has trained yet has the adapter that everybody began with.
-            turn: the number of the turn that is about to begin; from 1, the turn of stage 1.
-            after: without `turn`: the number of the round that is over.
+            round: whose stage it has; the first round is stage 1.
+            kept_before: what the last task before this round has left is taken.
         """
-        now = turn or after
-        self.connector.settings.stage = 1 if now == 1 else 2
+        self.connector.settings.stage = 1 if round == 1 else 2
         self.connector.train_groups(*TRAINED)
-        kept = self._kept(client, now if turn else now + 1)
-        copy_in(kept, self.private, f"what client {client} has of its own")
+        kept = self._kept(client, kept_before)
+        copy_in(kept, self.private, f"the private parameters of client {client}")
         others = self._others(client, beside)
         copy_in(others, self.others, f"the other tasks' adapters sent to client {client}")
 
@@ -93,27 +117,30 @@ class OwnParts:
             found[name] = self.initial[rest] if sent is None else sent
         return found
 
-    def keep(self, client: str, turn: int) -> None:
-        """Write what is the client's own now, after its turn; what is older than the last goes."""
+    def leave(self, task: ClientTask) -> None:
         tensors = copies(self.private)
         if not self.main:
             return
-        save(tensors, self.folder(client) / "own" / f"{turn:04d}.safetensors")
-        for file in self._files(client)[:-2]:  # the last but one is for a turn that is done again
+        save(tensors, self.folder(task.name) / "own" / f"{task.round:04d}.safetensors")
+        for file in self._files(task.name)[:-2]:  # the last but one is for a task done again
             file.unlink()
-        shutil.rmtree(self.work_dir(client, turn), ignore_errors=True)
+        shutil.rmtree(self.work_dir(task), ignore_errors=True)
 
-    def log_of(self, client: str) -> Log:
-        """Its steps, for its own eyes: a batch may be of one sample. A turn that is begun again is
-        logged again."""
+    def log_of(self, client: str, log: Log) -> Log:
+        """The client's steps, in its own folder: a batch may be of one sample. A task that is begun
+        again is logged again."""
 
-        def log(step: int, values: dict[str, float]) -> None:
+        def own_log(step: int, values: dict[str, float]) -> None:
             if self.main:
                 self.folder(client).mkdir(parents=True, exist_ok=True)
                 with open(self.folder(client) / "steps.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, **values}) + "\n")
 
-        return log
+        return own_log
+
+    def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
+        """A whole model for each client that has taken part, and the adapter of each task."""
+        export(self, final, sent, output_dir / "tasks")
 
     def _files(self, client: str) -> list[Path]:
         return sorted((self.folder(client) / "own").glob("[0-9]*.safetensors"))

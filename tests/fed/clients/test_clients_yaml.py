@@ -6,6 +6,7 @@ import pytest
 
 from fed.clients.clients_yaml import load_clients
 from fed.clients.slices import seed_of, slices
+from fed.drivers.script import ScriptDriver
 from llava.errors import InputError
 
 
@@ -85,7 +86,7 @@ def test_what_yaml_reads_otherwise_than_it_was_meant_is_asked_for_in_quotes(
     text = f"clients:\n  - {{name: a, data_path: a.json}}\n  - {{{entry}{data}}}\n"
     (tmp_path / "clients.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        load_clients(tmp_path / "clients.yaml", ["seed"], processes=True)
+        load_clients(tmp_path / "clients.yaml", ["seed"], ScriptDriver)
 
 
 def test_flags_in_all_of_yamls_ways_are_the_command_lines_text(tmp_path):

@@ -216,17 +216,17 @@ def test_tars_are_refused(tmp_path, cc12m):
 
 
 def test_pilot_takes_what_was_made(make, mix, monkeypatch):
-    from fed.arguments import FedArguments
+    from fed.arguments import Arguments, FedArguments
     from fed.clients.clients_yaml import load_clients
-    from fed.validation import check_pilot
+    from fed.methods.pilot.run import prepare
     from llava.train.arguments import DataArguments, ModelArguments
 
     tasks = ["ocr-vqa", "gqa", "refcoco"]
     folder = make("--tasks", *tasks, "--heldout", 1)
     specs = load_clients(folder / "clients.yaml", [])
     model_args = ModelArguments(mm_projector_type="pilot")
-    check_pilot(specs, model_args, DataArguments(), None, FedArguments(fed_method="pilot"))
-    assert model_args.pilot_tasks == tasks
+    given = Arguments(model_args, DataArguments(), None, FedArguments(fed_method="pilot"))
+    assert prepare(specs, given).model.pilot_tasks == tasks
     assert {Path(spec.image_folder).resolve() for spec in specs} == {mix.resolve()}
     monkeypatch.syspath_prepend(str(ROOT / "scripts/fed"))
     from pilot_plan import task_of

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fed import methods, setup, state, validation
-from fed.arguments import CLIENT_FLAGS, FedArguments
+from fed import methods, state, validation
+from fed.arguments import CLIENT_FLAGS
 from fed.clients.clients_yaml import load_clients
+from fed.clients.task import ClientTask
+from fed.clients.update import Update, load_update, save_update
 from fed.drivers.client_steps import ClientSteps
+from fed.drivers.driver import Run
+from fed.drivers.resident import ResidentDriver
 from fed.methods.interface.client_rule import FOR_CLIENTS, ClientRule, for_clients
-from fed.server.round_state import RoundState, Update, load_update, save_update
+from fed.server.round_state import RoundState
 from fed.server.tracking import RunLogger
 from fed.state import StateError
 from fed.train import train
 from llava.errors import InputError
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
 PLAIN = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1}
 
@@ -243,20 +246,18 @@ class Bench:
     def __init__(self, flags, tiny, folder: Path, **changes):
         changes = {"fed_clients": tiny / "clients.yaml", "output_dir": folder / "run", **changes}
         argv = flags(**{**PLAIN, "max_grad_norm": 0, **changes})
-        arguments = parse(argv, ModelArguments, DataArguments, TrainingArguments, FedArguments)
-        validation.check_flags(*arguments)
-        specs = load_clients(arguments[3].fed_clients, CLIENT_FLAGS)
-        own = [validation.arguments_of(spec, argv, *arguments[1:3]) for spec in specs]
-        made = setup.resident(specs, own, arguments, RunLogger(arguments[2], []))
-        self.client, self.start = made.clients[0], made.initial
-        self.driver = made.fit_many.__self__
+        arguments, _ = validation.check_flags(validation.parse_arguments(argv))
+        specs = load_clients(arguments.fed.fed_clients, CLIENT_FLAGS)
+        own = [validation.arguments_of(spec, argv, arguments) for spec in specs]
+        log_of = RunLogger(arguments.training, []).of_client
+        self.driver = ResidentDriver(Run(specs, arguments, own, methods.get("fedavg"), {}, log_of))
+        self.client, self.start = self.driver.clients[0], self.driver.initial
         self.folder = folder
 
     def turn(self, method="fedavg", extras=None, kept=None, **options) -> Update:
         self.driver.rule = methods.get(method).rule(options)
-        return self.driver.fit(
-            self.client, self.start, 1, extras=extras, kept=kept, work_dir=self.folder / "turn"
-        )
+        given = {"extras": extras or {}, "kept": kept or {}}
+        return self.driver.fit(ClientTask(self.client, self.start, 1, self.folder, **given))
 
 
 @pytest.fixture
@@ -278,7 +279,7 @@ def test_one_step_by_hand_with_accumulated_batches(bench):
     turn = b.turn("scaffold", common, own)
     gradient = {n: (b.start[n] - t) / 0.1 for n, t in plain.state.items()}
     assert same(turn.kept, gradient, atol=1e-6)
-    assert not list((b.folder / "turn").glob("*"))  # no checkpoint is due
+    assert not list((b.folder / "a").glob("*"))  # no checkpoint is due
     assert max(float(g.abs().max()) for g in gradient.values()) > 1e-2
     assert same(turn.extras, {n: gradient[n] - own[n] for n in own}, atol=1e-6)
     by_hand = {n: t - 0.1 * (common[n] - own[n]) for n, t in plain.state.items()}
@@ -593,7 +594,7 @@ def cut_short(flags, tiny, tmp_path, monkeypatch, method, options, step, every, 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
     flags, tiny, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(setup, "load_session", None)
+    monkeypatch.setattr("fed.drivers.resident.load_session", None)
     with pytest.raises(InputError, match=message):
         train(flags(fed_clients=tiny / "clients.yaml", **changes))
 
@@ -602,13 +603,13 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
 def test_gradients_that_are_elsewhere_are_refused(flags, tiny, flag):
     for method in ("fedprox", "fedavg"):
         argv = flags(fed_clients=tiny / "clients.yaml", fed_method=method)
-        arguments = parse(argv, ModelArguments, DataArguments, TrainingArguments, FedArguments)
+        arguments = validation.parse_arguments(argv)
         setattr(arguments[2], flag, "zero2.json")  # on the command line it would start DeepSpeed
         if method == "fedavg":
-            validation.check_flags(*arguments)
+            validation.check_flags(arguments)
             continue
         with pytest.raises(InputError, match=f"--fed_method fedprox .*--{flag} keeps them"):
-            validation.check_flags(*arguments)
+            validation.check_flags(arguments)
 
 
 def test_a_run_is_not_continued_with_another_mu(flags, tiny, tmp_path):

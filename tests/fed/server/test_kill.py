@@ -72,7 +72,7 @@ around(os, "fsync")
 around(torch, "save", half_of_torch_save)
 around(TrainerState, "save_to_json", half_of_state)
 around(LLaVATrainer, "training_step")
-around(fed.server.loop.Loop, "_aggregate")
+around(fed.server.loop.RoundLoop, "_aggregate")
 
 def child(argv, at):
     # Runs the command in a child; returns (killed, events it saw).

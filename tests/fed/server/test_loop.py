@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
+from fed import methods
 from fed.report import main as report
-from fed.server.loop import Loop
+from fed.server.loop import RoundLoop
 from fed.train import train
 from llava.errors import InputError
 
@@ -26,13 +28,13 @@ class Client:
         return 5 * (round >= self.first and round not in self.away)
 
 
-def loop(tmp_path, clients, per_round, seed=0) -> Loop:
-    return Loop(
-        clients, None, None, tmp_path, {}, rounds=50, seed=seed, clients_per_round=per_round
-    )
+def loop(tmp_path, clients, per_round, seed=0) -> RoundLoop:
+    driver, mean = SimpleNamespace(clients=clients), methods.get("fedavg")
+    how = {"rounds": 50, "seed": seed, "clients_per_round": per_round}
+    return RoundLoop(driver, mean, {}, tmp_path, {}, **how)
 
 
-def names(loop: Loop, round: int) -> list[str]:
+def names(loop: RoundLoop, round: int) -> list[str]:
     return [client.name for client in loop.chosen(round)]
 
 

@@ -142,10 +142,10 @@ def test_what_is_the_clients_own_is_in_nothing_sent_and_in_no_file_of_the_server
 ):
     """Watches all that a driver is given and gives back, and every file as the server writes it."""
     out, passed, written = tmp_path / "run", [], []
-    fit_many = ResidentDriver.fit_many
+    run = ResidentDriver.run
 
     def watched(self, turns, go_on):
-        for turn, update in fit_many(self, turns, go_on):
+        for turn, update in run(self, turns, go_on):
             passed.append(("down", turn.name, {**turn.state, **turn.extras, **turn.kept}, {}))
             up = {**update.state, **update.extras, **update.kept}
             passed.append(("up", turn.name, up, update.metrics))
@@ -158,7 +158,7 @@ def test_what_is_the_clients_own_is_in_nothing_sent_and_in_no_file_of_the_server
         if out / "clients" not in Path(target).parents:
             written.append((Path(target), Path(target).read_bytes()))
 
-    monkeypatch.setattr(ResidentDriver, "fit_many", watched)
+    monkeypatch.setattr(ResidentDriver, "run", watched)
     monkeypatch.setattr(os, "replace", renamed)
     pilot(out, save_strategy="steps", save_steps=2, report_to="tensorboard")
 

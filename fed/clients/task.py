@@ -1,13 +1,13 @@
-"""A round's turns: the work of one client each, run by a driver and kept as soon as it is done."""
+"""The task of a client in a round: run by a driver, its result kept as soon as it is there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
-from fed.server.round_state import Update, load_update
+from fed.clients.update import Update, load_update
 from fed.state import State
 from llava.atomic import write_text
 from llava.errors import InputError
@@ -21,10 +21,10 @@ class ClientFailed(InputError):
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class ClientTask:
     """A client, what it is sent, and where its work lies while the round is not over.
 
-    `extras` is what it is sent beside the state, `kept` what it has kept of its last turn.
+    `extras` is what it is sent beside the state, `kept` what it has kept of its last task.
     """
 
     client: Any
@@ -51,36 +51,24 @@ class Turn:
         return self.folder / f"{self.name}.failed"
 
 
-class FitMany(Protocol):
-    """The driver contract: run turns, in any order, and give each result when it is there.
-
-    A `ClientFailed` may be given for an update; any other exception ends the run. `go_on()` is
-    asked before a turn is begun: when it says no, those at work are finished and no more begun.
-    """
-
-    def __call__(
-        self, turns: Sequence[Turn], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[Turn, Result]]: ...
-
-
 Result: TypeAlias = Update | ClientFailed
 
 
-def finished(turns: Sequence[Turn]) -> dict[str, Update]:
+def finished(tasks: Sequence[ClientTask]) -> dict[str, Update]:
     """The updates that an earlier start of this round has kept."""
-    return {t.name: load_update(t.update_file) for t in turns if t.update_file.exists()}
+    return {t.name: load_update(t.update_file) for t in tasks if t.update_file.exists()}
 
 
-def failures(turns: Sequence[Turn]) -> dict[str, str]:
+def failures(tasks: Sequence[ClientTask]) -> dict[str, str]:
     """The clients that have left this round in an earlier start, with the reasons."""
-    return {t.name: t.failure_file.read_text() for t in turns if t.failure_file.exists()}
+    return {t.name: t.failure_file.read_text() for t in tasks if t.failure_file.exists()}
 
 
-def keep_failure(turn: Turn, reason: str) -> None:
-    write_text(turn.failure_file, reason)
+def keep_failure(task: ClientTask, reason: str) -> None:
+    write_text(task.failure_file, reason)
 
 
-def may_fail(turns: Sequence[Turn], at_least: int) -> int:
+def may_fail(tasks: Sequence[ClientTask], at_least: int) -> int:
     """How many of the clients that have samples may leave the round; at_least 0: none."""
-    working = sum(turn.client.samples(turn.round) > 0 for turn in turns)
+    working = sum(task.client.samples(task.round) > 0 for task in tasks)
     return working - min(at_least or working, working)

@@ -1,0 +1,165 @@
+"""A driver: how the tasks of clients are run. One file, one driver, found by its name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from fed.arguments import Arguments
+from fed.clients.clients_yaml import ClientSpec
+from fed.clients.store import ClientStore
+from fed.clients.task import ClientTask, Log, Result
+from fed.methods import Method
+from fed.state import State, near
+from llava.errors import InputError
+from llava.model.trainable_part import TrainablePart
+from llava.train.arguments import DataArguments, TrainingArguments
+from llava.train.session import Session
+
+_DRIVERS: dict[str, type[Driver]] = {}
+
+
+class Participant(Protocol):
+    """A client, as much as the round loop knows of it."""
+
+    name: str
+
+    def samples(self, round: int) -> int:
+        """How many samples round `round` (from 1) trains on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a driver is built from.
+
+    Attributes:
+        specs: the clients of clients.yaml.
+        arguments: the command line's.
+        client_args: the same with each client's own flags.
+        method, options: the aggregation method.
+        log_of: a client's name -> what takes its logs.
+    """
+
+    specs: Sequence[ClientSpec]
+    arguments: Arguments
+    client_args: Sequence[tuple[DataArguments, TrainingArguments]]
+    method: Method
+    options: Mapping[str, Any]
+    log_of: Callable[[str], Log]
+
+    @property
+    def rounds(self) -> int:
+        """How often clients send something back."""
+        return self.method.exchanges(self.arguments.fed.fed_rounds)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.arguments.training.process_index == 0
+
+    @property
+    def output_dir(self) -> Path:
+        """--output_dir."""
+        return Path(self.arguments.training.output_dir)
+
+
+class Driver(ABC):
+    """Clients with their data, and what runs their tasks.
+
+    Attributes:
+        keys: what it adds to the keys of a client in clients.yaml; `read_keys` reads them.
+        flags: the fields of FedArguments that are for such drivers only.
+        lr_schedule: the default of --fed_lr_schedule.
+        trains_here: whether clients step in this process, on its model: then a method may change
+            their steps and keep parameters with them, and --fed_pool has a meaning.
+        clients: all clients, in a fixed order.
+        datasets: the records of each client of clients.yaml.
+        part: what trains.
+        initial: the state that the first round starts from.
+        session: the model in this process; None where none is needed.
+        store: what clients keep to themselves.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ()
+    lr_schedule: ClassVar[str] = "run"
+    trains_here: ClassVar[bool] = False
+
+    clients: Sequence[Participant]
+    datasets: Sequence[Sequence[Any]]
+    part: TrainablePart
+    initial: State
+    session: Session | None
+    store: ClientStore
+
+    @abstractmethod
+    def __init__(self, run: Run): ...
+
+    @abstractmethod
+    def run(
+        self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
+    ) -> Iterator[tuple[ClientTask, Result]]:
+        """Run tasks, in any order, and give each result when it is there.
+
+        A `ClientFailed` may be given for an update; any other exception ends the run. `go_on()` is
+        asked before a task is begun: when it says no, those at work are finished and no more begun.
+        """
+
+    @classmethod
+    def command_line(cls, argv: list[str]) -> list[str]:
+        """The run's command line as this driver needs it, before it is parsed."""
+        return argv
+
+    @classmethod
+    def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> Any:
+        """The driver's part of a client's entry in clients.yaml, for `ClientSpec.driver`.
+
+        Args:
+            folder: of clients.yaml.
+            where: opens the message of an `InputError`.
+        """
+        return None
+
+    @classmethod
+    def settings_of(cls, spec: ClientSpec) -> dict[str, Any]:
+        """What of a client's own keys decides the result; JSON types."""
+        return {}
+
+
+def driver(name: str) -> Callable[[type[Driver]], type[Driver]]:
+    """Register a driver for --fed_driver `name`."""
+
+    def register(kind: type[Driver]) -> type[Driver]:
+        if name in _DRIVERS:
+            raise InputError(f"two drivers are called {name}")
+        _DRIVERS[name] = kind
+        return kind
+
+    return register
+
+
+def names() -> list[str]:
+    """All drivers, sorted."""
+    _load()
+    return sorted(_DRIVERS)
+
+
+def get(name: str) -> type[Driver]:
+    """The driver `name`; `InputError` if there is none."""
+    _load()
+    if name not in _DRIVERS:
+        known = ", ".join(sorted(_DRIVERS))
+        raise InputError(f"--fed_driver is {name!r}{near(name, _DRIVERS)}; known are {known}")
+    return _DRIVERS[name]
+
+
+def _load() -> None:
+    """Import every file of fed/drivers/; those that are drivers register themselves."""
+    folder = importlib.import_module("fed.drivers").__path__
+    for module in pkgutil.iter_modules(folder):
+        importlib.import_module(f"fed.drivers.{module.name}")

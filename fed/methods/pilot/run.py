@@ -1,0 +1,74 @@
+"""Pilot's part of a federated run: its flag, what it refuses, and its clients' store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fed.arguments import Arguments
+    from fed.clients.clients_yaml import ClientSpec
+    from fed.drivers.driver import Run
+    from fed.methods.pilot.private_parameters import PrivateParameters
+    from llava.model.trainable_part import TrainablePart
+
+WHO = "--fed_method pilot"
+
+
+@dataclass
+class PilotFlags:
+    pilot_stage1_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Pilot: that of the first exchange; --learning_rate when not given."},
+    )
+
+
+def exchanges(rounds: int) -> int:
+    """The first round has two stages, each with an exchange."""
+    return rounds + 1
+
+
+def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
+    """The arguments with the tasks of clients.yaml; `InputError` where they do not go together."""
+    model, fed = arguments.model, arguments.fed
+    if fed.fed_pool:
+        raise InputError(
+            f"{WHO} has no place with --fed_pool: all data in one place has no tasks to keep apart"
+        )
+    for flag in ("pilot_tasks", "pilot_stage"):
+        if getattr(model, flag) != getattr(type(model)(), flag):
+            raise InputError(f"--{flag} has no place with {WHO}: tasks are in {fed.fed_clients}")
+    for spec in specs:
+        if spec.task is None:
+            raise InputError(f"{WHO}: client {spec.name} of {fed.fed_clients} has no `task`")
+    tasks = list(dict.fromkeys(spec.task for spec in specs))
+    return arguments._replace(model=dataclasses.replace(model, pilot_tasks=tasks))
+
+
+def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
+    """The clients' private parameters, in OUTPUT/clients."""
+    from fed.methods.pilot.private_parameters import PrivateParameters
+
+    flags: Any = run.arguments.fed
+    return PrivateParameters(
+        model,
+        run.output_dir / "clients",
+        {spec.name: spec.task for spec in run.specs},
+        run.arguments.model.pilot_tasks,
+        part=part,
+        main=run.main,
+        first_rate=flags.pilot_stage1_learning_rate,
+    )
+
+
+def personalise(argv: Sequence[str]) -> None:
+    """A newcomer's private parameters, fitted after a run."""
+    from fed.methods.pilot.personalise import personalise as fit
+
+    fit(argv)

@@ -1,0 +1,73 @@
+"""Held-out files: read and checked, and what measures a state on them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from fed.arguments import FedArguments
+from fed.drivers.driver import Driver
+from fed.evaluate import EvaluationSet, evaluate
+from fed.state import State
+from llava.errors import InputError
+from llava.model.checkpoint import gathered
+from llava.train.arguments import DataArguments, TrainingArguments
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.session import Session
+from llava.train.train import prepare
+
+
+def evaluation_set(
+    path: str,
+    data_args: DataArguments,
+    fed_args: FedArguments,
+    session: Session,
+    training_args: TrainingArguments,
+) -> EvaluationSet:
+    """A file of --fed_eval_data_path, checked whole, with its samples' domains."""
+    args = copy.copy(data_args)
+    args.image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
+    dataset = LazySupervisedDataset(path, session.tokenizer, args)
+    report = prepare(dataset, f"held out, {path}", session.feature_cache, training_args.world_size)
+    if report.truncated:
+        raise InputError(
+            f"--fed_eval_data_path {path}: {report.truncated} captions are longer than "
+            f"--model_max_length {training_args.model_max_length}; cut ones cannot be measured"
+        )
+    keys = [record.get(fed_args.fed_eval_domain) for record in dataset.records]
+    domains = None if None in keys else [str(key) for key in keys]
+    return EvaluationSet(Path(path).stem, dataset, domains)
+
+
+def measurer(
+    driver: Driver, sets: Sequence[EvaluationSet], args: TrainingArguments
+) -> Callable[[str, State, State, int], dict]:
+    """What measures a client's state after a round: (client, state, beside, round) -> measures.
+
+    Where clients train elsewhere, the model is on the device only for that.
+    """
+    model, visit = driver.session.model, not driver.trains_here
+    collator = DataCollatorForSupervisedDataset(driver.session.tokenizer)
+
+    def measure(client: str, state: State, beside: State, round: int) -> dict:
+        driver.store.visit(client, beside, round)
+        driver.part.into_model(model, state, "the aggregated state")
+        model.eval()
+        if visit:
+            model.to(args.device)
+        with gathered(model.parameters()):  # between two clients no engine does it
+            measures = {
+                data.name: evaluate(
+                    model, data, collator, args.per_device_eval_batch_size, args.device
+                )
+                for data in sets
+            }
+        if visit and args.device.type == "cuda":
+            model.to("cpu")
+            torch.cuda.empty_cache()
+        return measures
+
+    return measure
