@@ -17,6 +17,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 
 # Upstream has these here too.
+from llava.squaring import expand2square as expand2square
+from llava.squaring import for_processor
 from llava.tiling import divide_to_patches as divide_to_patches
 from llava.tiling import get_anyres_image_grid_shape as get_anyres_image_grid_shape
 from llava.tiling import process_anyres_image
@@ -108,16 +110,6 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def expand2square(image: Image.Image, background_color: Any) -> Image.Image:
-    """Centre the picture on a square of `background_color`, as wide as its longer side."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new(image.mode, (side, side), background_color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 def check_aspect_ratio(aspect_ratio: str | None) -> None:
     """`InputError` for the tiled kinds that are not upstream's ("anyres_max_9" and the like)."""
     if aspect_ratio and aspect_ratio.startswith("anyres") and aspect_ratio != "anyres":
@@ -138,8 +130,9 @@ def image_pixels(image: Image.Image, image_processor: Any, model_cfg: Any) -> to
     if aspect_ratio == "anyres":
         pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
         return process_anyres_image(image, image_processor, pinpoints)
-    if aspect_ratio == "pad":
-        image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
+    pad = aspect_ratio == "pad"
+    mean = tuple(int(255 * mean) for mean in image_processor.image_mean) if pad else None
+    image = for_processor(image, image_processor, mean)
     return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
