@@ -70,7 +70,8 @@ def draw(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from PIL import Image
+
+    from llava.pictures import open_image
 
     rows = -(-len(pictures) // columns)
     lines = 1 + len(models)
@@ -83,10 +84,9 @@ def draw(
     share = 1.7 / (1.9 + 0.24 * lines)
     step = (1 - share) / (lines + 0.5)
     for i, (axis, picture, truth) in enumerate(zip(axes.flat, pictures, truths, strict=False)):
-        with Image.open(picture) as image:
-            inset = axis.inset_axes([0.1, 1 - share, 0.8, share])
-            inset.imshow(image.convert("RGB"), interpolation="lanczos")
-            inset.axis("off")
+        inset = axis.inset_axes([0.1, 1 - share, 0.8, share])
+        inset.imshow(open_image(picture), interpolation="lanczos")
+        inset.axis("off")
         y = 1 - share - 0.02
         axis.text(0.5, y, textwrap.shorten(truth, 36, placeholder="…"), ha="center", va="top",
                   fontsize=10, weight="bold", transform=axis.transAxes)  # fmt: skip
