@@ -31,6 +31,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.multimodal_projector.pilot import EXTRA, PilotSettings
 from llava.model.quantize import keep_trainable, quantization
+from llava.pictures import READING
 from llava.state import load
 from llava.tiling import default_resolutions
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -223,6 +224,7 @@ def make_feature_cache(tower, data_args: DataArguments) -> FeatureCache | None:
     key = ""  # a cache that no other process reads needs no name, which costs a look at all weights
     if not in_memory:
         processing = f"{data_args.image_aspect_ratio} {tower.image_processor.to_json_string()}"
+        processing += f" {READING}"
         key = hashlib.sha256((tower.fingerprint() + processing).encode()).hexdigest()
     return FeatureCache(
         encode=lambda pixels: tower(pixels.to(tower.dtype)).cpu(),

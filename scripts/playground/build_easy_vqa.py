@@ -21,8 +21,9 @@ import zipfile
 from pathlib import Path
 
 from build_data import ROOT, pack
-from PIL import Image
 from tasks import COLOURS, SHAPES
+
+from llava.pictures import open_image
 
 ARCHIVE = ROOT / "playground/data/easy_vqa.tar.xz"
 WHEEL, SPEC = "easy_vqa-1.0-py3-none-any.whl", "easy-vqa==1.0"
@@ -32,7 +33,7 @@ PARTS = {"public": ("train", 1500), "private": ("test", 1000)}  # of which part 
 def webp(png: bytes) -> bytes:
     """The same pixels in fewer bytes."""
     out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(out, "WEBP", lossless=True, quality=100)
+    open_image(png).save(out, "WEBP", lossless=True, quality=100)
     return out.getvalue()
 
 

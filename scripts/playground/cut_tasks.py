@@ -21,6 +21,8 @@ import tasks
 from cut_clients import SEED, _write
 from PIL import Image
 
+from llava.pictures import open_image
+
 SCENARIOS = {"a": ("caption", "vqa", "grounding"), "b": ("category", "text", "caption")}
 CLIENTS, SAMPLES = 3, 160  # of each task; of each client
 HELD_OUT = {"dev": 100, "test": 100}  # samples of each task
@@ -110,7 +112,7 @@ class Cutter:
         return self.dice.sample(rows, len(rows))
 
     def _open(self, record: dict) -> Image.Image:
-        return Image.open(self.emoji / "images" / record["image"]).convert("RGB")
+        return open_image(self.emoji / "images" / record["image"])
 
     def _save(self, picture: Image.Image, name: str) -> str:
         target = self.folder / "images" / name
@@ -132,7 +134,7 @@ class Cutter:
         shows, place = self.dice.choice(self.drawings[part]), self.dice.randrange(tasks.PLACES)
         ground = self.folder / f"images/shapes/private/{self.dice.choice(self.grounds[part])}.webp"
         name = f"collage/{self.scenario}-{part}-{number}"
-        collage = tasks.collage(self._open(shows), Image.open(ground), place)
+        collage = tasks.collage(self._open(shows), open_image(ground), place)
         image = self._save(collage, f"{name}.png")
         question = tasks.where(shows["conversations"][1]["value"])
         more = {"shows": shows["image"]}
