@@ -10,7 +10,8 @@ tests=(baselines fedcmp flower fusion_bench layers mergekit merging_elementwise 
     pilot_method pivotmerge record robust space spectrum)
 tests=("${tests[@]/#/tests/fed/test_}")
 tests=("${tests[@]/%/.py}")
-quick="not makes and not seeds"  # without those that count bytes or draw hundreds of times
+# Without those that count bytes, or draw or step hundreds of times.
+quick="not makes and not blocks and not seeds and not adam_goes"
 
 # As torch, MKL (which listens on Intel's alone) and oneDNN call them; a CPU has the ones before too.
 case "$("$PYTHON" -c 'import torch; print(torch.backends.cpu.get_cpu_capability())')" in
