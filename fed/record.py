@@ -43,6 +43,7 @@ class Stopwatch:
 
 
 def round_record(
+    round: int,
     turns: Sequence[Turn],
     updates: Mapping[str, Update],
     failed: Mapping[str, str],
@@ -52,7 +53,7 @@ def round_record(
     done = [(turn, updates[turn.name]) for turn in turns if turn.name in updates]
     products = update_products([t.state for t, _ in done], [u.state for _, u in done])
     return {
-        "round": turns[0].round,
+        "round": round,
         "clients": {t.name: {"samples": u.num_samples, **u.metrics} for t, u in done},
         "failed": {turn.name: failed[turn.name] for turn in turns if turn.name in failed},
         "norms": products.diagonal().sqrt().tolist(),

@@ -21,6 +21,7 @@ from pilot_plan import PLAN, PilotPlan, summary
 from study import add_line, arguments, rounds_of, study
 from study_plan import RESULTS, ROOT, Job
 
+from llava.atomic import own_name
 from llava.errors import InputError, one_clear_error
 
 
@@ -28,7 +29,7 @@ def make_start(plan: PilotPlan) -> None:
     """Align the projector that all runs begin with, unless it is there."""
     if plan.start.exists():
         return
-    temporary, log_file = plan.start.with_suffix(".tmp"), plan.work / "start.log"
+    temporary, log_file = own_name(plan.start), plan.work / "start.log"
     shutil.rmtree(temporary, ignore_errors=True)
     plan.work.mkdir(parents=True, exist_ok=True)
     print("the projector to start from", flush=True)

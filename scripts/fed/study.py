@@ -25,6 +25,7 @@ from pathlib import Path
 from study_plan import PLAN, RESULTS, ROOT, Job, Plan, read_rows
 
 from llava.errors import one_clear_error
+from llava.processes import name_of
 
 WORK = ROOT / "runs/study"
 SCRIPT = ROOT / "scripts/fed/pretrain_playground.sh"
@@ -57,12 +58,12 @@ def rounds_of(flags: Sequence[str], work: Path) -> tuple[list[dict], float]:
 
     transformers.logging.set_verbosity_error()
     os.chdir(ROOT)
-    folder = work / f"{os.getpid()}"
+    folder = work / name_of()
     shutil.rmtree(folder, ignore_errors=True)
     common = ["--feature_cache", str(work / "features"), "--report_to", "none"]
     began = time.perf_counter()
     (work / "logs").mkdir(parents=True, exist_ok=True)
-    with open(work / f"logs/{os.getpid()}.log", "a") as log, contextlib.redirect_stdout(log):
+    with open(work / f"logs/{name_of()}.log", "a") as log, contextlib.redirect_stdout(log):
         print(f"$ {shlex.join(flags)}", flush=True)
         train([*flags, *common, "--output_dir", str(folder)])
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import yaml
 
+from llava.atomic import own_name
+
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs/merge-study"
 PLAN = ROOT / "scripts/merge/study.yaml"
@@ -89,7 +91,7 @@ def train(folder: str, flags: dict, plan: Mapping) -> None:
 
     if (WORK / folder).exists():
         return
-    temporary = WORK / f".{folder}.{os.getpid()}.tmp"
+    temporary = own_name(WORK / folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     flags = dict(flags)

@@ -183,6 +183,8 @@ def test_bad_input(tiny, aligned, calibration, tmp_path):
     refused("without pictures", model=tiny / "llm")
     silent.write_text(json.dumps([{"conversations": []}]))
     refused("silent.json", files=[str(silent)], version="v1")
+    silent.write_text(json.dumps([record]))
+    refused("silent.json", "nothing to learn", files=[str(silent)])
 
     state = projector_state(aligned[1].model)
     name = "model.mm_projector.2.weight"

@@ -22,7 +22,7 @@ from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import model_class, save_full
 from llava.model.convert import main, rename_to_hf, rename_to_llava, to_hf, to_llava
-from llava.model.hf_processor import chat_template
+from llava.model.hf_processor import chat_template, with_image_token
 from llava.model.shards import Shards
 
 UPSTREAM = Path(__file__).parents[1] / "golden" / "upstream"
@@ -160,6 +160,19 @@ def test_logits_ids_pixels_and_prompt_are_the_same(pair):
     torch.testing.assert_close(a, b[..., :rows], rtol=1e-5, atol=1e-5)
     # A token that is new is never the answer.
     assert (b[..., rows:].max(-1).values < a.max(-1).values).all()
+
+
+@pytest.mark.parametrize("legacy", ["false", "true"])
+def test_the_tokenizer_with_image_gives_upstreams_ids(legacy, upstream_tokenizer):
+    golden = json.loads((UPSTREAM.parent / "upstream_tokens.json").read_text())
+    theirs = with_image_token(upstream_tokenizer(legacy), "<image>")
+    again = with_image_token(theirs, "<image>")
+    image = theirs.convert_tokens_to_ids("<image>")
+    for prompt, ids in zip(golden["prompts"], golden["legacy"][legacy], strict=True):
+        # Where a prompt begins, transformers cannot express a second space.
+        if legacy == "true" or not prompt.startswith((" ", "\u2581")):
+            expected = [image if i == -200 else i for i in ids]
+            assert theirs(prompt).input_ids == again(prompt).input_ids == expected, prompt
 
 
 def test_there_and_back_gives_the_same_tensors(pair, tmp_path):

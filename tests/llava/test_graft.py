@@ -201,6 +201,34 @@ def test_attention_weights_are_there_when_they_are_asked_for(model):
     found = asked(ids, images=pixels, output_attentions=True)
     assert [a.shape for a in found.attentions] == [(1, 2, 3 + PATCHES, 3 + PATCHES)] * 2
     torch.testing.assert_close(found.logits, model(ids, images=pixels).logits)
+    more = {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True}
+    for inputs in ({"images": pixels}, {}):
+        made = asked.generate(ids.clamp_min(3) if not inputs else ids, output_attentions=True,
+                              pad_token_id=0, **inputs, **more)  # fmt: skip
+        assert len(made.attentions) == 2 and made.attentions[0][0].ndim == 4
+
+
+def test_attention_is_as_before_once_its_weights_were_shown(model):
+    """Each part's own kind, whether the run comes to its end or not."""
+    asked = copy.deepcopy(model)
+    asked.set_attn_implementation("sdpa")
+    asked.tune_vision_tower()
+    tower = asked.get_vision_tower().vision_tower
+    tower.set_attn_implementation("eager")
+    ids, kinds = torch.tensor([[1, 30, 31]]), []
+
+    def note(*_):
+        kinds.append(asked.config._attn_implementation)
+
+    handle = asked.lm_head.register_forward_hook(note)
+    asked(ids, output_attentions=True)
+    asked.generate(ids, output_attentions=True, max_new_tokens=1, pad_token_id=0)
+    with pytest.raises(IndexError):
+        asked(torch.tensor([[10**6]]), output_attentions=True)
+    asked(ids)
+    handle.remove()
+    assert kinds == ["eager", "eager", "sdpa"]
+    assert tower.config._attn_implementation == "eager"
 
 
 def test_the_names_of_a_star_import():
