@@ -17,7 +17,7 @@ from fed.merging.settings import Settings
 from fed.merging.sources import WHOLE, Source
 from fed.state import State, fingerprint, save
 from llava.errors import InputError
-from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE
+from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, ROWS
 from llava.model.hf_layout import KEPT
 from llava.model.shards import read_json
 
@@ -33,10 +33,11 @@ class ProjectorForm:
         self.sources, self.config = experts, config
         self.experts = [dict(source.projector) for source in experts]
         self.base = None if base is None else dict(base.projector)
-        # Upstream saves no newline token; what not all have is not merged.
-        if any(NEWLINE not in state for state in self.experts):
-            for state in self.experts:
-                state.pop(NEWLINE, None)
+        # Upstream saves no newline token, and a full model no rows; what not all have is left out.
+        for name in (NEWLINE, ROWS):
+            if any(name not in state for state in self.experts):
+                for state in self.experts:
+                    state.pop(name, None)
         check_names(experts, self.experts)
         self.groups = [list(self.experts[0])]
         self.notes = [
