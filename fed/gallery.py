@@ -101,7 +101,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from llava.mm_utils import open_image
+    from llava.pictures import open_image
 
     rows = -(-len(pictures) // columns)
     lines = 1 + len(models)

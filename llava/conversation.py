@@ -130,9 +130,13 @@ class Conversation:
         Pictures with a side over `max_len` pixels shrink to at most `max_len` x `min_len`.
         """
         if image_process_mode == "Pad":
-            from llava.mm_utils import expand2square
+            from llava.squaring import expand2square, square_of
 
-            image = expand2square(image, (122, 116, 104))
+            grey = (122, 116, 104)
+            if max(image.size) > max_len:  # what is below makes of its square
+                image = square_of(image, grey, min(max_len, min_len))
+            else:
+                image = expand2square(image, grey)
         elif image_process_mode == "Resize":
             image = image.resize((336, 336))
         elif image_process_mode not in ("Default", "Crop"):
@@ -142,8 +146,8 @@ class Conversation:
             )
         if max(image.size) > max_len:
             aspect = max(image.size) / min(image.size)
-            short = int(min(max_len / aspect, min_len, *image.size))
-            long = int(short * aspect)
+            short = max(1, int(min(max_len / aspect, min_len, *image.size)))
+            long = min(int(short * aspect), max_len)
             wide = image.width >= image.height
             image = image.resize((long, short) if wide else (short, long))
         if return_pil:

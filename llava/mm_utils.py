@@ -1,23 +1,25 @@
-"""Pictures and prompts on their way into the model: opening, squaring, image tokens, stop words."""
+"""Pictures and prompts on their way into the model: pixels, image tokens, stop words."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.chunks import chunk_ids
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX, MOST_PIXELS
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 
 # Upstream has these here too.
+from llava.pictures import image_size as image_size
+from llava.pictures import load_image as load_image
+from llava.pictures import load_image_from_base64 as load_image_from_base64
+from llava.pictures import load_images as load_images
+from llava.pictures import open_image as open_image
+from llava.squaring import expand2square as expand2square
+from llava.squaring import for_processor
 from llava.tiling import divide_to_patches as divide_to_patches
 from llava.tiling import get_anyres_image_grid_shape as get_anyres_image_grid_shape
 from llava.tiling import process_anyres_image
@@ -25,98 +27,8 @@ from llava.tiling import resize_and_pad_image as resize_and_pad_image
 from llava.tiling import select_best_resolution as select_best_resolution
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import PreTrainedTokenizerBase
-
-MOST_BYTES = 256 << 20
-"""The largest picture that is taken from an address."""
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The whole picture at `path`, upright (EXIF orientation applied) and RGB, its file closed.
-
-    Grey, palette and transparent pictures are converted; transparency is dropped, not blended, as
-    upstream does. A missing, truncated or foreign file is an `InputError` that names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error
-        raise InputError(f"picture {path} cannot be read: {_reason(error)}") from error
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of the upright picture at `path`, which is not decoded."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
-    except Exception as error:
-        raise InputError(f"picture {path} cannot be read: {_reason(error)}") from error
-
-
-def load_image(path_or_url: str) -> Image.Image:
-    """An upright RGB picture from a file, or from an http(s) address.
-
-    An address that is silent for 30 seconds, or sends over `MOST_BYTES`, is an `InputError` too.
-    """
-    if not path_or_url.startswith(("http://", "https://")):
-        return open_image(path_or_url)
-    from urllib.request import Request, urlopen
-
-    try:
-        # Some servers refuse Python's own name.
-        request = Request(path_or_url, headers={"User-Agent": "fedllava"})
-        with urlopen(request, timeout=30) as response:
-            data = response.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise InputError(f"more than {MOST_BYTES >> 20} MiB")
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    except Exception as error:
-        raise InputError(f"picture {path_or_url} cannot be read: {_reason(error)}") from error
-
-
-def load_images(paths_or_urls: Sequence[str]) -> list[Image.Image]:
-    """The pictures of several files or addresses."""
-    return [load_image(path_or_url) for path_or_url in paths_or_urls]
-
-
-def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """The whole picture that a request carries.
-
-    `InputError` when it is none, or has over `MOST_PIXELS`, which its head tells before it is
-    decoded: a stranger's few kilobytes must not become gigabytes.
-    """
-    try:
-        picture = Image.open(io.BytesIO(base64.b64decode(image)))
-        if picture.width * picture.height > MOST_PIXELS:
-            raise InputError(
-                f"{picture.width} x {picture.height} pixels; "
-                f"at most {MOST_PIXELS // 10**6} million are taken"
-            )
-        picture.load()
-        return picture
-    except Exception as error:
-        raise InputError(f"the base64 picture cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, UnidentifiedImageError):
-        return "cannot identify it as a picture"
-    if isinstance(error, binascii.Error):
-        return "this is not base64"
-    return str(error) or type(error).__name__
-
-
-def expand2square(image: Image.Image, background_color: Any) -> Image.Image:
-    """Centre the picture on a square of `background_color`, as wide as its longer side."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new(image.mode, (side, side), background_color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def check_aspect_ratio(aspect_ratio: str | None) -> None:
@@ -139,8 +51,9 @@ def image_pixels(image: Image.Image, image_processor: Any, model_cfg: Any) -> to
     if aspect_ratio == "anyres":
         pinpoints = getattr(model_cfg, "image_grid_pinpoints", None)
         return process_anyres_image(image, image_processor, pinpoints)
-    if aspect_ratio == "pad":
-        image = expand2square(image, tuple(int(255 * mean) for mean in image_processor.image_mean))
+    pad = aspect_ratio == "pad"
+    mean = tuple(int(255 * mean) for mean in image_processor.image_mean) if pad else None
+    image = for_processor(image, image_processor, mean)
     return image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 

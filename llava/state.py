@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,7 +35,8 @@ def load(path: str | os.PathLike, mapped: bool = False) -> State:
 
     Raises:
         StateError: the file is missing, cut short, holds anything but a flat dict of named dense
-            tensors (nothing else is ever unpickled), two names that become one, or no projector.
+            tensors (nothing else is ever unpickled), a tensor without values, two names that become
+            one, or no projector.
     """
     state: State = {}
     for key, tensor in read_tensors(path, mapped).items():
@@ -70,7 +71,17 @@ def read_tensors(path: str | os.PathLike, mapped: bool = False) -> State:
         if not isinstance(key, str) or not _is_dense(tensor):
             kind = type(tensor).__name__
             raise StateError(f"{path}: expected dense tensors by name, found {kind} under {key!r}")
+        refuse_empty(key, tensor.shape, str(path))
     return {key: tensor.detach().contiguous() for key, tensor in found.items()}
+
+
+def refuse_empty(name: str, shape: Sequence[int], who: str) -> None:
+    """`StateError` for a tensor without values, which no part of a model is; `who` opens it."""
+    if 0 in shape:
+        raise StateError(
+            f"{who}: tensor {name} is empty, of shape {tuple(shape)}; DeepSpeed's ZeRO-3 leaves "
+            "such tensors where a model is saved and its shards were not gathered"
+        )
 
 
 def save(state: State, path: str | os.PathLike) -> None:
@@ -106,6 +117,7 @@ def check(state: State, like: State, *, who: str) -> None:
     for name, tensor in state.items():
         if name not in like:
             raise StateError(f"{who}: tensor {name} is not expected{near(name, like)}")
+        refuse_empty(name, tensor.shape, who)
         shape, expected = tuple(tensor.shape), tuple(like[name].shape)
         if shape != expected:
             raise StateError(f"{who}: tensor {name} has shape {shape}, expected {expected}")

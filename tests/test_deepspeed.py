@@ -205,3 +205,29 @@ def test_pilot_on_two_ranks_with_zero_3_equals_one_process(flags, tiny, tmp_path
         assert_moved_alike(both, one, start, 0.02)
         for key, tensor in one.items():
             assert (tensor - start[key]).norm() > 0.01 or "pilot.client" in key, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_rows_of_start_and_end_token_on_two_ranks(flags, tiny, tmp_path, stage):
+    """They train, are saved whole, and a run goes on from its checkpoint, as in one process."""
+    same = {"data_path": tiny / "a.json", "version": "v1", "mm_use_im_start_end": True}
+    llava_train(argv=flags(**same, max_steps=1, output_dir=tmp_path / "start"))
+    start = tmp_path / "start" / "mm_projector.bin"
+    same |= {"per_device_train_batch_size": 1, "pretrain_mm_mlp_adapter": start}
+    llava_train(argv=flags(**same, gradient_accumulation_steps=2, output_dir=tmp_path / "one"))
+    two = {"deepspeed": ROOT / "scripts" / f"zero{stage}.json", "use_cpu": True}
+    two |= {"save_strategy": "steps", "save_steps": 2}
+    cut = str(tmp_path / "cut" / "checkpoint-4")
+    on_two_ranks(
+        [
+            ("llava", flags(**same, **two, output_dir=tmp_path / "two")),
+            ("copy", [str(tmp_path / "two" / "checkpoint-4"), cut]),
+            ("llava", flags(**same, **two, output_dir=tmp_path / "cut")),
+        ]
+    )
+    runs = (tmp_path / name / "mm_projector.bin" for name in ("start", "one", "two", "cut"))
+    begun, one, both, resumed = (state.load(file)["model.embed_tokens.weight"] for file in runs)
+    assert both.shape == (2, 48) and torch.equal(both, resumed)
+    moved = (one - begun).norm()
+    assert moved > 0.01 and (both - one).norm() < 0.02 * moved

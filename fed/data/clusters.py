@@ -6,7 +6,6 @@ length 1. The centroids are fitted on a bounded draw of pictures; then all pictu
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from fed.clients.slices import seed_of
 from fed.data.cutting import LEFT_OUT, Column
-from fed.data.samples import Sample, Source
+from fed.data.samples import Sample, Source, name_of
 from llava.errors import InputError, reason
 
 if TYPE_CHECKING:
@@ -102,9 +101,9 @@ class Encoder:
         from llava.mm_utils import image_pixels, open_image
 
         try:
-            image = open_image(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+            image = open_image(picture, name_of(picture))
         except InputError as error:
-            return "its picture cannot be read" if isinstance(picture, bytes) else str(error)
+            return str(error)
         return image_pixels(image, self.tower.image_processor, SimpleNamespace())
 
     def _features(self, pixels: list[torch.Tensor]) -> np.ndarray:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from PIL import Image
-
-from llava.errors import InputError, reason
+from llava.errors import InputError
+from llava.pictures import image_size, open_image
 
 SHOWN = 20
 """So many samples that were left out are named; all are counted."""
@@ -77,11 +75,13 @@ def check_picture(picture: str | bytes, whole: bool) -> str | None:
         return f"picture {picture} does not exist"
     if isinstance(picture, str) and not whole:
         return None
-    what = "its picture" if isinstance(picture, bytes) else f"picture {picture}"
     try:
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            if whole:
-                image.load()
-    except Exception as error:  # Pillow's decoders raise anything
-        return f"{what} cannot be read ({reason(error)})"
+        (open_image if whole else image_size)(picture, name_of(picture))
+    except InputError as error:
+        return str(error)
     return None
+
+
+def name_of(picture: str | bytes) -> str:
+    """How a message calls a picture's file."""
+    return "its picture" if isinstance(picture, bytes) else f"picture {picture}"

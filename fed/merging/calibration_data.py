@@ -16,6 +16,7 @@ from fed.merging.model_calibration import ModelCalibration
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import projector_parameters
+from llava.model.picture_tokens import separate_rows, uses_start_end
 from llava.train.arguments import DataArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.session import make_feature_cache
@@ -55,6 +56,8 @@ def load_calibration(
         raise InputError(f"{model}: a language model without pictures, expected a LLaVA")
     llava.requires_grad_(False)
     llava.get_model().mm_projector.float()  # small differences of projectors must not be lost
+    if uses_start_end(llava.config):
+        separate_rows(llava, tokenizer)
     for parameter in projector_parameters(llava).values():
         parameter.requires_grad_(True)
     limit = getattr(llava.config, "tokenizer_model_max_length", None) or context

@@ -26,13 +26,24 @@ from fed.numerics.lora_delta import Products
 from fed.state import State
 from llava.errors import InputError
 from llava.model.checkpoint import on_disk
-from llava.model.lora import ADAPTER_CONFIG, NON_LORA_FILE, read_non_lora
+from llava.model.lora import (
+    ADAPTER_CONFIG,
+    NON_LORA_FILE,
+    PEFT_PREFIX,
+    TAKES_FROM_BASE,
+    read_adapter_config,
+    read_non_lora,
+)
 from llava.model.shards import read_json
 from llava.state import read_tensors, save
 
 # What must be one for matrices of two adapters to mean the same.
 _ALIKE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-          "use_dora", "fan_in_fan_out", "bias", "modules_to_save")  # fmt: skip
+          "use_dora", "fan_in_fan_out", "bias", "modules_to_save", "target_parameters",
+          "trainable_token_indices")  # fmt: skip
+
+
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 class LoraFormat:
@@ -58,6 +69,7 @@ class LoraFormat:
             self.notes.append(stand_in(base, lost))
         self.experts, self.base, self.products = self._plain, self._base, None
         if settings.lora == "product":
+            _check_products(experts[0], self.adapters[0])
             self.products = Products(self.adapters[0])
             self.experts = [self.products.of(tensors) for tensors in self._plain]
             self.base = self.products.of(self._base)
@@ -102,14 +114,18 @@ class LoraFormat:
 
 
 class _Zeros(Mapping[str, Tensor]):
-    """The adapter before training: B is 0, and so is what an adapter adds. Biases are not known."""
+    """The adapter before training: B is 0, and so is what an adapter adds.
+
+    Not known are biases, whole modules, and DoRA's magnitudes, which are the base's norms.
+    """
 
     def __init__(self, like: Weights):
         self.like = like
-        self.names = dict.fromkeys(name for name in like if ".lora_" in name)
+        own = (name for name in like if ".lora_" in name and not name.endswith(_MAGNITUDE))
+        self.names = dict.fromkeys(own)
 
     def __getitem__(self, name: str) -> Tensor:
-        if ".lora_" not in name:
+        if name not in self.names:
             raise KeyError(name)
         return torch.zeros_like(self.like[name])
 
@@ -127,7 +143,9 @@ def _start(adapter: Weights, base: Source | None) -> Mapping[str, Tensor]:
     """What the experts are measured from: a LoRA folder's tensors, or no adapter at all."""
     if base is not None and base.kind == "lora":
         return _join(adapter_weights(base.path), _others(base))
-    return _join(_Zeros(adapter), {} if base is None else dict(base.projector))
+    known = {} if base is None else dict(base.projector)
+    # peft has the projector in the adapter's file, by the names of its own.
+    return _join(_Zeros(adapter), known | {PEFT_PREFIX + name: t for name, t in known.items()})
 
 
 def _others(source: Source) -> State:
@@ -141,8 +159,27 @@ def _join(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Mapping[
     return ChainMap(first, second)
 
 
+def _check_products(first: Source, adapter: Mapping[str, Tensor]) -> None:
+    """Refuse matrices whose product is not what the adapter adds to one linear layer."""
+    shared = read_json(first.path / ADAPTER_CONFIG).get("target_parameters")
+    if shared or any(".lora_embedding_A" in name for name in adapter):
+        what = "target_parameters" if shared else "LoRA of an embedding"
+        raise InputError(
+            f"--lora product: {first.who} has {what}, and linear layers only are expected; "
+            "--lora factors is possible"
+        )
+
+
 def _check_alike(experts: Sequence[Source]) -> None:
-    """Refuse adapters whose matrices cannot be put side by side."""
+    """Refuse what is no LoRA, and adapters whose matrices cannot be put side by side."""
+    for expert in experts:
+        start = read_adapter_config(expert.path).init_lora_weights
+        if str(start).lower().startswith(TAKES_FROM_BASE):
+            raise InputError(
+                f"{expert.who}: init_lora_weights is {start!r}, whose matrices are not the change "
+                "to the base's weights; let peft save it as a plain LoRA "
+                "(path_initial_model_for_weight_conversion)"
+            )
     configs = [read_json(expert.path / ADAPTER_CONFIG) for expert in experts]
     for expert, config in zip(experts, configs, strict=True):
         for key in _ALIKE:

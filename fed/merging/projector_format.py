@@ -15,7 +15,7 @@ from fed.merging.formats import Put, bytes_of, check_names
 from fed.merging.rewrite import copy_model, model_bytes
 from fed.merging.sources import Source
 from fed.state import State, fingerprint, save
-from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE
+from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, ROWS
 from llava.model.hf_layout import KEPT
 from llava.model.shards import read_json
 
@@ -31,10 +31,11 @@ class ProjectorFormat:
         self.sources, self.config = experts, config
         self.experts = [dict(source.projector) for source in experts]
         self.base = None if base is None else dict(base.projector)
-        # Upstream saves no newline token; what not all have is not merged.
-        if any(NEWLINE not in state for state in self.experts):
-            for state in self.experts:
-                state.pop(NEWLINE, None)
+        # Upstream saves no newline token, and a full model no rows; what not all have is left out.
+        for name in (NEWLINE, ROWS):
+            if any(name not in state for state in self.experts):
+                for state in self.experts:
+                    state.pop(name, None)
         check_names(experts, self.experts)
         self.groups = [list(self.experts[0])]
         self.notes = [

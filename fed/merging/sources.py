@@ -16,9 +16,16 @@ from torch import Tensor
 
 from llava.errors import InputError
 from llava.model.builder import has_weights
-from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, PROJECTOR_PREFIX, on_disk
+from llava.model.checkpoint import (
+    NEWLINE,
+    PROJECTOR_FILE,
+    PROJECTOR_PREFIX,
+    ROWS,
+    SEPARATE_ROWS,
+    on_disk,
+)
 from llava.model.hf_layout import rename_to_llava
-from llava.model.lora import ADAPTER_CONFIG, ADAPTER_FILE, NON_LORA_FILE, OLD_ADAPTER_FILE
+from llava.model.lora import ADAPTER_CONFIG, ADAPTER_FILE, OLD_ADAPTER_FILE, read_beside
 from llava.model.shards import Shards, local_folder, read_json
 from llava.state import SUFFIXES, State, StateError, load
 
@@ -53,25 +60,30 @@ class Source:
 
     @cached_property
     def projector(self) -> State:
-        """The projector's tensors, `model.mm_projector.*`, and the newline token if it has one.
+        """The projector's tensors, `model.mm_projector.*`, and what it has beside: the newline
+        token; the rows (2, hidden) of start and end token, which a full model has among others.
 
         Raises:
             StateError: a file that is broken or holds no projector.
         """
         if self.kind in WHOLE:
             found: Mapping[str, Tensor] = self.weights
+        elif self.kind == "lora":
+            found = read_beside(self.path, mapped=True)
         else:
             found = load(self.projector_file, mapped=True)
         own = {n: found[n] for n in found if n.startswith(PROJECTOR_PREFIX) or n == NEWLINE}
-        if not any(name != NEWLINE for name in own):
+        rows = found.get(SEPARATE_ROWS if self.kind == "lora" else ROWS)
+        if rows is not None and self.kind not in WHOLE:
+            own[ROWS] = rows[-2:]  # upstream saves the whole table, and reads these two
+        if not any(name.startswith(PROJECTOR_PREFIX) for name in own):
             raise StateError(f"{self.who}: has no projector (no {PROJECTOR_PREFIX}* tensors)")
         return own
 
     @property
     def projector_file(self) -> Path:
         """The file of a projector that lies by itself."""
-        names = {"projector": PROJECTOR_FILE, "lora": NON_LORA_FILE}
-        return self.path if self.kind == "file" else self.path / names[self.kind]
+        return self.path if self.kind == "file" else self.path / PROJECTOR_FILE
 
 
 class Weights(Mapping[str, Tensor]):

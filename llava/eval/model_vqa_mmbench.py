@@ -35,6 +35,9 @@ def eval_model(args) -> None:
 
 def ask(args: argparse.Namespace, row: dict[str, str]) -> list[Question]:
     """A row's question; with `args.all_rounds` once for every rotation of its options."""
+    from llava.mm_utils import load_image_from_base64
+
+    opened = functools.partial(load_image_from_base64, row["image"])
     options = []
     for letter in LETTERS:
         if row[letter].lower() in NOTHING:
@@ -53,14 +56,8 @@ def ask(args: argparse.Namespace, row: dict[str, str]) -> list[Question]:
         text = prompt
         if args.single_pred_prompt:
             text += "\n" + ANSWER_WITH_LETTER["cn" if args.lang == "cn" else "en"]
-        questions.append(Question(record, text, [functools.partial(_opened, row["image"])]))
+        questions.append(Question(record, text, [opened]))
     return questions
-
-
-def _opened(image: str):
-    from llava.mm_utils import load_image_from_base64
-
-    return load_image_from_base64(image).convert("RGB")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,11 +8,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_PATCH_TOKEN,
-)
 from llava.errors import InputError, reason
 from llava.model import lora
 from llava.model.checkpoint import (
@@ -20,6 +15,8 @@ from llava.model.checkpoint import (
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
+    ROWS,
+    SEPARATE_ROWS,
     derive_projector,
     gathered,
     load_projector,
@@ -30,9 +27,10 @@ from llava.model.checkpoint import (
 )
 from llava.model.hf_layout import FROM_HF
 from llava.model.multimodal_projector.pilot import EXTRA
+from llava.model.picture_tokens import add_picture_tokens, grow_embeddings
 from llava.model.quantize import check_4bit_on_cpu, quantization
 from llava.model.quiet import quiet
-from llava.model.shards import Shards, local_folder, read_json
+from llava.model.shards import Shards, check_hub_name, local_folder, read_json
 from llava.model.tokenizer import load_tokenizer
 from llava.state import State, load
 
@@ -88,14 +86,7 @@ def load_pretrained_model(
     is_lora = (folder / lora.ADAPTER_CONFIG).is_file()
     is_projector = (folder / PROJECTOR_FILE).is_file() and not has_weights(folder)
     source = _source(folder, model_base, is_lora, is_projector)
-    has_config = (folder / "config.json").is_file() or not is_lora
-    config = read_config(folder if has_config else source)
-    _find_tower(config, folder)
-    if is_projector:
-        if not getattr(config, "mm_hidden_size", None):
-            raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
-        # The base has no rows yet for the tokens that training added; they are added again.
-        config.vocab_size = min(config.vocab_size, read_config(source).vocab_size)
+    config = _config(folder, source, is_lora, is_projector)
 
     kwargs.update(quantization(bits, dtype, where))
     if on_gpu and bits == 16:
@@ -106,37 +97,91 @@ def load_pretrained_model(
     tokenizer = load_tokenizer(source)
     tower = tower_weights(folder_of(source)) if hasattr(model, "get_vision_tower") else None
 
-    loaded: State = {}
+    trained: State = {}
     if is_projector:
-        loaded = load(folder / PROJECTOR_FILE)
-        load_projector(model, loaded, str(folder / PROJECTOR_FILE))
+        trained = load(folder / PROJECTOR_FILE)
+        load_projector(model, trained, str(folder / PROJECTOR_FILE))
     if is_lora:
-        if (folder / lora.NON_LORA_FILE).is_file():
-            own_tower, loaded = split_tower(lora.read_non_lora(folder))
-            tower = own_tower or tower
-            lora.load_non_lora(model, loaded, str(folder / lora.NON_LORA_FILE))
-        adapted = lora.attach_lora(model, folder)
-        # What is quantised cannot take the adapter in without a loss.
-        model = adapted.merge_and_unload() if bits == 16 else adapted.get_base_model()
+        own_tower, trained = split_tower(lora.read_beside(folder))
+        tower = own_tower or tower
+        tokenizer = _own_tokenizer(folder, trained) or tokenizer
+        model = _with_lora(model, folder, trained, merged=bits == 16)
+        # These go into the embedding once it has their tokens; a whole one is there already.
+        trained[ROWS] = trained.pop(SEPARATE_ROWS, None)
     if bits == 4 and device == "cpu":
         check_4bit_on_cpu(model)
     extra = PROJECTOR_PREFIX + EXTRA
-    if is_projector:
-        loaded |= {n.replace(EXTRA_PREFIX, extra, 1): t for n, t in loaded.items()}
+    loaded = {n.replace(EXTRA_PREFIX, extra, 1) for n in trained} | trained.keys()
     if lost := [name for name in missing if name not in loaded and name != NEWLINE]:
         raise InputError(f"{folder}: no {lost[0]} there, nor in {source}")
-    return _with_pictures(model.eval(), tokenizer, tower, dtype)
+    return _with_pictures(model.eval(), tokenizer, tower, dtype, trained, str(folder))
+
+
+def _config(folder: Path, source: str, is_lora: bool, is_projector: bool):
+    """The config of the model that is built of `folder` and its language model `source`."""
+    if is_lora and not (folder / "config.json").is_file():
+        config = read_config(source)
+        _find_tower(config, folder_of(source))
+        return config
+    config = read_config(folder)
+    _find_tower(config, folder)
+    if is_projector and not getattr(config, "mm_hidden_size", None):
+        raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
+    if is_projector or is_lora:
+        # The base has no rows yet for the tokens that training added; they are added again.
+        config.vocab_size = min(config.vocab_size, read_config(source).vocab_size)
+    return config
+
+
+def _with_lora(model, folder: Path, beside: State, merged: bool):
+    """The model with an adapter and with what lies beside it, which is `beside`."""
+    for name in (ROWS, lora.HEAD):
+        if name in beside:
+            grow_embeddings(model, len(beside[name]))
+    loaded = {name: tensor for name, tensor in beside.items() if name != SEPARATE_ROWS}
+    lora.load_non_lora(model, loaded, lora.beside_file(folder))
+    adapted = lora.attach_lora(model, folder)
+    # What is quantised cannot take the adapter in without a loss.
+    return lora.merge(adapted, folder) if merged else adapted.get_base_model()
+
+
+def _own_tokenizer(folder: Path, beside: State):
+    """The tokenizer of an adapter with an embedding of its own, which may have more tokens."""
+    has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return load_tokenizer(str(folder)) if ROWS in beside and has_one else None
 
 
 def _find_tower(config, folder: Path) -> None:
-    """A tower that lies in the LLaVA's own folder is found there, wherever that was moved."""
+    """A tower is found by its relative path from the LLaVA's own folder, too, and in that folder,
+    wherever that was moved.
+
+    Raises:
+        InputError: a path, and no name of the hub, at which there is no folder.
+    """
     named = getattr(config, "mm_vision_tower", None)
-    if named and not Path(named).is_dir() and (folder / Path(named).name / "config.json").is_file():
-        config.mm_vision_tower = str(folder / Path(named).name)
+    if not named or Path(named).expanduser().is_dir():
+        return
+    for place in (folder / named, folder / Path(named).name):
+        if (place / "config.json").is_file():
+            config.mm_vision_tower = str(place)
+            return
+    try:
+        check_hub_name(named)
+    except InputError:
+        raise InputError(
+            f"{folder}: config.json has mm_vision_tower {named!r}: there is no such folder, "
+            f"neither from {Path.cwd()} nor from {folder}; put the tower's folder there, or its "
+            "place or hub name into config.json"
+        ) from None
 
 
-def _with_pictures(model, tokenizer, tower: State | None, dtype: torch.dtype):
-    """Tokens, tower and picture processor of a LLaVA; the tuple that upstream returns."""
+def _with_pictures(
+    model, tokenizer, tower: State | None, dtype: torch.dtype, trained: State, source: str
+):
+    """Tokens, tower and picture processor of a LLaVA; the tuple that upstream returns.
+
+    `trained`, from `source`, may have the rows of tokens.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
@@ -144,7 +189,7 @@ def _with_pictures(model, tokenizer, tower: State | None, dtype: torch.dtype):
         )
     image_processor = None
     if hasattr(model, "get_vision_tower"):
-        add_picture_tokens(model, tokenizer)
+        add_picture_tokens(model, tokenizer, trained, source)
         weight = next(
             model.get_model().mm_projector.parameters(), model.get_input_embeddings().weight
         )
@@ -258,6 +303,7 @@ def _check_kind(folder: Path) -> None:
 def _check_weights(path: str, config) -> None:
     """Refuse weights that are not those of `config`, before they are loaded."""
     shards = Shards(path)
+    shards.check_files()
     projector = [name for name in shards if "mm_projector." in name or "multi_modal_proj" in name]
     if projector and not getattr(config, "mm_hidden_size", None):
         raise InputError(
@@ -266,6 +312,9 @@ def _check_weights(path: str, config) -> None:
         )
     embedding = next((name for name in shards if name.endswith("embed_tokens.weight")), None)
     if embedding:
+        if shards[embedding].ndim != 2:
+            shape = tuple(shards[embedding].shape)
+            raise InputError(f"{path}: {embedding} has shape {shape}, (rows, width) is expected")
         rows, width = shards[embedding].shape
         for found, key in ((rows, "vocab_size"), (width, "hidden_size")):
             expected = getattr(config, key, found)
@@ -273,27 +322,3 @@ def _check_weights(path: str, config) -> None:
                 raise InputError(
                     f"{path}: {embedding} is {rows} x {width}, the config has {key} {expected}"
                 )
-
-
-def add_picture_tokens(model, tokenizer) -> None:
-    """Add the tokens that the config's `mm_use_im_*` keys ask for, and rows for them."""
-    config = model.config
-    new = []
-    if getattr(config, "mm_use_im_patch_token", True):
-        new.append(DEFAULT_IMAGE_PATCH_TOKEN)
-    if getattr(config, "mm_use_im_start_end", False):
-        new += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
-    if new and tokenizer.add_tokens(new, special_tokens=True):
-        grow_embeddings(model, len(tokenizer))
-
-
-def grow_embeddings(model, rows: int) -> None:
-    """Make room for `rows` tokens; new rows are the mean of the others, the same at every load."""
-    known = model.config.vocab_size
-    if rows <= known:
-        return
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        with gathered([layer.weight], write=True), torch.no_grad():
-            if layer.weight.numel():  # ZeRO-3: only rank 0 holds what it writes
-                layer.weight[known:] = layer.weight[:known].mean(0)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from llava.atomic import write_text
 from llava.errors import InputError, reason
 from llava.model.hf_layout import language_model_type, llava_config
 from llava.model.multimodal_projector.pilot import EXTRA
-from llava.model.shards import Shards, read_json, write_shards
+from llava.model.shards import Shards, check_hub_name, not_found, read_json, write_shards
 from llava.model.tokenizer import write_tokenizer
 from llava.state import State, check
 
@@ -33,6 +33,11 @@ PROJECTOR_PREFIX = "model.mm_projector."
 # all names without "mm_projector" and would refuse ones with it that it does not know.
 EXTRA_PREFIX = "model.pilot."
 NEWLINE = "model.image_newline"
+# The rows of the start and end token of pictures, the last two of what upstream saves; while they
+# train they are a parameter of the embedding. See `picture_tokens.py`.
+ROWS = "model.embed_tokens.weight"
+SEPARATE = "picture_rows"
+SEPARATE_ROWS = f"model.embed_tokens.{SEPARATE}"
 
 # A tower's tensors in any layout, and as upstream names them.
 _TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)")
@@ -50,15 +55,18 @@ def read_config(path: str | os.PathLike):
     from transformers.utils import cached_file
 
     folder = Path(path)
-    if str(path).startswith(("/", ".", "~")) and not folder.is_dir():
-        raise InputError(f"{path}: no such folder")
-    try:
-        file = folder / "config.json" if folder.is_dir() else cached_file(str(path), "config.json")
-        raw = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable config.json ({reason(error)})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: config.json holds a {type(raw).__name__}, an object is expected")
+    file = folder / "config.json"
+    if not folder.is_dir():
+        check_hub_name(path)
+        try:
+            file = Path(cached_file(str(path), "config.json"))
+        except OSError as error:
+            raise InputError(f"{path}: {not_found(error)}") from None
+    raw = read_json(file)
+    for key, kind in (("mm_vision_tower", str), ("mm_hidden_size", int)):
+        if not isinstance(raw.get(key) or kind(), kind):
+            expected = f"expected a value of type {kind.__name__}"
+            raise InputError(f"{path}: config.json has {key} {raw[key]!r}, {expected}")
     if "text_config" in raw:
         raw = llava_config(raw, vision_tower=str(path), image_aspect_ratio=aspect_of(folder))
     model_type = language_model_type(raw)
@@ -168,7 +176,8 @@ def copy_in(tensors: State, parameters: Mapping[str, nn.Parameter], who: str) ->
 def projector_state(model: nn.Module) -> State:
     """The projector's tensors on the CPU, named `model.mm_projector.*`, in their training dtype.
 
-    The newline token of `spatial_unpad` is one of them. Under ZeRO-3 every rank must call it.
+    The newline token of `spatial_unpad` is one of them, and the rows of start and end token, where
+    they train. Under ZeRO-3 every rank must call it.
     """
     parameters = projector_parameters(model)
     return copies(parameters)
@@ -177,8 +186,9 @@ def projector_state(model: nn.Module) -> State:
 def load_projector(model: nn.Module, tensors: State, source: str) -> None:
     """Copy a state into the model's projector, in the model's dtype; under ZeRO-3 on every rank.
 
-    Tensors that are not the projector's (upstream may save embeddings beside it) are passed over,
-    and a newline token that is not there (upstream saves none) stays as it is. Where a file has the
+    Tensors that are not the projector's are passed over (embeddings that upstream may save beside
+    it are, too, unless rows of theirs train in `model`); a newline token that is not there
+    (upstream saves none) stays as it is, and so do such rows. Where a file has the
     base of a connector alone, an mlp2x_gelu for `pilot`, the rest is derived from it.
 
     Raises:
@@ -191,8 +201,10 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
         for name, tensor in tensors.items()
         if name.startswith(PROJECTOR_PREFIX) or name in parameters
     }
+    if ROWS in own:
+        own[ROWS] = own_rows(own[ROWS], {model.get_input_embeddings().num_embeddings})
     base_alone = not any(name.startswith(EXTRA_PREFIX) for name in own)
-    left_out = {NEWLINE} - own.keys()
+    left_out = {NEWLINE, ROWS} - own.keys()
     if base_alone:
         left_out |= {name for name in parameters if name.startswith(EXTRA_PREFIX)}
     copy_in(own, {name: p for name, p in parameters.items() if name not in left_out}, source)
@@ -213,7 +225,20 @@ def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {projector_name(name): p for name, p in parts.mm_projector.named_parameters()}
     if hasattr(parts, "image_newline"):
         found[NEWLINE] = parts.image_newline
+    if (rows := separated_rows(model)) is not None:
+        found[ROWS] = rows
     return found
+
+
+def separated_rows(model: nn.Module) -> nn.Parameter | None:
+    """The rows (2, hidden) of start and end token, where they are a parameter of their own."""
+    return getattr(model.get_input_embeddings(), SEPARATE, None)
+
+
+def own_rows(tensor: torch.Tensor, tables: Container[int]) -> torch.Tensor:
+    """The start and end token's rows of what a file has for the embedding: the two by themselves,
+    or the last of a whole table of `tables` rows; else it stays as it is."""
+    return tensor[-2:] if tensor.ndim == 2 and len(tensor) in tables else tensor
 
 
 def projector_name(name: str) -> str:

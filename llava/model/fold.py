@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,11 +137,10 @@ def fold_checkpoint(
     if not is_lora and not (source / PROJECTOR_FILE).is_file():
         raise InputError(f"{model_path}: a folder of a projector or of LoRA is expected")
     if is_lora:
-        others = {n: t for n, t in lora.read_non_lora(source).items() if "mm_projector." not in n}
+        others = {n: t for n, t in lora.read_beside(source).items() if "mm_projector." not in n}
         named = {lora.PEFT_PREFIX + name: tensor for name, tensor in (others | state).items()}
         save(named, target / lora.NON_LORA_FILE)
-        for name in (lora.ADAPTER_FILE, lora.ADAPTER_CONFIG):
-            shutil.copyfile(source / name, target / name)
+        lora.copy_adapter(source, target)
     else:
         save(state, target / PROJECTOR_FILE)
     config = copy.deepcopy(model.config)

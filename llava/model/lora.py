@@ -4,6 +4,9 @@ On disk, as upstream writes it, a LoRA folder has three parts: the *adapter*
 (`adapter_config.json`, `adapter_model.safetensors`), *everything else that trained*
 (`non_lora_trainables.bin`: the projector, a tuned tower), and `config.json`. The names in both
 tensor files are those of the model wrapped by peft: `base_model.model.model.layers.0.…`.
+
+peft itself puts everything else that trained into the adapter's file, as modules that its config
+calls `modules_to_save`. Either way it is what lies *beside* the adapter.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from llava.atomic import write_text
-from llava.errors import InputError
-from llava.model.checkpoint import copies, copy_in, on_disk
+from llava.errors import InputError, reason
+from llava.model.checkpoint import ROWS, SEPARATE, copies, copy_in, on_disk, separated_rows
+from llava.model.shards import read_json
 from llava.state import State, StateError, read_tensors, save
 
 if TYPE_CHECKING:
@@ -33,12 +39,26 @@ PEFT_PREFIX = "base_model.model."
 
 PICTURE_PARTS = ("mm_projector", "vision_tower", "vision_resampler")
 _PICTURE = re.compile(rf"(?:.*\.)?(?:{'|'.join(PICTURE_PARTS)})(?:\..*)?")
+HEAD = "lm_head.weight"
+# What peft puts between a module's name and those of its tensors, and what it replaces.
+_WRAPPED = re.compile(r"\.(?:(?:token_adapter\.)?base_layer|modules_to_save(?:\.default)?)\.")
+_REPLACED = ".original_module."
 # The keys of peft 0.7, which upstream's users have and which dies of any other.
 _CONFIG_KEYS = set(
     "peft_type task_type base_model_name_or_path revision auto_mapping inference_mode r lora_alpha "
     "lora_dropout bias target_modules modules_to_save fan_in_fan_out init_lora_weights "
     "layers_to_transform layers_pattern rank_pattern alpha_pattern".split()
 )
+# What later peft writes and an adapter may have here. What else it may have (routers, adapters that
+# are on after certain tokens alone, …) does more than add a matrix to a layer.
+_KNOWN_KEYS = _CONFIG_KEYS | set(
+    "use_rslora use_dora lora_bias exclude_modules target_parameters trainable_token_indices "
+    "ensure_weight_tying eva_config peft_version megatron_core loftq_config runtime_config".split()
+)
+# A start that takes a part out of the base's weights, which only who has seen the same data, or
+# drawn the same numbers, takes out again. The two of `_REPEATED` are computed from the weights.
+_REPEATED = ("pissa", "olora")
+TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 # -- a model gets its LoRA ------------------------------------------------------------------------
@@ -85,28 +105,50 @@ def add_lora(
 def attach_lora(
     model: nn.Module, folder: str | os.PathLike, trainable: bool = False, cast: bool = True
 ) -> PeftModel:
-    """Put the adapter of a LoRA folder into `model`; `non_lora_trainables.bin` is not read.
+    """Put the adapter of a LoRA folder into `model`; what lies beside it is not read.
 
     `.merge_and_unload()` of the result is the plain model with the adapter in its weights.
 
     Raises:
         InputError: the adapter cannot be read or is none, or was trained on another base: a tensor
-            that is missing, matches nothing or has the wrong shape. `model` is then as it was.
+            that is missing, matches nothing or has the wrong shape. `model` is then as it was,
+            unless the adapter's start has taken something out of its weights (`pissa`, `olora`).
     """
-    config = _read_config(Path(folder))
+    folder = Path(folder)
+    config = read_adapter_config(folder)
     config.inference_mode = not trainable
-    file, tensors = _read_adapter(Path(folder))
+    saved, config.modules_to_save = config.modules_to_save or (), None  # these lie beside it
+    if config.trainable_token_indices and separated_rows(model) is not None:
+        raise InputError(f"{folder}: trainable_token_indices do not go with mm_use_im_start_end")
+    tensors = _adapter_alone(folder)
     leaked = any(".lora_" in name and _PICTURE.fullmatch(name) for name in tensors)
     try:
         wrapped = _inject(model, config, cast, spare_tower=not leaked)
-    except ValueError as error:
-        raise InputError(f"{folder}: the adapter does not fit this base model: {error}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{folder}: the adapter does not fit this base model: {reason(error)}"
+        ) from None
     try:
-        load_adapter(wrapped, tensors, str(file))
+        load_adapter(wrapped, tensors, str(_adapter_file(folder)))
     except StateError:
         wrapped.unload()
         raise
+    for name, parameter in wrapped.named_parameters():
+        if trainable and any(f".{module}." in name for module in saved):
+            parameter.requires_grad_(True)
     return wrapped
+
+
+def merge(wrapped: PeftModel, folder: str | os.PathLike) -> nn.Module:
+    """The plain model with the adapter, which is from `folder`, in its weights.
+
+    Raises:
+        InputError: a layer cannot take it in.
+    """
+    try:
+        return wrapped.merge_and_unload()
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise InputError(f"{folder}: the adapter cannot be merged: {reason(error)}") from None
 
 
 def _inject(model: nn.Module, config: LoraConfig, cast: bool, spare_tower=True) -> PeftModel:
@@ -115,11 +157,20 @@ def _inject(model: nn.Module, config: LoraConfig, cast: bool, spare_tower=True) 
     # Layers are named by their last part, which a vision tower's layers may share (upstream put
     # LoRA into those). Old adapters that have such tensors are taken as they are.
     if spare_tower and any(_PICTURE.fullmatch(name) for name, _ in model.named_modules()):
-        config.exclude_modules = _PICTURE.pattern
+        config.exclude_modules = _excluded(config.exclude_modules)
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's own, on transformers' names
         return get_peft_model(model, config, autocast_adapter_dtype=cast)
+
+
+def _excluded(also: str | Iterable[str] | None) -> str:
+    """A pattern for the parts between picture and tokens, and for what peft's key excludes."""
+    if not also:
+        return _PICTURE.pattern
+    if not isinstance(also, str):
+        also = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(also)))})"
+    return f"{_PICTURE.pattern}|{also}"
 
 
 # -- its tensors ----------------------------------------------------------------------------------
@@ -158,12 +209,13 @@ def load_adapter(model: PeftModel, tensors: State, source: str) -> None:
 
 
 def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
-    """Copy what `read_non_lora` gave into a model, with or without LoRA.
+    """Copy what `read_beside` gave into a model, with or without LoRA.
 
     Raises:
         StateError: a tensor that the model does not have, or of a wrong shape; nothing is copied.
     """
     own = {on_disk(name): tensor for name, tensor in tensors.items()}
+    _check_tables(model, own, source)
     parameters = {on_disk(_plain(name)): p for name, p in model.named_parameters()}
     _copy_in(own, {name: p for name, p in parameters.items() if name in own}, source)
 
@@ -174,26 +226,53 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     found = {}
     for name, parameter in model.named_parameters():
         is_bias = name.endswith(".bias") and not _PICTURE.fullmatch(name)
-        if ".lora_" in name:
-            found[name.replace(".default", "")] = parameter
+        if ".lora_" in name or name.endswith(".trainable_tokens_delta.default"):
+            name = name.replace(".default", "")
+            # DoRA's was no module's weight once, and is still written so.
+            found[name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")] = (
+                parameter
+            )
         elif is_bias and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
             found[name] = parameter
     return found
 
 
 def other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """What belongs into `non_lora_trainables.bin`: whatever else trains, and all of a connector of
-    which a part trains."""
+    """What belongs into `non_lora_trainables.bin`: whatever else trains, all of a connector of
+    which a part trains, rows of start and end token, and what `keep_beside` names."""
     adapter = {id(parameter) for parameter in adapter_parameters(model).values()}
     others = {n: p for n, p in model.named_parameters() if id(p) not in adapter}
     connector = {n for n in others if ".mm_projector." in n}
     if not any(others[name].requires_grad for name in connector):
         connector = set()
+    kept = getattr(model, "kept_beside", frozenset())
     return {
         PEFT_PREFIX + on_disk(name.removeprefix(PEFT_PREFIX)): parameter
         for name, parameter in others.items()
-        if parameter.requires_grad or name in connector
+        if parameter.requires_grad
+        or name in connector
+        or name.endswith(f".{SEPARATE}")
+        or on_disk(_plain(name)) in kept
     }
+
+
+def keep_beside(model: PeftModel, names: Iterable[str]) -> None:
+    """Have these tensors of the model saved beside the adapter, whether they train or not.
+
+    They are what the run began from: without them the adapter would be on another base.
+    """
+    model.kept_beside = frozenset(map(on_disk, names))
+
+
+def _check_tables(model: nn.Module, tensors: State, source: str) -> None:
+    """Refuse one of embedding and head where the model has one table for both."""
+    if getattr(model.config, "tie_word_embeddings", False):
+        found = [tensors[name] for name in (ROWS, HEAD) if name in tensors]
+        if len(found) == 1 or (found and not torch.equal(*found)):
+            raise StateError(
+                f"{source}: holds an embedding and a head of its own, or one of them; the base "
+                "model has one table for both (tie_word_embeddings)"
+            )
 
 
 def _copy_in(tensors: State, parameters: dict[str, nn.Parameter], source: str) -> None:
@@ -205,7 +284,7 @@ def _copy_in(tensors: State, parameters: dict[str, nn.Parameter], source: str) -
 
 def _plain(name: str) -> str:
     """A name in a wrapped model → the name in the model itself."""
-    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+    name = re.sub(_WRAPPED, ".", name.removeprefix(PEFT_PREFIX))
     return re.sub(r"^model\.model\.", "model.", name)
 
 
@@ -224,28 +303,100 @@ def read_non_lora(folder: str | os.PathLike, mapped: bool = False) -> State:
     return {_plain(name): tensor for name, tensor in read_tensors(file, mapped).items()}
 
 
-def _read_adapter(folder: Path) -> tuple[Path, State]:
-    file = folder / ADAPTER_FILE
-    if not file.is_file() and (folder / OLD_ADAPTER_FILE).is_file():
-        file = folder / OLD_ADAPTER_FILE
-    return file, read_tensors(file)
+def read_beside(folder: str | os.PathLike, mapped: bool = False) -> State:
+    """All that a LoRA folder holds beside LoRA, under the names of the model itself; may be empty.
+
+    That is what upstream writes into `non_lora_trainables.bin`, and what peft writes into the
+    adapter's file: `modules_to_save`, embeddings that have grown, biases of the projector.
+
+    Raises:
+        InputError: a file that is broken, or lacks a module that the adapter's config names.
+    """
+    folder = Path(folder)
+    config, tensors = read_adapter_config(folder), _read_adapter(folder)
+    saved = [name for name in tensors if _is_beside(name, config)]
+    for module in config.modules_to_save or ():
+        if not any(f".{module}." in name for name in saved):
+            raise StateError(
+                f"{_adapter_file(folder)}: holds no tensor of {module}, which {ADAPTER_CONFIG} "
+                "names in modules_to_save"
+            )
+    found = read_non_lora(folder, mapped) if (folder / NON_LORA_FILE).is_file() else {}
+    return found | {_plain(name): tensors[name] for name in saved}
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def beside_file(folder: str | os.PathLike) -> str:
+    """How messages call the place of what `read_beside` gives."""
+    file = Path(folder) / NON_LORA_FILE
+    return str(file if file.is_file() else _adapter_file(Path(folder)))
+
+
+def _is_beside(name: str, config: LoraConfig) -> bool:
+    """Whether a tensor of the adapter's file is no part of LoRA, but one of the model itself."""
+    if ".lora_" in name or _REPLACED in name or name.endswith("trainable_tokens_delta"):
+        return False
+    if not name.endswith(".bias") or any(f".{m}." in name for m in config.modules_to_save or ()):
+        return True
+    # With bias "all" peft has all biases; those of a tower never train under LoRA.
+    return ".mm_projector." in name
+
+
+def _adapter_alone(folder: Path) -> State:
+    """The tensors of the adapter's file that are no module's of the model itself."""
+    config = read_adapter_config(folder)
+    tensors = {n: t for n, t in _read_adapter(folder).items() if _REPLACED not in n}
+    return {name: tensor for name, tensor in tensors.items() if not _is_beside(name, config)}
+
+
+def copy_adapter(folder: str | os.PathLike, out: str | os.PathLike) -> None:
+    """Copy an adapter and its config, but not what lies beside it in its file."""
+    save(_adapter_alone(Path(folder)), Path(out) / ADAPTER_FILE)
+    values = {**read_json(Path(folder) / ADAPTER_CONFIG), "modules_to_save": None}
+    write_text(Path(out) / ADAPTER_CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _adapter_file(folder: Path) -> Path:
+    old = folder / OLD_ADAPTER_FILE
+    return old if old.is_file() and not (folder / ADAPTER_FILE).is_file() else folder / ADAPTER_FILE
+
+
+def _read_adapter(folder: Path) -> State:
+    return read_tensors(_adapter_file(folder))
+
+
+def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
+    """`adapter_config.json` of a LoRA that can be put into a model here.
+
+    Raises:
+        InputError: none that can be read, another adapter than LoRA, or a LoRA that does something
+            which is not known here; the message names it.
+    """
     from peft import LoraConfig
 
-    file = folder / ADAPTER_CONFIG
-    try:
-        values = json.loads(file.read_text())
-        kind = values.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file}: no readable adapter config ({error})") from None
-    if kind != "LORA":
+    file = Path(folder) / ADAPTER_CONFIG
+    values = read_json(file)
+    if (kind := values.get("peft_type")) != "LORA":
         raise InputError(f"{file}: peft_type is {kind!r}, expected 'LORA'")
+    usual = LoraConfig().to_dict()
+    for key, value in values.items():
+        if key not in _KNOWN_KEYS and value and value != usual.get(key):
+            raise InputError(
+                f"{file}: {key} is {value!r}, which is not supported here; let peft merge the "
+                "adapter into its base, if it can"
+            )
+    start = str(values.get("init_lora_weights")).lower()
+    if start.startswith(TAKES_FROM_BASE) and start not in _REPEATED:
+        raise InputError(
+            f"{file}: init_lora_weights is {start!r}: training took a part out of the base's "
+            "weights that is not in the adapter; let peft save it as a plain LoRA "
+            "(path_initial_model_for_weight_conversion)"
+        )
     try:
-        return LoraConfig.from_peft_type(**values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, on keys that do not matter together
+            return LoraConfig.from_peft_type(**values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{file}: {error}") from None
+        raise InputError(f"{file}: {reason(error)}") from None
 
 
 def write_adapter_config(model: PeftModel, folder: str | os.PathLike) -> None:
@@ -256,7 +407,10 @@ def write_adapter_config(model: PeftModel, folder: str | os.PathLike) -> None:
     from peft import LoraConfig
 
     config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
-    config.pop("exclude_modules")  # which modules have LoRA is seen from the tensors
+    # Ours is seen from the tensors' names.
+    excluded = str(config.pop("exclude_modules") or "").removeprefix(_PICTURE.pattern)
+    if excluded := excluded.removeprefix("|"):
+        config["exclude_modules"] = excluded
     usual = LoraConfig().to_dict()
     values = {k: v for k, v in config.items() if k in _CONFIG_KEYS or v != usual[k]}
     text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # peft has sets of names
@@ -265,8 +419,8 @@ def write_adapter_config(model: PeftModel, folder: str | os.PathLike) -> None:
 
 def load_lora(model: PeftModel, folder: str | os.PathLike) -> None:
     """Load what `save_lora` wrote into a model in which the same trains."""
-    file, tensors = _read_adapter(Path(folder))
-    load_adapter(model, tensors, str(file))
+    folder = Path(folder)
+    load_adapter(model, _read_adapter(folder), str(_adapter_file(folder)))
     file = Path(folder) / NON_LORA_FILE
     _copy_in(read_tensors(file), other_parameters(model), str(file))
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llava.atomic import own_name, remove_leftovers, write_text
-from llava.errors import InputError
-from llava.state import read_tensors
+from llava.errors import InputError, reason
+from llava.state import read_tensors, refuse_empty
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
@@ -41,8 +41,8 @@ class Shards(Mapping[str, torch.Tensor]):
     """The tensors of a folder by name, each read when asked for; iterates file by file.
 
     Raises:
-        InputError: no weights, a file that is missing or broken, or a shard without a tensor that
-            the index says it has.
+        InputError: no weights, shards without an index, a file that is missing or broken, a tensor
+            without values, or a shard without a tensor that the index says it has.
 
     `stems` are the names that the file may have, the first that is there counts.
     """
@@ -55,19 +55,21 @@ class Shards(Mapping[str, torch.Tensor]):
     def _locate(self) -> Iterator[tuple[str, str]]:
         for stem in self.stems:
             if (index := self.folder / (stem + INDEX)).is_file():
-                try:
-                    places = json.loads(index.read_text())["weight_map"].items()
-                except (ValueError, KeyError, AttributeError) as error:
-                    raise InputError(f"{index}: not an index of shards ({error})") from None
-                for file in sorted({file for _, file in places}):
+                places = _places(index)
+                for file in sorted(set(places.values())):
                     if not (self.folder / file).is_file() or Path(file).name != file:
                         raise InputError(f"{index}: names the shard {file}, which is not there")
-                yield from sorted(places, key=lambda place: (place[1], place[0]))
+                yield from sorted(places.items(), key=lambda place: (place[1], place[0]))
                 return
             if (self.folder / stem).is_file():
                 self._open = (stem, self._tensors(stem))
                 yield from ((name, stem) for name in self._open[1])
                 return
+            if shards := sorted(self.folder.glob("-*-of-*".join(os.path.splitext(stem)))):
+                raise InputError(
+                    f"{self.folder}: {shards[0].name} is a shard, and {stem + INDEX}, which says "
+                    "what is in which, is not there; copy all files of the model"
+                )
         raise InputError(f"{self.folder}: no weights there, neither {' nor '.join(self.stems)}")
 
     def _tensors(self, file: str) -> Mapping[str, torch.Tensor]:
@@ -79,16 +81,28 @@ class Shards(Mapping[str, torch.Tensor]):
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: cut short or not safetensors ({error})") from None
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def check_files(self) -> None:
+        """Open every file, whose tensors are not read: one that is broken is found here."""
+        for name in {file: name for name, file in self._file_of.items()}.values():
+            self._file(name)
+        self.release()
+
+    def _file(self, name: str) -> Mapping[str, torch.Tensor]:
+        """The file that holds `name`, open."""
         file = self._file_of[name]
         if self._open is None or self._open[0] != file:
             self._open = None  # the last shard goes before the next comes
             self._open = (file, self._tensors(file))
+        return self._open[1]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
         try:
-            return self._open[1][name]
+            return self._file(name)[name]
         except (KeyError, SafetensorError):
+            if name not in self:
+                raise
             raise InputError(
-                f"{self.folder / file}: has no tensor {name}, which the index puts there"
+                f"{self.place(name)}: has no tensor {name}, which the index puts there"
             ) from None
 
     def place(self, name: str) -> Path:
@@ -113,6 +127,8 @@ class _SafeFile(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path):
         self._file = safe_open(path, "pt")
         self._names = list(self._file.keys())
+        for name in self._names:
+            refuse_empty(name, self._file.get_slice(name).get_shape(), str(path))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
@@ -122,6 +138,16 @@ class _SafeFile(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index of shards says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+        raise InputError(f"{index}: not an index of shards: no weight_map from names to files")
+    if not places:
+        raise InputError(f"{index}: its weight_map is empty: it names no tensor")
+    return places
 
 
 def write_shards(
@@ -223,15 +249,25 @@ def local_folder(path: str | os.PathLike) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if str(path).startswith(("/", ".", "~")):
-        raise InputError(f"{path}: no such folder")
+    check_hub_name(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{path}: neither a folder nor a model on the hub ({error})") from None
+        raise InputError(f"{path}: {not_found(error)}") from None
+
+
+def check_hub_name(path: str | os.PathLike) -> None:
+    """`InputError` for what is no folder if it cannot be the name of a model on the hub either."""
+    if str(path).startswith(("/", ".", "~")) or len(Path(path).parts) > 2:
+        raise InputError(f"{path}: no such folder, looked for from {Path.cwd()}")
+
+
+def not_found(error: Exception) -> str:
+    """What is said of a name under which there is neither a folder nor, for `error`, a model."""
+    return f"no such folder, looked for from {Path.cwd()}, nor one on the hub ({reason(error)})"
 
 
 def read_json(path: Path) -> dict:

@@ -18,6 +18,7 @@ from llava.model.checkpoint import (
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
+    ROWS,
     copies,
     copy_in,
     projector_name,
@@ -81,14 +82,16 @@ class ProjectorPart:
     def read(self, folder: Path, like: State) -> State:
         """The state in a folder, float32, with the names and shapes of `like`.
 
-        Embeddings, which upstream may save beside the projector, are passed over; a newline token,
-        which it does not save, is that of `like`.
+        Of an embedding, which upstream may save beside the projector, those rows are taken that
+        train; a newline token, which it does not save, is that of `like`, and so are such rows.
         """
         file = folder / PROJECTOR_FILE
         found = states.load(file)
         own = {n: t for n, t in found.items() if n in like or n.startswith(PROJECTOR_PREFIX)}
-        if NEWLINE in like:
-            own.setdefault(NEWLINE, like[NEWLINE])
+        for name in {NEWLINE, ROWS} & like.keys():
+            own.setdefault(name, like[name])
+        if ROWS in own:
+            own[ROWS] = own[ROWS][-2:]
         states.check(own, like, who=str(file))
         return _float(own)
 

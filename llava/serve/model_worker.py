@@ -101,9 +101,7 @@ class ModelBackend:
     def _pictures(self, images: tuple[str, ...]) -> list[Picture]:
         from llava.mm_utils import load_image_from_base64
 
-        return [
-            self.answerer.picture(load_image_from_base64(image).convert("RGB")) for image in images
-        ]
+        return [self.answerer.picture(load_image_from_base64(image)) for image in images]
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,6 @@ the first and then the second, is cut there.
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import io
 import re
@@ -24,7 +23,7 @@ from llava.constants import (
     MOST_PIXELS,
 )
 from llava.conversation import Conversation, SeparatorStyle, get_template
-from llava.errors import InputError, reason
+from llava.errors import InputError
 
 OTHERS = ("vicuna_v1", "llava_v0", "chatml_direct", "llava_llama_2", "mistral_instruct")
 """One template of each form, for prompts of a page that chose another than the worker."""
@@ -157,22 +156,17 @@ def _content(text: str, pictures: Iterator[str]) -> str | list[dict[str, Any]]:
 
 
 def data_url(image: str) -> str:
-    """A base64 picture as a `data:` address; a kind that not every server reads becomes PNG."""
-    from PIL import Image, UnidentifiedImageError
+    """A base64 picture as a `data:` address; what not every server reads alike becomes PNG."""
+    from llava.pictures import open_image, plain_kind
 
+    name = "a picture of the question"
     try:
         data = base64.b64decode("".join(image.split()), validate=True)
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise InputError(f"{picture.width} x {picture.height} pixels are too many")
-            picture.load()
-            kind = str(picture.format).lower()
-            if kind not in ("png", "jpeg", "webp", "gif"):
-                buffer = io.BytesIO()
-                picture.convert("RGB").save(buffer, format="PNG")
-                data, kind = buffer.getvalue(), "png"
-        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error
-        unknown = isinstance(error, (UnidentifiedImageError, binascii.Error))
-        why = "it is no picture in base64" if unknown else reason(error)
-        raise InputError(f"a picture of the question cannot be read: {why}") from error
+    except ValueError:
+        raise InputError(f"{name} cannot be read: this is not base64") from None
+    picture, kind = open_image(data, name, MOST_PIXELS), plain_kind(data)
+    if kind not in ("png", "jpeg", "webp", "gif"):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        data, kind = buffer.getvalue(), "png"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -12,25 +12,34 @@ import transformers
 
 from llava.errors import InputError
 from llava.model.attention import choose_attention
-from llava.model.builder import (
-    add_picture_tokens,
-    folder_of,
-    from_pretrained,
-    grow_embeddings,
-    load_tokenizer,
-)
+from llava.model.builder import folder_of, from_pretrained, load_tokenizer
 from llava.model.checkpoint import (
     PROJECTOR_PREFIX,
     derive_projector,
     load_projector,
     read_config,
+    separated_rows,
     tower_weights,
 )
-from llava.model.lora import NON_LORA_FILE, add_lora, attach_lora, load_non_lora, read_non_lora
+from llava.model.lora import (
+    add_lora,
+    attach_lora,
+    beside_file,
+    keep_beside,
+    load_non_lora,
+    read_beside,
+)
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.multimodal_projector.pilot import EXTRA, PilotSettings
+from llava.model.picture_tokens import (
+    add_picture_tokens,
+    grow_embeddings,
+    separate_rows,
+    uses_start_end,
+)
 from llava.model.quantize import keep_trainable, quantization
+from llava.pictures import READING
 from llava.state import load
 from llava.tiling import default_resolutions
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -200,10 +209,13 @@ def _attach_vision(model, tokenizer, model_args, data_args, training_args) -> Fe
     projector = model.get_model().mm_projector
     if in_float:
         projector.float()
-    if model_args.pretrain_mm_mlp_adapter:
-        file = model_args.pretrain_mm_mlp_adapter
-        load_projector(model, load(file), file)
-    add_picture_tokens(model, tokenizer)
+    file = model_args.pretrain_mm_mlp_adapter
+    pretrained = load(file) if file else {}
+    if file:
+        load_projector(model, pretrained, file)
+    add_picture_tokens(model, tokenizer, pretrained, file)
+    if uses_start_end(model.config) and _frozen(model_args, training_args):
+        separate_rows(model, tokenizer)
     data_args.image_processor = tower.image_processor
     data_args.image_tokens = projector.num_tokens(tower.num_patches)
     data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
@@ -223,6 +235,7 @@ def make_feature_cache(tower, data_args: DataArguments) -> FeatureCache | None:
     key = ""  # a cache that no other process reads needs no name, which costs a look at all weights
     if not in_memory:
         processing = f"{data_args.image_aspect_ratio} {tower.image_processor.to_json_string()}"
+        processing += f" {READING}"
         key = hashlib.sha256((tower.fingerprint() + processing).encode()).hexdigest()
     return FeatureCache(
         encode=lambda pixels: tower(pixels.to(tower.dtype)).cpu(),
@@ -248,6 +261,8 @@ def _set_trainable(
         parts.mm_projector.train_groups(*(() if args.freeze_mm_mlp_adapter else TRAINED))
         if hasattr(parts, "image_newline"):
             parts.image_newline.requires_grad_(not args.freeze_mm_mlp_adapter)
+        if (rows := separated_rows(model)) is not None:  # upstream's LoRA leaves them as they are
+            rows.requires_grad_(model_args.tune_mm_mlp_adapter and not args.freeze_mm_mlp_adapter)
         parts.vision_tower.requires_grad_(model_args.unfreeze_mm_vision_tower)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
@@ -274,8 +289,9 @@ def _with_lora(model: transformers.PreTrainedModel, args: TrainingArguments):
             cast=cast,
         )
     wrapped = attach_lora(model, folder, trainable=True, cast=cast)
-    others = read_non_lora(folder)
-    load_non_lora(wrapped, others, os.path.join(folder, NON_LORA_FILE))
+    others = read_beside(folder)
+    load_non_lora(wrapped, others, beside_file(folder))
+    keep_beside(wrapped, others)
     if not any(name.startswith(PROJECTOR_PREFIX + EXTRA) for name in others):
         derive_projector(wrapped)  # of a LoRA that trained with a plain projector
     return wrapped

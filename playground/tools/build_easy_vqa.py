@@ -20,8 +20,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from PIL import Image
-
+from llava.pictures import open_image
 from playground.tools.build_data import ROOT, pack
 from playground.tools.tasks import COLOURS, SHAPES
 
@@ -33,7 +32,7 @@ PARTS = {"public": ("train", 1500), "private": ("test", 1000)}  # of which part 
 def webp(png: bytes) -> bytes:
     """The same pixels in fewer bytes."""
     out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(out, "WEBP", lossless=True, quality=100)
+    open_image(png).save(out, "WEBP", lossless=True, quality=100)
     return out.getvalue()
 
 

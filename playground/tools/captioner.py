@@ -13,6 +13,8 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from llava.pictures import open_image
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "playground/data/emoji"
 BACKBONES = ROOT / "playground/backbones"
@@ -37,7 +39,7 @@ def name_of(record: dict) -> str:
 
 def pictures(rows: list[dict], folder: Path = DATA) -> torch.Tensor:
     """uint8, (N, 3, 64, 64)."""
-    return pixels([Image.open(folder / "images" / r["image"]).convert("RGB") for r in rows])
+    return pixels([open_image(folder / "images" / r["image"]) for r in rows])
 
 
 def pixels(opened: list[Image.Image]) -> torch.Tensor:

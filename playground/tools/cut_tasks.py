@@ -19,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava.pictures import open_image
 from playground.tools import tasks
 from playground.tools.cut_clients import SEED, _write
 
@@ -111,7 +112,7 @@ class Cutter:
         return self.dice.sample(rows, len(rows))
 
     def _open(self, record: dict) -> Image.Image:
-        return Image.open(self.emoji / "images" / record["image"]).convert("RGB")
+        return open_image(self.emoji / "images" / record["image"])
 
     def _save(self, picture: Image.Image, name: str) -> str:
         target = self.folder / "images" / name
@@ -133,7 +134,7 @@ class Cutter:
         shows, place = self.dice.choice(self.drawings[part]), self.dice.randrange(tasks.PLACES)
         ground = self.folder / f"images/shapes/private/{self.dice.choice(self.grounds[part])}.webp"
         name = f"collage/{self.scenario}-{part}-{number}"
-        collage = tasks.collage(self._open(shows), Image.open(ground), place)
+        collage = tasks.collage(self._open(shows), open_image(ground), place)
         image = self._save(collage, f"{name}.png")
         question = tasks.where(shows["conversations"][1]["value"])
         more = {"shows": shows["image"]}

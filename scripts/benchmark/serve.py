@@ -109,7 +109,7 @@ def one_by_one(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     arrived = [began] * args.users  # each asks again when it has its answer
     for i, question in enumerate(asked):
-        image = load_image_from_base64(question["images"][0]).convert("RGB")
+        image = load_image_from_base64(question["images"][0])
         first = First()
         texts += answerer.answer(
             [question["prompt"]], [[answerer.picture(image)]], NO_STOP, options, first

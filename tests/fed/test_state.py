@@ -133,6 +133,10 @@ def test_missing_file_folder_and_suffix(tmp_path):
         ({"mm_projector.weight": torch.ones(2, device="meta")}, "dense"),
         ({"mm_projector.a": torch.ones(2), "model.mm_projector.a": torch.ones(2)}, "second tensor"),
         ({"lm_head.weight": torch.ones(2)}, "no mm_projector tensor"),
+        (
+            {"mm_projector.a": torch.ones(2), "mm_projector.b": torch.ones(0)},
+            "b is empty, of shape (0,)",
+        ),
     ],
 )
 def test_not_a_flat_dict_of_projector_tensors(tmp_path, content, said):
@@ -154,6 +158,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         (lambda s: s.update({"model.mm_projector.1.weight": s.pop(NAMES[0])}), ["did you mean"]),
         (lambda s: s.update(extra=torch.ones(1)), ["extra is not expected"]),
         (lambda s: s.update({NAMES[0]: torch.ones(3, 4)}), [NAMES[0], "(3, 4)", "(4, 3)"]),
+        (lambda s: s.update({NAMES[0]: torch.ones(0)}), [NAMES[0], "is empty", "ZeRO-3"]),
         (lambda s: s.update({NAMES[1]: torch.ones(4, dtype=torch.int64)}), [NAMES[1], "int64"]),
         (lambda s: s[NAMES[2]][0].fill_(float("nan")), [NAMES[2], "4 NaN or infinite of 16"]),
         (lambda s: s[NAMES[2]][0, 0].fill_(float("-inf")), [NAMES[2], "1 NaN or infinite"]),

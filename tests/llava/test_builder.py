@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
-from llava.model.checkpoint import projector_state, read_config, save_full, write_config
+from llava.model.checkpoint import ROWS, projector_state, read_config, save_full, write_config
 from llava.model.lora import add_lora, save_lora
 from llava.model.quantize import quantization
 from llava.state import save
@@ -234,6 +234,17 @@ def test_a_tower_in_the_folder_itself_is_found_after_a_move(model, full, copy_of
     assert torch.equal(logits(load(folder)), logits(model))
 
 
+def test_a_tower_by_its_relative_path_is_found_from_the_folder(
+    model, full, copy_of, tiny, tmp_path, monkeypatch
+):
+    """The folder was written, and its tower named, from where it lies."""
+    folder = copy_of(full)
+    shutil.copytree(tiny / "vision_tower", folder / "towers" / "of" / "mine")
+    change_config(folder, mm_vision_tower="towers/of/mine")
+    monkeypatch.chdir(tiny)
+    assert torch.equal(logits(load(folder)), logits(model))
+
+
 def test_what_a_program_does_that_loads_the_tower_itself(full):
     from llava import LlavaLlamaForCausalLM
 
@@ -267,7 +278,10 @@ def change_weights(folder: Path, change) -> None:
     save_file(state, folder / "model.safetensors")
 
 
-def shard(folder: Path) -> None:
+SECOND = "model-00002-of-00002.safetensors"
+
+
+def shard(folder: Path, lose: bool = True) -> None:
     """Two shards and an index, of which the second shard is then lost."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -279,7 +293,32 @@ def shard(folder: Path) -> None:
         places |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / file).unlink()
+    if lose:
+        (folder / SECOND).unlink()
+
+
+def unindexed(folder: Path) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def write_index(text: str):
+    def spoil(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return spoil
+
+
+def empty(name: str, file: str = "model.safetensors"):
+    """A tensor as ZeRO-3 leaves it where nobody gathers."""
+
+    def spoil(folder: Path) -> None:
+        read, write = (load_file, save_file) if file.endswith("s") else (torch.load, torch.save)
+        state = read(folder / file)
+        write({**state, name: torch.empty(0)}, folder / file)
+
+    return spoil
 
 
 class Bomb:
@@ -300,6 +339,32 @@ BAD_FULL = {
     "cut short": (lambda f: cut(f / "model.safetensors"), "model.safetensors"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "a lost shard": (shard, "names the shard model-00002-of-00002.safetensors, .* not there"),
+    "shards without an index": (
+        unindexed,
+        "model-00001-of-00002.safetensors is a shard, and model.safetensors.index.json, .* not",
+    ),
+    "an index of nothing": (write_index('{"weight_map": {}}'), "weight_map is empty"),
+    "an index that is none": (write_index('{"weight_map": 3}'), "not an index of shards"),
+    "an index cut short": (write_index('{"weight_map": {"a'), "index.json: no readable JSON"),
+    "an empty embedding": (empty("model.embed_tokens.weight"), "embed_tokens.weight is empty"),
+    "an empty norm": (empty("model.norm.weight"), "model.norm.weight is empty, .*ZeRO-3"),
+    "an empty tensor in a shard": (
+        lambda f: [shard(f, lose=False), empty("model.norm.weight", SECOND)(f)],
+        "model-00002-of-00002.safetensors: tensor model.norm.weight is empty",
+    ),
+    "config cut short": (lambda f: cut(f / "config.json"), "config.json: no readable JSON"),
+    "a tower on a path that is none": (
+        lambda f: change_config(f, mm_vision_tower="towers/of/mine"),
+        "mm_vision_tower 'towers/of/mine': there is no such folder, neither from .* nor from",
+    ),
+    "a tower of a number": (
+        lambda f: change_config(f, mm_vision_tower=3),
+        "mm_vision_tower 3, expected a value of type str",
+    ),
+    "an embedding that is no table": (
+        lambda f: change_weights(f, lambda s: s.update({ROWS: s[ROWS].flatten()})),
+        r"embed_tokens.weight has shape \(57600,\)",
+    ),
     "a lost tensor": (
         lambda f: change_weights(f, lambda s: s.pop("model.norm.weight")),
         "tensors are missing .* model.norm.weight",
@@ -406,6 +471,17 @@ BAD_LORA = {
         ),
         r"mm_projector.0.weight has shape \(7, 32\), expected \(48, 32\)",
     ),
+    "an empty tensor": (
+        empty(
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+            "adapter_model.safetensors",
+        ),
+        r"adapter_model.safetensors: .*up_proj.lora_A.weight is empty, of shape \(0,\)",
+    ),
+    "an empty projector": (
+        empty("base_model.model.model.mm_projector.0.weight", "non_lora_trainables.bin"),
+        "non_lora_trainables.bin: .*mm_projector.0.weight is empty",
+    ),
     "another base's width": (
         lambda f: widen(f / "adapter_model.safetensors"),
         r"down_proj.lora_A.weight has shape \(4, 128\), expected \(4, 64\)",
@@ -443,6 +519,22 @@ def test_a_projector_whose_config_is_no_llavas(projector_only, copy_of, tiny):
     change_config(folder, mm_hidden_size=None)
     with pytest.raises(InputError, match="no mm_hidden_size"):
         load(folder, tiny / "llm")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_tower_of_which_a_file_is_cut_short(full, copy_of, tiny, file):
+    folder = copy_of(full)
+    shutil.copytree(tiny / "vision_tower", folder / "tower")
+    change_config(folder, mm_vision_tower="tower")
+    cut(folder / "tower" / file)
+    with pytest.raises(InputError, match="vision tower .*/tower: (it does not load|no readable)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("base", ["no/such/base", "/no/such/base", "nobase"])
+def test_a_base_that_is_not_there(projector_only, base):
+    with pytest.raises(InputError, match=f"^{base}: no such folder, looked for from {Path.cwd()}"):
+        load(projector_only, base)
 
 
 def test_a_lora_or_a_projector_is_no_base(adapted, projector_only):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from llava.conversation import (
     SeparatorStyle,
@@ -15,6 +15,7 @@ from llava.conversation import (
     get_template,
 )
 from llava.errors import InputError
+from llava.squaring import expand2square
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/upstream_golden.json").read_text())[
     "prompts"
@@ -124,6 +125,34 @@ def test_pictures_are_prepared_for_the_wire():
     assert first.format == "PNG" and first.size == (1340, 134)
     with pytest.raises(InputError, match="'Shear'"):
         conv.process_image(picture, "Shear")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("size", "sent"),
+    [
+        ((1400, 1), (1344, 1)),
+        ((100_000, 1), (1344, 1)),
+        ((4000, 2), (1344, 1)),
+        ((1344, 1), (1344, 1)),
+        ((3000, 10), (1200, 4)),
+        ((5, 1), (5, 1)),
+    ],
+)
+def test_no_side_shrinks_to_nothing(size, sent, turned):
+    """The long side is at most 1344 pixels, the short one at least one."""
+    size, sent = (size[::-1], sent[::-1]) if turned else (size, sent)
+    conv, picture = get_template("v1"), Image.new("RGB", size)
+    for mode in ("Default", "Crop"):
+        assert conv.process_image(picture, mode, return_pil=True).size == sent
+
+
+def test_a_padded_picture_is_shrunk_as_its_square_was():
+    noise = Image.effect_noise((1500, 40), 90).convert("RGB")
+    square = expand2square(noise, (122, 116, 104)).resize((672, 672))
+    found = get_template("v1").process_image(noise, "Pad", return_pil=True)
+    difference = ImageChops.difference(found, square)
+    assert found.size == (672, 672) and max(high for _, high in difference.getextrema()) <= 1
 
 
 def test_the_templates_own_examples_hold_no_pictures_to_send():

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates, get_template
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
+from llava.pictures import LONGEST_SIDE
 from llava.tiling import Tiling
 from llava.train.data import (
     CheckReport,
@@ -500,6 +502,23 @@ def test_bad_pictures_are_skipped_and_counted_on_demand(tmp_path, tokenizer, dat
     assert dataset.records == [RED, TEXT] and len(given) == 5
     with pytest.raises(InputError, match="no record is left"):
         LazySupervisedDataset([cut, gone], tokenizer, data_args).check()
+
+
+def test_deep_pictures_are_learnt_from_or_left_out_by_name(tmp_path, tokenizer, data_args):
+    ramp = np.arange(256)[None].repeat(64, 0)
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "plain.png")
+    Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.new("1", (1, LONGEST_SIDE + 1)).save(tmp_path / "long.png")
+    names = ("plain.png", "deep.png", "float.tif", "long.png")
+    given = [record(name, "<image>", "x", id=name) for name in names]
+    dataset = LazySupervisedDataset(given, tokenizer, data_args)
+    plain, deep = (dataset[i]["images"][0] for i in range(2))
+    assert torch.allclose(plain, deep, atol=4 / 255) and plain.std() > 0.1
+    with pytest.raises(InputError, match=r"record 2 \(id 'float.tif'\): picture .*from 0 to 255"):
+        dataset.check()
+    data_args.skip_bad_images = True
+    assert dataset.check() == CheckReport(samples=2, truncated=0, skipped=2)
 
 
 def test_cached_features_stand_in_for_the_picture(tmp_path, tokenizer, data_args):

@@ -1,6 +1,7 @@
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.mm_utils import image_pixels, open_image
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.pictures import READING
 from llava.train.feature_cache import FeatureCache
+from llava.train.session import make_feature_cache
 
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
@@ -166,6 +170,20 @@ def test_several_processes_share_a_folder(tmp_path, pictures):
     assert len(list((tmp_path / "cache").rglob("*"))) == 1 + 5 + len(
         {file.parent for file in (tmp_path / "cache").rglob("*.safetensors")}
     )
+
+
+def test_pictures_that_are_read_otherwise_have_another_key(pictures, tiny, tmp_path, monkeypatch):
+    """What an earlier version made of a 16-bit picture is not taken for its features."""
+    tower = build_vision_tower(SimpleNamespace(mm_vision_tower=str(tiny / "vision_tower")))
+    tower.load_model()
+    args = SimpleNamespace(
+        feature_cache=str(tmp_path / "cache"), feature_cache_gb=1, image_aspect_ratio="pad",
+        image_processor=tower.image_processor,
+    )  # fmt: skip
+    make_feature_cache(tower, args).prefetch(pictures)
+    assert pictures[0] in make_feature_cache(tower, args)
+    monkeypatch.setattr("llava.train.session.READING", READING + 1)
+    assert pictures[0] not in make_feature_cache(tower, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

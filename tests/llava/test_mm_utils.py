@@ -1,14 +1,8 @@
-import base64
-import functools
-import http.server
-import io
 import json
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,13 +12,9 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.mm_utils import (
     KeywordsStoppingCriteria,
-    expand2square,
     expand_image_tokens,
     get_model_name_from_path,
     image_pixels,
-    load_image,
-    load_image_from_base64,
-    open_image,
     process_images,
     tokenizer_image_token,
 )
@@ -47,109 +37,6 @@ def processor():
 
 
 # -- pictures --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
-    image = Image.new("RGB", (6, 4), (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 3, 4))
-    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
-    image.convert(mode).save(path)
-    opened = open_image(path)
-    assert opened.mode == "RGB" and opened.size == (6, 4)
-    assert opened.getpixel((0, 0)) == (255, 255, 255) and opened.getpixel((5, 3)) == (0, 0, 0)
-
-
-def test_a_turned_photograph_is_set_upright(tmp_path):
-    image = Image.new("RGB", (6, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (4, 6)
-
-
-def test_unreadable_pictures_are_named(tmp_path):
-    whole = tmp_path / "whole.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
-    data = whole.read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_text("no picture at all")
-    for name, reason in {
-        "missing.png": "no such file",
-        "cut.png": "truncated",
-        "empty.png": "cannot identify",
-        "text.png": "cannot identify",
-        ".": "directory",
-    }.items():
-        with pytest.raises(InputError, match=reason) as caught:
-            open_image(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
-    assert load_image(str(whole)).size == (64, 64)
-    # Port 9 of this machine answers nobody.
-    with pytest.raises(InputError, match="http://127.0.0.1:9/x.png"):
-        load_image("http://127.0.0.1:9/x.png")
-
-
-@pytest.fixture
-def site(tmp_path):
-    """The address of a server of the files in `tmp_path`, of `/hidden` (403), and of `/me.png`,
-    a picture for those who say that they are fedllava."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/hidden" or (
-                self.path == "/me.png" and "fedllava" not in self.headers["User-Agent"]
-            ):
-                self.send_error(403)
-            else:
-                super().do_GET()
-
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_pictures_from_an_address(site, tmp_path, monkeypatch):
-    Image.new("L", (6, 4)).save(tmp_path / "me.png")
-    (tmp_path / "page.html").write_text("<p>no picture")
-    picture = load_image(f"{site}/me.png")
-    assert picture.size == (6, 4) and picture.mode == "RGB"
-    for page, reason in {
-        "none.png": "HTTP Error 404",
-        "hidden": "HTTP Error 403",
-        "page.html": "cannot identify it as a picture",
-    }.items():
-        with pytest.raises(InputError, match=f"^picture {site}/{page} cannot be read: {reason}"):
-            load_image(f"{site}/{page}")
-    monkeypatch.setattr("llava.mm_utils.MOST_BYTES", 8)
-    with pytest.raises(InputError, match="me.png cannot be read: more than"):
-        load_image(f"{site}/me.png")
-
-
-def test_base64_pictures():
-    buffer = io.BytesIO()
-    Image.new("RGB", (99, 98), "blue").save(buffer, "PNG")
-    data = buffer.getvalue()
-    assert load_image_from_base64(base64.b64encode(data).decode()).size == (99, 98)
-    for broken in (b"no picture", data[:60], b""):
-        with pytest.raises(InputError, match="the base64 picture cannot be read"):
-            load_image_from_base64(base64.b64encode(broken))
-
-
-def test_squares():
-    red = Image.new("RGB", (5, 2), "red")
-    square = expand2square(red, (1, 2, 3))
-    assert square.size == (5, 5)
-    column = [square.getpixel((4, y)) for y in range(5)]
-    assert column == [(1, 2, 3), (255, 0, 0), (255, 0, 0), (1, 2, 3), (1, 2, 3)]
-    assert expand2square(red.rotate(90, expand=True), 0).size == (5, 5)
-    assert expand2square(square, (0, 0, 0)) is square
 
 
 def test_padding_shows_the_whole_picture_and_square_cuts_its_centre(processor):

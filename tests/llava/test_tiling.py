@@ -48,8 +48,11 @@ def test_unpadding_is_upstreams(case):
     assert list(unpad_image(torch.zeros(1, *grid), size).shape) == GOLDEN["unpad"][case]
 
 
+SIZES = [(640, 480), (480, 640), (200, 1000), (3000, 300), (17, 16), (100_000, 1), (1, 9000)]
+
+
 @pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (200, 1000), (3000, 300), (17, 16)])
+@pytest.mark.parametrize("size", SIZES)
 def test_as_many_tokens_are_arranged_as_were_counted(merge, size):
     tiling = Tiling(PINPOINTS, 336, 24, merge)
     tiles = 1 + tiling.grid(size)[0] * tiling.grid(size)[1]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llava.errors import InputError, reason
 from llava.model.quiet import quiet
+from llava.model.shards import check_hub_name, not_found
 from llava.state import check
 
 
@@ -57,6 +60,18 @@ class CLIPVisionTower(nn.Module):
         """
         if self.is_loaded:
             return
+        try:
+            self._load(device_map, weights)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"vision tower {self.vision_tower_name}: it does not load ({reason(error)})"
+            ) from None
+        self.requires_grad_(False).eval()
+        self.is_loaded = True
+
+    def _load(self, device_map: Any, weights: Mapping[str, torch.Tensor] | None) -> None:
         processor, model = self._classes()
         self.image_processor = processor.from_pretrained(self.vision_tower_name)
         with _whole_on_every_rank(), quiet():
@@ -67,8 +82,6 @@ class CLIPVisionTower(nn.Module):
             else:
                 self.vision_tower = model(self.config).float()
                 self._take(weights)
-        self.requires_grad_(False).eval()
-        self.is_loaded = True
 
     @staticmethod
     def _classes() -> tuple[type, type]:
@@ -151,13 +164,17 @@ def vision_config(name: str) -> Any:
     """The vision part of the config of a folder or hub name."""
     from transformers import AutoConfig
 
+    is_folder = Path(name).is_dir()
     try:
+        if not is_folder:
+            check_hub_name(name)
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except InputError as error:
+        raise InputError(f"vision tower {error}") from None
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"vision tower {name}: no readable model there ({reason(error)})"
-        ) from None
+        why = f"no readable model there ({reason(error)})" if is_folder else not_found(error)
+        raise InputError(f"vision tower {name}: {why}") from None
     return getattr(config, "vision_config", config)
 
 

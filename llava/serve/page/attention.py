@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ DARKEST = 0.15  # what nothing looked at keeps so much of its light
 
 async def overlays(talk: Talk, turns: list[Turn]) -> list[tuple[Image.Image, str]]:
     """The conversation's pictures as the last answer saw them, each with a caption."""
-    from PIL import Image
+    from llava.pictures import load_image_from_base64
 
     if not turns or not turns[-1].answer or not images_of(turns):
         raise Trouble("There is no answer about a picture yet.")
@@ -27,9 +25,8 @@ async def overlays(talk: Talk, turns: list[Turn]) -> list[tuple[Image.Image, str
     grids, fit = await talk.attention(worker, conversation.get_prompt(), answer, images)
     drawn = []
     for image, grid in zip(images, grids, strict=True):
-        picture = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
         brightest = f"brightest patch {max(map(max, grid)):.0%}"
-        drawn.append((overlay(picture, grid, fit), brightest))
+        drawn.append((overlay(load_image_from_base64(image), grid, fit), brightest))
     return drawn
 
 

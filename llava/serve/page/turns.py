@@ -61,25 +61,12 @@ def _sent(file: str, preprocess: str) -> str:
 
 def open_picture(path: str) -> Image.Image:
     """The picture uploaded to `path`, upright and RGB; `Trouble` in words if it is none."""
-    from PIL import Image, ImageOps
+    from llava.pictures import open_image
 
-    name = Path(path).name
     try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                raise Trouble(
-                    f"{name} has {picture.width} x {picture.height} pixels; "
-                    f"at most {MOST_PIXELS // 1_000_000} megapixels are taken."
-                )
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except Image.DecompressionBombError:
-        raise Trouble(
-            f"{name} is too large; at most {MOST_PIXELS // 1_000_000} megapixels are taken."
-        ) from None
-    except Trouble:
-        raise
-    except Exception:  # Pillow's decoders raise anything from OSError to struct.error
-        raise Trouble(f"{name} is not a picture that can be read.") from None
+        return open_image(path, Path(path).name, MOST_PIXELS)
+    except InputError as error:
+        raise Trouble(f"{error}.") from None
 
 
 def conversation_of(turns: list[Turn], worker: Worker) -> Conversation:

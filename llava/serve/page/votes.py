@@ -9,10 +9,8 @@ names were hidden.
 
 from __future__ import annotations
 
-import base64
 import datetime
 import hashlib
-import io
 import json
 import os
 import threading
@@ -69,9 +67,9 @@ class Log:
             os.close(file)
 
     def _keep(self, image: str, today: str) -> str:
-        from PIL import Image
+        from llava.pictures import load_image_from_base64
 
-        picture = Image.open(io.BytesIO(base64.b64decode(image)))
+        picture = load_image_from_base64(image)
         name = hashlib.md5(picture.tobytes(), usedforsecurity=False).hexdigest()
         path = self.folder / "serve_images" / today / f"{name}.jpg"
         if not path.exists():

@@ -99,6 +99,20 @@ def test_nan(form, bad, expert, out):
     refused(f"{said} has 1 NaN or infinite", [expert(form, 1), odd], out)
 
 
+@pytest.mark.parametrize(
+    ("form", "scope"), [*((f, "projector") for f in FORMS), ("lora", "all"), ("full", "all")]
+)
+def test_tensors_that_were_not_gathered(form, scope, expert, out):
+    """All of them, as where ZeRO-3 wrote; the good one is not blamed."""
+    odd = expert(form, 2)
+    folder = odd if odd.is_dir() else odd.parent
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        _write({name: torch.empty(0) for name in _read(file)}, file)
+    said = f"{folder.name}.* is empty, of shape .*ZeRO-3"
+    refused(said, [expert(form, 1), odd], out, scope=scope)
+    refused(said, [odd, odd], out, scope=scope)
+
+
 def _read(file: Path) -> dict:
     from llava.state import read_tensors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava.conversation import get_template
 from llava.errors import InputError
@@ -26,6 +28,7 @@ from llava.eval import (
 )
 from llava.eval.answer import Answerer
 from llava.eval.questions import get_chunk, read_jsonl, read_tsv
+from llava.pictures import open_image
 
 KEYS = ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
 
@@ -306,6 +309,18 @@ def test_defaults_are_upstreams():
     ):
         found = vars(module.arguments([]))
         assert found | common | own == found
+
+
+def test_mmbench_pictures_are_set_upright(pictures):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.open(pictures / "0.png").save(file, "JPEG", exif=exif)
+    row = dict.fromkeys(["index", "question", "hint", *"ABCD"], "1")
+    row["image"] = base64.b64encode(file.getvalue()).decode()
+    (asked,) = model_vqa_mmbench.ask(model_vqa_mmbench.arguments([]), row)
+    opened = asked.pictures[0]()
+    assert opened.mode == "RGB" and opened.tobytes() == open_image(file.getvalue()).tobytes()
+    assert opened.size == Image.open(pictures / "0.png").size[::-1]
 
 
 # -- bad input -------------------------------------------------------------------------------------

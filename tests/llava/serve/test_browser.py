@@ -237,7 +237,7 @@ def test_models_answer_side_by_side_and_a_picture_that_is_none_is_said(demo, red
         columns.nth(2).wait_for()
         (tmp_path / "notes.png").write_text("no picture")
         ask(window, "What is this?", tmp_path / "notes.png", box="Your question to all")
-        window.get_by_text("notes.png is not a picture that can be read.").wait_for()
+        window.get_by_text("notes.png cannot be read: cannot identify it as a picture.").wait_for()
         window.get_by_role("button", name="Remove file").click()
         ask(window, "What is this?", red, box="Your question to all")
         bots = [columns.nth(place).locator(".bot.message") for place in range(3)]

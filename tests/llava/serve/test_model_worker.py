@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava.eval.answer import Answerer, generation_options
 from llava.serve import wire
@@ -200,6 +200,27 @@ def test_attention_is_as_before_after_an_error_too(worker, answerer, shots, monk
     assert said == {"text": "the model failed: out of memory", "error_code": wire.ERROR_MODEL}
     assert kinds == ["eager"] and answerer.model.config._attn_implementation == before
     assert not answerer.model.model.layers[0].self_attn._forward_hooks
+
+
+def test_a_turned_photograph_is_seen_upright(worker, pictures):
+    exif, turned, upright = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.open(pictures / "0.png").save(turned, "JPEG", exif=exif)
+    ImageOps.exif_transpose(Image.open(turned)).save(upright, "PNG")
+    found = []
+    for file in (turned, upright):
+        body = question("What is this?", [base64.b64encode(file.getvalue()).decode()])
+        text = answers(worker, body)[-1]["text"]
+        body |= {"answer": "a red one", "prompt": body["prompt"] + " a red one###"}
+        seen = httpx.post(f"{worker}/worker_attention", json=body, timeout=60).json()["grids"]
+        found.append((text, seen))
+    assert found[0] == found[1]
+
+
+def test_a_picture_of_one_row_is_answered(worker):
+    assert answers(worker, question("What?", [png(100_000, 1)]))[-1]["error_code"] == 0
+    found = answers(worker, question("What?", [png(1, 100_001)]))[-1]
+    assert found["error_code"] == 1 and "sides of at most 100000" in found["text"]
 
 
 def test_attention_is_that_of_transformers(answerer, pictures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -182,15 +183,28 @@ def test_a_kind_that_not_every_server_reads_becomes_png(kind):
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (4, 3)
 
 
+def test_what_servers_may_read_otherwise_becomes_png():
+    """A photograph on its side, which not all of them turn; 16-bit grey, which some make white."""
+    exif, photo, scan = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4), "red").save(photo, "JPEG", exif=exif)
+    Image.fromarray(np.full((2, 3), 100 * 257, np.uint16)).save(scan, "PNG")
+    for file, size, level in ((photo, (4, 8), None), (scan, (3, 2), (100, 100, 100))):
+        head, _, data = data_url(base64.b64encode(file.getvalue()).decode()).partition(",")
+        sent = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert head == "data:image/png;base64" and sent.mode == "RGB" and sent.size == size
+        assert not sent.getexif() and level in (None, sent.getpixel((0, 0)))
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("", "it is no picture in base64"),
-        ("%%%%", "it is no picture in base64"),
-        (base64.b64encode(b"not a picture").decode(), "it is no picture in base64"),
+        ("", "cannot identify it as a picture"),
+        ("%%%%", "this is not base64"),
+        (base64.b64encode(b"not a picture").decode(), "cannot identify it as a picture"),
         (NOISE[: len(NOISE) // 2], "a picture of the question cannot be read"),
-        (picture(size=(10_000, 10_000), mode="1"), "10000 x 10000 pixels are too many"),
+        (picture(size=(10_000, 10_000), mode="1"), "10000 x 10000 pixels; at most 64 million"),
     ],
 )
 def test_what_is_no_honest_picture_is_an_error(image, message):

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -30,7 +31,7 @@ from llava.serve.gradio_web_server import arguments, main
 from llava.serve.page import compare, examples, records, run
 from llava.serve.page.attention import DARKEST, overlay
 from llava.serve.page.talk import Options, Talk, Trouble, Worker
-from llava.serve.page.turns import Turn, conversation_of, fill, images_of, shown
+from llava.serve.page.turns import PREPROCESS, Turn, conversation_of, fill, images_of, shown
 from llava.serve.page.votes import Log
 from llava.serve.web import application, streamed
 from tests.llava.serve.conftest import running
@@ -153,8 +154,11 @@ def test_what_cannot_be_sent_is_said_by_name(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "vast.png")
     assert 10_000**2 > MOST_PIXELS
     for name, message in (
-        ("notes.png", "notes.png is not a picture that can be read."),
-        ("vast.png", "vast.png has 10000 x 10000 pixels; at most 64 megapixels are taken."),
+        ("notes.png", "notes.png cannot be read: cannot identify it as a picture."),
+        (
+            "vast.png",
+            "vast.png cannot be read: 10000 x 10000 pixels; at most 64 million are taken.",
+        ),
     ):
         with pytest.raises(Trouble, match=f"^{re.escape(message)}$"):
             typed("what?", tmp_path / name)
@@ -162,6 +166,28 @@ def test_what_cannot_be_sent_is_said_by_name(tmp_path):
         typed("  ")
     with pytest.raises(Trouble, match="half an emoji"):
         typed("what? \ud83c")
+
+
+@pytest.mark.parametrize("size", [(1400, 1), (1, 5000)])
+@pytest.mark.parametrize("preprocess", PREPROCESS)
+def test_a_thin_picture_can_be_sent(tmp_path, size, preprocess):
+    Image.new("RGB", size, "red").save(tmp_path / "line.png")
+    turn = Turn.of({"text": "what?", "files": [str(tmp_path / "line.png")]}, preprocess)
+    sent = Image.open(io.BytesIO(base64.b64decode(turn.images[0])))
+    square = {"Pad": (672, 672), "Resize": (336, 336)}.get(preprocess)
+    assert sent.size == (square or tuple(min(side, 1344) for side in size))
+    for fit in ("pad", "crop", "stretch"):
+        assert overlay(sent, [[1, 0], [0, 1]], fit).size == sent.size
+
+
+def test_an_upload_is_set_upright_and_deep_grey_is_grey(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scan = Image.fromarray(np.full((20, 30), 100 * 257, np.uint16))
+    scan.save(tmp_path / "scan.png", exif=exif)
+    turn = typed("what?", tmp_path / "scan.png")
+    sent = Image.open(io.BytesIO(base64.b64decode(turn.images[0])))
+    assert sent.size == (20, 30) and sent.getcolors() == [(600, (100, 100, 100))]
 
 
 # -- trouble -----------------------------------------------------------------------------------

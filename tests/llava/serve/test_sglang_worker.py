@@ -325,7 +325,7 @@ def test_what_goes_wrong_is_the_last_object_in_words(worker, name, words):
     [
         ("What is this?", [], "the prompt is not of the template llava_v1"),
         (prompt_of("<image>\ngood"), [], "0 pictures were sent"),
-        (prompt_of("<image>\ngood"), ["AAAA"], "it is no picture in base64"),
+        (prompt_of("<image>\ngood"), ["AAAA"], "cannot identify it as a picture"),
         (prompt_of("good", "an <image>", "good"), ["AAAA"], "the questions have 0 <image> tags"),
     ],
 )
