@@ -87,20 +87,16 @@ def tasks_table(results: Results, others: Sequence[str]) -> str:
 
 def paired_table(results: Results, others: Sequence[str]) -> str:
     """Ours less each other one over all pairs of scenario and seed, with the sign-flip test's p."""
-
-    def difference(column: Column, other: str) -> str:
-        return spread(results.differences(results.plan.ours, other, column.measure), column.digits)
-
-    def test(column: Column, other: str) -> str:
-        less = results.differences(results.plan.ours, other, column.measure)
-        return f"{wins(less, column.better)}, {sign_flip_p(less):.2g}"
-
-    columns = []
-    for column, name in zip([*EXACT, LOSS], [*WHOSE, "all"], strict=True):
-        head = f"{name}: {'loss' if column is LOSS else 'exact %'}"
-        columns += [(head, functools.partial(difference, column))]
-        columns += [("better, p", functools.partial(test, column))]
-    return table("", others, columns)
+    body = []
+    for other in others:
+        cells = [other]
+        for column in [*EXACT, LOSS]:
+            less = results.differences(results.plan.ours, other, column.measure)
+            p = f"{wins(less, column.better)}, {sign_flip_p(less):.2g}"
+            cells += [spread(less, column.digits), p]
+        body.append(cells)
+    names = [*(f"{whose}: exact %" for whose in WHOSE), "all: loss"]
+    return markdown(["", *(head for name in names for head in (name, "better, p"))], body)
 
 
 def cost_table(results: Results, titles: Sequence[str]) -> str:

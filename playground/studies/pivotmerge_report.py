@@ -170,10 +170,10 @@ Made by `bash scripts/merge/study.sh` from [{name}.jsonl]({name}.jsonl);
 each on its own data; `fresh`: the start is a projector as it is drawn, `brief`: after a brief
 alignment on a tenth of all pictures. topic: 8 experts, a topic each. style: 4, a vendor's drawings
 each. caption: 4, the same kinds of pictures described in different ways. mixed: 4, half of the
-topics in half of the styles. Held-out pictures (`{report["part"]}`), {len(seeds)} seeds ({seeds[0]} to
-{seeds[-1]}: of the start and of the order of the data), mean ± standard deviation. Settings were
-chosen on other pictures (`{development["part"]}`) and another seed, {development["seeds"][0]},
-without mixed.
+topics in half of the styles. Held-out pictures (`{report["part"]}`), {len(seeds)} seeds
+({seeds[0]} to {seeds[-1]}: of the start and of the order of the data), mean ± standard deviation.
+Settings were chosen on other pictures (`{development["part"]}`) and another seed,
+{development["seeds"][0]}, without mixed.
 
 Joint training: {epochs} epochs on all data from the same start, the upper reference. The
 best single expert is picked by the very loss that is shown. † looks at data: {CALIBRATION} pairs

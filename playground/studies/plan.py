@@ -55,7 +55,7 @@ def check_document(document: Any, path: Path) -> None:
     for title, method in document["methods"].items():
         if not (isinstance(method, dict) and method.get("settings")):
             raise InputError(f"{path}: method {title!r} has no settings, of which one is chosen")
-    named = [document["ours"], document["reference"], *document.get("not_compared", [])]
+    named = (document["ours"], document["reference"])
     unknown = [title for title in named if title not in document["methods"]]
     if unknown:
         raise InputError(f"{path}: {unknown[0]!r} is none of the methods")

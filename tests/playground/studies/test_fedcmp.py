@@ -70,7 +70,8 @@ def test_every_run_has_flags_that_fed_train_knows(plan):
 def row(plan, job, losses, exact=0.5):
     rounds = list(range(1, len(losses) + 1))
     return {"job": plan.described(job), "rounds": rounds, "loss": losses,
-            "exact": [exact] * len(losses), "drift": [0.9] * len(losses), "seconds": 1.0, "flags": ""}  # fmt: skip
+            "exact": [exact] * len(losses), "drift": [0.9] * len(losses),
+            "seconds": 1.0, "flags": ""}  # fmt: skip
 
 
 def rows_of(plan, offsets):
