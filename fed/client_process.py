@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fed.yaml_values import text_of, unquoted
 from llava.errors import InputError
 
 PROCESS_KEYS = ("command", "cwd", "env", "gpus")
@@ -67,7 +68,9 @@ def split_command(command: object, where: str) -> tuple[str, ...]:
     except ValueError as error:
         raise InputError(f"{where} is {command!r}: {error}") from None
     if not words:
-        raise InputError(f"{where} is {command!r}, a program and its arguments are expected")
+        raise InputError(
+            f"{where} is {command!r}, one text with a program and its arguments is expected"
+        )
     return tuple(words)
 
 
@@ -98,7 +101,9 @@ def check_command(command: tuple[str, ...], cwd: str | None, path: str, where: s
 
 
 def _folder(cwd: object, folder: Path, where: str) -> str:
-    path = (folder / os.path.expanduser(_expanded(str(cwd), f"{where}: cwd"))).absolute()
+    path = (
+        folder / os.path.expanduser(_expanded(text_of("cwd", cwd, where), f"{where}: cwd"))
+    ).absolute()
     if not path.is_dir():
         raise InputError(f"{where}: cwd {path} does not exist")
     return str(path)
@@ -109,9 +114,11 @@ def _environment(env: object, where: str) -> dict[str, str]:
         raise InputError(f"{where}: env is {env!r}, names and values are expected")
     for name, value in env.items():
         if not isinstance(name, str) or not re.fullmatch(r"[^=\0]+", name):
-            raise InputError(f"{where}: env has the name {name!r}")
+            raise InputError(f"{where}: env has the name {name!r}, a text is expected")
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise InputError(f"{where}: env {name} is {value!r}, a text is expected")
+            raise InputError(
+                f"{where}: env {name} is {value!r}, a text is expected{unquoted(name, value)}"
+            )
     return {name: _expanded(str(value), f"{where}: env {name}") for name, value in env.items()}
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fed.client_process import PROCESS_KEYS, ProcessSpec, read_process
+from fed.yaml_values import flag_of, text_of, unquoted
 from llava.errors import InputError
 
 DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
@@ -105,6 +106,7 @@ def _client(
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(
             f"{where} has name {name!r}; letters, digits, '.', '_' and '-' are expected"
+            f"{unquoted('name', name)}"
         )
     where = f"--fed_clients {path}: client {name}"
     if name in ("global", "pool"):
@@ -117,23 +119,26 @@ def _client(
             near = difflib.get_close_matches(str(key), known, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""
             raise InputError(f"{where} has unknown key {key!r}{hint}")
-    if not isinstance(entry.get("data_path"), str):
+    if entry.get("data_path") is None:
         raise InputError(f"{where} has no data_path")
-    data_path = path.parent / Path(entry["data_path"]).expanduser()
+    data_path = path.parent / Path(text_of("data_path", entry["data_path"], where)).expanduser()
     if not data_path.is_file():
         raise InputError(f"{where}: data_path {data_path} does not exist")
     image_folder = entry.get("image_folder")
     if image_folder is not None:
-        image_folder = path.parent / Path(str(image_folder)).expanduser()
+        image_folder = path.parent / Path(text_of("image_folder", image_folder, where)).expanduser()
         if not image_folder.is_dir():
             raise InputError(f"{where}: image_folder {image_folder} does not exist")
     task = entry.get("task")
     if "task" in entry and not (isinstance(task, str) and re.fullmatch(r"[A-Za-z0-9_-]+", task)):
-        raise InputError(f"{where} has task {task!r}; letters, digits, '-' and '_' are expected")
+        raise InputError(
+            f"{where} has task {task!r}; letters, digits, '-' and '_' are expected"
+            f"{unquoted('task', task)}"
+        )
     first = entry.get("from_round", 1)
     if not isinstance(first, int) or isinstance(first, bool) or first < 1:
         raise InputError(f"{where} has from_round {first!r}; a round's number is expected, from 1")
-    overrides = {key: str(value) for key, value in entry.items() if key in flags}
+    overrides = {key: flag_of(key, value, where) for key, value in entry.items() if key in flags}
     process = read_process(entry, path.parent, where)
     folder = image_folder and str(image_folder)
     return ClientSpec(name, str(data_path), folder, overrides, process, task, first)

@@ -1,5 +1,7 @@
 """A grid of held-out pictures with what each model says of them beside the truth.
 
+A record with several pictures takes one place: they stand side by side.
+
     python -m fed.gallery --models "FedAvg=runs/fedavg" "Fed-CMP=runs/fedcmp" --model-base LLM \\
         --data heldout.json --image-folder images --output gallery.png
 
@@ -12,65 +14,94 @@ import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llava.atomic import atomic_write
 from llava.errors import InputError, one_clear_error
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 def captions(
-    folders: Sequence[str], model_base: str, pictures: Sequence[Path], max_new_tokens: int = 24
+    folders: Sequence[str],
+    model_base: str,
+    pictures: Sequence[Sequence[Path]],
+    max_new_tokens: int = 24,
 ) -> list[list[str]]:
-    """What each model (outer list) says of each picture, greedily, as after plain pre-training."""
-    import torch
+    """What each model (outer list) says of each record's pictures, greedily.
 
+    It is asked as in plain pre-training, with the pictures alone.
+    """
     from fed import state
+    from llava.constants import DEFAULT_IMAGE_TOKEN
     from llava.conversation import get_template
-    from llava.mm_utils import open_image, process_images, tokenizer_image_token
+    from llava.eval.answer import Answerer, generation_options, single_turn
+    from llava.mm_utils import open_image
     from llava.model.builder import load_pretrained_model
     from llava.model.checkpoint import PROJECTOR_FILE, load_projector
 
     tokenizer, model, processor, _ = load_pretrained_model(folders[0], model_base, "llava")
-    pixels = process_images([open_image(p) for p in pictures], processor, model.config)
-    features = model.get_vision_tower()(pixels.to(model.device, model.dtype))
-    conversation = get_template("plain").copy()
-    conversation.append_message(conversation.roles[0], "<image>")
-    ids = tokenizer_image_token(
-        conversation.get_prompt().strip("\n"), tokenizer, return_tensors="pt"
-    )
-    ids = ids.to(model.device).expand(len(pictures), -1)
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    answerer = Answerer(tokenizer, model, processor, folders[0], positions)
+    plain = get_template("plain")
+    prompts = [single_turn(plain, DEFAULT_IMAGE_TOKEN * len(own)).strip("\n") for own in pictures]
+    prepared = [[answerer.picture(open_image(path)) for path in own] for own in pictures]
     said = []
     for folder in folders:
         file = Path(folder) / PROJECTOR_FILE
         load_projector(model, state.load(file), str(file))
-        with torch.inference_mode():
-            output = model.generate(
-                ids,
-                images=features,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        said.append([text.split("\n")[0].strip() for text in texts])
+        said.append(answerer.answer(prompts, prepared, "\n", generation_options(0, max_new_tokens)))
     return said
 
 
+def beside(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row from left to right, as high as the first of them."""
+    from PIL import Image
+
+    height = images[0].height
+    scaled = [i.resize((max(1, round(i.width * height / i.height)), height)) for i in images]
+    row = Image.new("RGB", (sum(image.width for image in scaled), height))
+    left = 0
+    for image in scaled:
+        row.paste(image, (left, 0))
+        left += image.width
+    return row
+
+
+def shown(record: dict[str, Any], folder: Path, source: str) -> tuple[list[Path], str]:
+    """A record's pictures, and what is said of them; `InputError` names the record in `source`."""
+    from llava.train.preprocess import read_turns
+
+    image = record["image"]
+    names = image if isinstance(image, list) else [image]
+    try:
+        if not all(isinstance(name, str) for name in names):
+            raise InputError(f"`image` is {image!r:.80}, expected a path or a list of paths")
+        return [folder / name for name in names], read_turns(record["conversations"])[-1]
+    except InputError as error:
+        raise InputError(f"{source}: record {record.get('id')!r}: {error}") from None
+
+
 def draw(
-    pictures: Sequence[Path],
+    pictures: Sequence[Sequence[Path]],
     truths: Sequence[str],
     models: Sequence[str],
     said: Sequence[Sequence[str]],
     path: Path,
     columns: int = 4,
 ) -> None:
-    """The grid as a PNG: under each picture its name, then a line per model, green if right."""
+    """The grid as a PNG: under a record's pictures the truth, then each model's answer, green if
+    it is the same.
+    """
     import textwrap
 
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from PIL import Image
+
+    from llava.mm_utils import open_image
 
     rows = -(-len(pictures) // columns)
     lines = 1 + len(models)
@@ -82,11 +113,10 @@ def draw(
         axis.axis("off")
     share = 1.7 / (1.9 + 0.24 * lines)
     step = (1 - share) / (lines + 0.5)
-    for i, (axis, picture, truth) in enumerate(zip(axes.flat, pictures, truths, strict=False)):
-        with Image.open(picture) as image:
-            inset = axis.inset_axes([0.1, 1 - share, 0.8, share])
-            inset.imshow(image.convert("RGB"), interpolation="lanczos")
-            inset.axis("off")
+    for i, (axis, own, truth) in enumerate(zip(axes.flat, pictures, truths, strict=False)):
+        inset = axis.inset_axes([0.1, 1 - share, 0.8, share])
+        inset.imshow(beside([open_image(path) for path in own]), interpolation="lanczos")
+        inset.axis("off")
         y = 1 - share - 0.02
         axis.text(0.5, y, textwrap.shorten(truth, 36, placeholder="…"), ha="center", va="top",
                   fontsize=10, weight="bold", transform=axis.transAxes)  # fmt: skip
@@ -123,10 +153,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise InputError(f"--models {text}: NAME=FOLDER is expected")
             names.append(name)
             folders.append(folder)
+        if args.pictures < 1:
+            raise InputError(f"--pictures {args.pictures}: at least 1 is expected")
         records = [r for r in load_records(args.data) if r.get("image")]
+        if not records:
+            raise InputError(f"{args.data}: no record has a picture")
         records = random.Random(args.seed).sample(records, min(args.pictures, len(records)))
-        pictures = [args.image_folder / record["image"] for record in records]
-        truths = [record["conversations"][-1]["value"] for record in records]
+        pictures, truths = zip(
+            *(shown(r, args.image_folder, args.data) for r in records), strict=True
+        )
         said = captions(folders, args.model_base, pictures)
         draw(pictures, truths, names, said, args.output)
         print(f"wrote {args.output}")

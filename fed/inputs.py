@@ -154,14 +154,37 @@ def _options(method: str, words: Sequence[str]) -> list[str]:
     return [*(f"{name}={value}" for name, value in own.items()), *words]
 
 
-def _rehearse(name: str, options: dict, clients: int) -> None:
-    """A round on next to nothing: finds a value that is out of range before anybody trains."""
+def rehearse(fed_args: FedArguments, options: dict, at_work: Sequence[int]) -> None:
+    """Rounds on next to nothing: find a method that cannot, or a value out of range, before anybody
+    trains.
+
+    Args:
+        at_work: for each round, how many clients have samples in it.
+    """
+    method = methods.get(fed_args.fed_method)
     tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
-    make_rule = methods.client_rule(name, options)
+    make_rule = methods.client_rule(fed_args.fed_method, options)
     sent = make_rule(tiny, {}, {}).end().extras if make_rule else {}
-    methods.get(name)(
-        [tiny] * clients, weights=[1] * clients, base=tiny, extras=[sent] * clients, **options
-    )
+    sizes: dict[int, str] = {}
+    for round, there in enumerate(at_work, start=1):
+        drawn = min(fed_args.fed_clients_per_round or there, there)
+        sizes.setdefault(drawn, f"round {round} has {drawn}")
+        if 0 < fed_args.fed_min_clients < drawn:
+            least = fed_args.fed_min_clients
+            sizes.setdefault(least, f"--fed_min_clients lets a round go on with {least}")
+    for clients, why in sizes.items():
+        if not clients:  # such a round is skipped
+            continue
+        try:
+            method(
+                [tiny] * clients,
+                weights=[1] * clients,
+                base=tiny,
+                extras=[sent] * clients,
+                **options,
+            )
+        except InputError as error:
+            raise InputError(f"{error} ({why})") from None
 
 
 def _check_steps_changed(training_args: TrainingArguments, fed_args: FedArguments) -> None:
@@ -215,7 +238,11 @@ def check_round(specs: Sequence[ClientSpec], fed_args: FedArguments, options: di
         raise InputError(
             f"--fed_min_clients is {fed_args.fed_min_clients}, a round has {asked or there} clients"
         )
-    _rehearse(fed_args.fed_method, options, 1 if fed_args.fed_pool else asked or there)
+    joined = [
+        sum(spec.from_round <= round for spec in specs)
+        for round in range(1, fed_args.exchanges + 1)
+    ]
+    rehearse(fed_args, options, [1] if fed_args.fed_pool else joined)
 
 
 def arguments_of(

@@ -25,8 +25,9 @@ from fed.round_state import RoundState
 from fed.state import check
 from llava.errors import InputError, one_clear_error
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
-from llava.train.llava_trainer import last_checkpoint
+from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import load_session
+from llava.train.settings import fingerprint, training_settings
 from llava.train.train import make_supervised_data_module, make_trainer, prepare, prepare_output
 
 NEWCOMER = "newcomer"
@@ -50,6 +51,12 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     model_args.pilot_tasks = [task, *(other for other in known if other != task)]
     training_args.prediction_loss_only = True
     prepare_output(training_args)
+    settings = training_settings(model_args, data_args, training_args)
+    settings |= {
+        "--pilot_task": task,
+        "the content of --pilot_run": fingerprint(_state_file(own_args)),
+    }
+    checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
     state, beside = methods.get("pilot").send(NEWCOMER, task, run.personal, run.shared, run.memory)
 
@@ -73,8 +80,9 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     for name, title in (("train_dataset", "training"), ("eval_dataset", "validation")):
         if data[name] is not None:
             prepare(data[name], title, session.feature_cache, training_args.world_size)
-    trainer = make_trainer(session, training_args, **data)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
+    trainer = make_trainer(session, training_args, callbacks=[SayWhereItBegins()], **data)
+    record(training_args, settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     session.model.config.use_cache = True
     trainer.save_model()
@@ -90,7 +98,7 @@ def _read_run(model_args: ModelArguments, own_args: PersonaliseArguments) -> Rou
         raise InputError(
             f"--mm_projector_type is {model_args.mm_projector_type!r}, `pilot` is expected here"
         )
-    file = Path(own_args.pilot_run) / "fed" / "state.safetensors"
+    file = _state_file(own_args)
     if not file.is_file():
         raise InputError(f"--pilot_run {own_args.pilot_run}: there is no fed/state.safetensors")
     run = RoundState.load(file)
@@ -101,6 +109,10 @@ def _read_run(model_args: ModelArguments, own_args: PersonaliseArguments) -> Rou
             f"this is {found!r} after round {run.round}"
         )
     return run
+
+
+def _state_file(own_args: PersonaliseArguments) -> Path:
+    return Path(own_args.pilot_run) / "fed" / "state.safetensors"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from fed.turns import Turn
 
 _CHUNK = 2**18  # values of an update that are cast to float64 at once
 MUCH = 20.0  # times the median length: nobody trains so much more than the others
-ALIKE = 1e-12
+ALIKE = 1e-12  # equal updates' products differ by a rounding where a processor's kernels do
 
 
 class Stopwatch:
@@ -42,6 +43,7 @@ class Stopwatch:
 
 
 def round_record(
+    round: int,
     turns: Sequence[Turn],
     updates: Mapping[str, Update],
     failed: Mapping[str, str],
@@ -51,7 +53,7 @@ def round_record(
     done = [(turn, updates[turn.name]) for turn in turns if turn.name in updates]
     products = update_products([t.state for t, _ in done], [u.state for _, u in done])
     return {
-        "round": turns[0].round,
+        "round": round,
         "clients": {t.name: {"samples": u.num_samples, **u.metrics} for t, u in done},
         "failed": {turn.name: failed[turn.name] for turn in turns if turn.name in failed},
         "norms": products.diagonal().sqrt().tolist(),
@@ -117,7 +119,9 @@ def suspicions(record: dict) -> Iterator[str]:
     for i, a in enumerate(places):
         for j, b in list(enumerate(places))[i + 1 :]:
             cosine = record["cosines"][a][b]
-            if cosine is not None and cosine > 1 - ALIKE and norms[i] == norms[j]:
+            if cosine is None or cosine <= 1 - ALIKE:
+                continue
+            if math.isclose(norms[i], norms[j], rel_tol=ALIKE):
                 yield f"clients {names[i]} and {names[j]} sent the same update"
 
 

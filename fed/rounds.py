@@ -34,7 +34,7 @@ from fed.round_state import RoundState, Update, save_update
 from fed.state import State
 from fed.turns import ClientFailed, FitMany, Turn, failures, finished, keep_failure, may_fail
 from llava.atomic import remove_leftovers, write_text
-from llava.errors import InputError
+from llava.train.settings import check_same
 
 
 class Participant(Protocol):
@@ -103,25 +103,21 @@ class Loop:
         return now
 
     def _resume(self, initial: State) -> RoundState:
-        settings = json.loads(json.dumps(dict(self.settings)))
         if self.main:
             for folder in (self.output_dir, self._file.parent):
                 remove_leftovers(folder)
         if not self._file.exists():
             # Written before anything trains: a round that is cut short belongs to these settings.
-            fresh = RoundState(round=0, shared=initial, settings=settings)
+            fresh = RoundState(round=0, shared=initial, settings=dict(self.settings))
             if self.main:
                 fresh.save(self._file)
             return fresh
         found = RoundState.load(self._file)
-        for key in sorted(settings.keys() | found.settings.keys()):
-            if settings.get(key) != found.settings.get(key):
-                raise InputError(
-                    f"--output_dir {self.output_dir} holds a run with {key} = "
-                    f"{found.settings.get(key)!r}, now it is {settings.get(key)!r}; continue with "
-                    "the same command, or choose another --output_dir"
-                )
-        self._say(f"continuing after round {found.round} of {self.rounds}")
+        check_same(found.settings, self.settings, f"--output_dir {self.output_dir}")
+        if found.round < self.rounds:
+            self._say(f"continuing after round {found.round} of {self.rounds}")
+        else:
+            self._say(f"{self.output_dir}: round {found.round} is done, nothing is left to train")
         if self.main:
             self._write_records(found)
             for done in range(1, found.round + 1):
@@ -129,12 +125,18 @@ class Loop:
         return found
 
     def chosen(self, round: int) -> list[Participant]:
-        """Who takes part in a round: all, or as many as asked for, drawn anew each round."""
+        """Who takes part in a round: all, or as many as asked for of those that have samples in it.
+
+        These are drawn anew each round; fewer, or nobody, where no more have samples.
+        """
         if not self.clients_per_round or self.clients_per_round >= len(self.clients):
             return list(self.clients)
+        there = [client for client in self.clients if client.samples(round) > 0]
+        if self.clients_per_round >= len(there):
+            return there
         draw = random.Random(seed_of(self.seed, "clients of round", round))
-        picked = set(draw.sample(range(len(self.clients)), self.clients_per_round))
-        return [client for i, client in enumerate(self.clients) if i in picked]
+        picked = set(draw.sample(range(len(there)), self.clients_per_round))
+        return [client for i, client in enumerate(there) if i in picked]
 
     def _round(self, now: RoundState) -> RoundState:
         round = now.round + 1
@@ -150,6 +152,7 @@ class Loop:
         with self._watch.part("evaluation"):
             heldout = self._measure(after)
         record = round_record(
+            round,
             turns,
             updates,
             failed,
@@ -164,6 +167,8 @@ class Loop:
             self._write_records(after)
             shutil.rmtree(folder, ignore_errors=True)
         self.log(curves(record), round)
+        if "skipped" in facts:
+            self._say(f"round {round}/{self.rounds}  skipped: {facts['skipped']}")
         for doubt in suspicions(record):
             self._say(f"round {round}/{self.rounds}  look: {doubt}")
         for line in lines_of_measures(record, self.rounds):

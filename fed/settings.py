@@ -1,22 +1,16 @@
-"""What decides the result of a run: continued with anything else, it would be another run."""
+"""What decides the result of a federated run: that of training, the clients', and the method's."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from fed import state
 from fed.clients import ClientSpec
+from llava.train.settings import DECIDING, deciding_flags, fingerprint, training_settings
 
-# Flags that do not decide the result: a run may be continued with others.
-FREE = re.compile(
-    "output_dir|cache_dir|run_name|report_to|disable_tqdm|local_rank|use_cpu|feature_cache.*|"
-    "trackio.*|per_device_eval_batch_size|attn_implementation|(logging|log|save|eval|dataloader|"
-    "hub|push|ddp|torchdynamo|torch_compile|skip_memory|include)_.*|_.*|.*process_group.*|"
-    "fed_(clients|options|driver|eval_.*|client_(timeout|retries)|parallel_clients|min_clients)"
+FED_DECIDING = frozenset(
+    "fed_rounds fed_method pilot_stage1_learning_rate fed_clients_per_round fed_one_pass "
+    "fed_lr_schedule fed_pool fed_client_command".split()
 )
 
 
@@ -35,25 +29,19 @@ def settings_of(
         options: the method's.
         initial: the state that the first round starts from.
     """
-    settings = {
-        f"--{field.name}": str(getattr(args, field.name))
-        for args in arguments
-        for field in dataclasses.fields(args)
-        if not FREE.fullmatch(field.name)
-    }
+    settings = training_settings(*arguments[:3]) | deciding_flags(arguments[3:], FED_DECIDING)
     settings["--fed_options"] = {k: str(v) for k, v in options.items()}
     settings["the state to start from"] = state.fingerprint(initial)
     settings["the clients"] = [
         {
             "name": spec.name,
             "samples": len(dataset),
-            "data": hashlib.sha256(Path(spec.data_path).read_bytes()).hexdigest()[:16],
-            "overrides": spec.overrides,
+            "data": fingerprint(spec.data_path),
+            "overrides": {k: v for k, v in spec.overrides.items() if k in DECIDING},
             "from_round": spec.from_round,
             "task": spec.task,
             "command": spec.process.command,
         }
         for spec, dataset in zip(specs, datasets, strict=True)
     ]
-    settings["processes"] = arguments[2].world_size
     return settings

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -34,6 +34,7 @@ from llava.train.data import (
     LazySupervisedDataset,
     load_records,
 )
+from llava.train.preprocess import says_nothing
 from llava.train.session import Session, load_session, training_config
 from llava.train.train import prepare
 
@@ -254,7 +255,7 @@ def make_script_clients(
     for spec in specs:
         with named(spec):
             commands.append(_own_command(spec, common))
-            records.append(load_records(spec.data_path))
+            records.append(_teaching(spec))
     cuts = _cut(specs, records, training_args.seed, fed_args)
     return [
         ScriptClient(
@@ -268,6 +269,27 @@ def make_script_clients(
         )
         for spec, command, own_records, cut in zip(specs, commands, records, cuts, strict=True)
     ]
+
+
+def _teaching(spec: ClientSpec) -> list[dict[str, Any]]:
+    """A client's records, without those that teach nothing: they must not count in the average.
+
+    What --model_max_length cuts off, only the client's process can tell.
+    """
+    records = load_records(spec.data_path)
+    kept = [record for record in records if not says_nothing(record)]
+    if not kept:
+        raise InputError(
+            f"{spec.data_path}: there is nothing to learn in it: all of its {len(records)} records "
+            "have an empty answer"
+        )
+    if left_out := len(records) - len(kept):
+        print(
+            f"client {spec.name}: {len(kept)} samples, {left_out} left out: "
+            "their answers are empty",
+            flush=True,
+        )
+    return kept
 
 
 def _own_command(spec: ClientSpec, common: tuple[str, ...] | None) -> list[str]:

@@ -51,6 +51,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     else:
         rule = methods.client_rule(fed_args.fed_method, options)
         run = setup.resident(specs, client_args, arguments, logger, rule)
+    rounds = range(1, fed_args.exchanges + 1)
+    at_work = [sum(client.samples(round) > 0 for client in run.clients) for round in rounds]
+    inputs.rehearse(fed_args, options, at_work)  # once more: a slice may be empty
     evaluation_sets = [
         setup.evaluation_set(path, data_args, fed_args, run.session, training_args)
         for path in fed_args.fed_eval_data_path

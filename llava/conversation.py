@@ -39,7 +39,9 @@ class Conversation:
     """A template with its turns so far: `messages` holds `[role, text]`, user first, in turn.
 
     A user's text may be `(text, picture, image_process_mode)`; a text of None is the open turn that
-    the model is to fill. The first `offset` messages are examples that belong to the template.
+    the model is to fill. A text of "" is a turn that ends like any other; upstream leaves it open,
+    and the next role follows at once. The first `offset` messages are examples that belong to the
+    template.
     """
 
     system: str
@@ -57,7 +59,10 @@ class Conversation:
         return "".join(text for text, _ in self.segments())
 
     def segments(self) -> list[Segment]:
-        """The prompt in pieces. An answer's piece holds the space before it and its end mark."""
+        """The prompt in pieces. An answer's piece holds the space before it and its end mark.
+
+        An answer of nothing but white space is not to be learnt.
+        """
         style, end = self.sep_style, self.sep2 or self.sep
         system = self.system
         if style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO, SeparatorStyle.MPT):
@@ -65,20 +70,20 @@ class Conversation:
         segments = [] if style is SeparatorStyle.LLAMA_2 else [(system, False)]
         for i, (role, text) in enumerate(self._turns()):
             answer = i % 2 == 1
-            mark = end if answer else self.sep
+            mark, learnt = end if answer else self.sep, answer and bool((text or "").strip())
             if style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO):
                 segments.append((f"{role}:", False))
-                if text:
-                    segments.append((f" {text}{mark}", answer))
+                if text is not None:
+                    segments.append((f" {text}{mark}", learnt))
             elif style is SeparatorStyle.MPT:
                 segments.append((role, False))
-                if text:
-                    segments.append((f"{text}{mark}", answer))
-            elif style is SeparatorStyle.PLAIN and text:
-                segments.append((f"{text}{mark}", answer))
-            elif style is SeparatorStyle.LLAMA_2 and text and answer:
-                segments.append((f" {text} {mark}", True))
-            elif style is SeparatorStyle.LLAMA_2 and text:
+                if text is not None:
+                    segments.append((f"{text}{mark}", learnt))
+            elif style is SeparatorStyle.PLAIN and text is not None:
+                segments.append((f"{text}{mark}", learnt))
+            elif style is SeparatorStyle.LLAMA_2 and text is not None and answer:
+                segments.append((f" {text} {mark}", learnt))
+            elif style is SeparatorStyle.LLAMA_2 and text is not None:
                 if i == 0 and self.system:
                     text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n{text}"
                 segments.append((f"{self.sep if i else ''}[INST] {text} [/INST]", False))

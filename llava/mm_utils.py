@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import StoppingCriteria
 
+from llava.chunks import chunk_ids
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX, MOST_PIXELS
 from llava.errors import InputError
 
@@ -173,14 +174,14 @@ def tokenizer_image_token(
 ) -> list[int] | torch.Tensor:
     """Token ids of `prompt`, with `image_token_index` in the place of each `<image>`.
 
-    The pieces between pictures are tokenised each by itself. `return_tensors="pt"` gives a 1-D
-    LongTensor in place of the list.
+    The pieces between pictures are tokenised each by itself, as `llava.chunks` says.
+    `return_tensors="pt"` gives a 1-D LongTensor in place of the list.
     """
     ids = bos_prefix(tokenizer)
     for i, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         if i:
             ids.append(image_token_index)
-        ids += tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids
+        ids += chunk_ids(chunk, tokenizer)
     if return_tensors is None:
         return ids
     if return_tensors != "pt":

@@ -6,14 +6,14 @@ cd "$ROOT"
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.11 python3.12 python3.10 python3 python; do
+    for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3.14 python3.10 python3 python; do
         if command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return 0
         fi
     done
-    echo "error: Python 3.10, 3.11 or 3.12 is needed; found $(python3 --version 2>&1 || echo none)." \
+    echo "error: Python 3.10 to 3.14 is needed; found $(python3 --version 2>&1 || echo none)." \
         "Name one with PYTHON=/path/to/python." >&2
     return 1
 }

@@ -14,6 +14,25 @@ GOLDEN = Path(__file__).parent / "golden"
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
+def near(expected):
+    """Equal but for float64 rounding, which differs by processor and by number of threads."""
+    return pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def assert_moved_alike(found, expected, start, share):
+    """By tensor, what two runs differ by is at most `share` of the way that they went.
+
+    Lengths, not values: Adam makes a whole step of a gradient that is next to nothing, so that a
+    rounding of it, which differs by processor, can move a single value by as much.
+    """
+    assert found.keys() == expected.keys() == start.keys()
+    for name, tensor in expected.items():
+        went = (tensor.double() - start[name].double()).norm()
+        apart = (tensor.double() - found[name].double()).norm()
+        assert went > 0, f"{name} has not moved"
+        assert apart <= share * went, f"{name}: {float(apart):.3g} apart, went {float(went):.3g}"
+
+
 def make_vision_tower(folder: Path, hidden_size: int = 32) -> None:
     import torch
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel

@@ -17,8 +17,11 @@ from fed import state
 from fed.train import train as fed_train
 from llava.train.train import train as llava_train
 
+from .conftest import assert_moved_alike
+
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[1]
+NEAR = 0.01  # of the way that a tensor went: measured 2e-5, and one whole step of a value is 0.003
 
 # What each rank runs: one job after the other. The shared-memory op only makes gloo faster, and
 # would be compiled for minutes on a fresh machine.
@@ -139,24 +142,20 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
     )
     assert "Warning" not in printed and "mismatch" not in printed
     a, b = (load_file(tmp_path / f"full-{n}" / "model.safetensors") for n in (1, 2))
-    assert a.keys() == b.keys()
-    for key in a:
-        assert (a[key] - b[key]).abs().max() < 1e-5, key
+    projector = state.load(common["pretrain_mm_mlp_adapter"])
+    start = {**load_file(tiny / "llm" / "model.safetensors"), **projector}
+    moving = {n: t for n, t in a.items() if "vision_tower" not in n}
+    assert all(torch.equal(a[n], b[n]) for n in a.keys() - moving.keys())
+    assert_moved_alike({n: b[n] for n in moving}, moving, {n: start[n] for n in moving}, NEAR)
     for name in ("plain", "fed"):
         a, b = (state.load(tmp_path / f"{name}-{n}" / "mm_projector.bin") for n in (1, 2))
-        start = state.load(common["pretrain_mm_mlp_adapter"])
-        for key in a:
-            assert (a[key] - b[key]).abs().max() < 1e-5, (name, key)
-            assert (a[key] - start[key]).abs().max() > 1e-3, (name, key)
+        assert_moved_alike(b, a, projector, NEAR)
 
     start, a, b, resumed = map(
         lora_parts, (tmp_path / "lora-start", tmp_path / "lora-1", whole, cut)
     )
-    assert start.keys() == a.keys() == b.keys() == resumed.keys()
-    for key in a:
-        assert (a[key] - b[key]).abs().max() < 1e-5, key
-        assert (a[key] - start[key]).abs().max() > 1e-3, key
-        assert torch.equal(b[key], resumed[key]), key
+    assert_moved_alike(b, a, start, NEAR)
+    assert b.keys() == resumed.keys() and all(torch.equal(b[key], resumed[key]) for key in b)
 
     # The frozen language model (230 thousand parameters) is in no checkpoint.
     assert [c.name for c in (tmp_path / "plain-2").glob("checkpoint-*")] == ["checkpoint-6"]
@@ -203,9 +202,7 @@ def test_pilot_on_two_ranks_with_zero_3_equals_one_process(flags, tiny, tmp_path
             *(tmp_path / run / "clients" / name for run in ("one", "two")),
         )
         start, one, both = map(lora_parts, places)
-        assert start.keys() == one.keys() == both.keys() and any("router" in key for key in one)
+        assert any("router" in key for key in one)
+        assert_moved_alike(both, one, start, 0.02)
         for key, tensor in one.items():
-            moved = (tensor - start[key]).norm()
-            assert moved > 0.01 or "pilot.client" in key, key
-            # Not value by value: Adam makes a whole step of a gradient that is next to nothing.
-            assert (both[key] - tensor).norm() < 0.02 * moved, key
+            assert (tensor - start[key]).norm() > 0.01 or "pilot.client" in key, key

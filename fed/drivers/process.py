@@ -1,8 +1,8 @@
 """Commands as process groups: each with a log and a time limit, and none left behind.
 
 A group is ended when its leader ends, at its time limit, and when the run is stopped. Only SIGKILL
-of the run itself leaves one at work: it holds a lock on its folder, which it has inherited, so the
-run that goes on from there finds it and ends it first.
+of the run itself leaves one at work: it holds the lock of its folder, which it has inherited, so
+the run that goes on from there finds it and ends it first, if it is on the same host.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 
 from llava.atomic import write_text
 from llava.errors import InputError
+from llava.processes import group_of, name_of
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-_LEADER = "leader.pid"
+_LEADER, _LOCK = "leader.pid", ".lock"
 
 
 class Stopped(Exception):
@@ -77,7 +78,7 @@ class ProcessGroups:
                 return f"cannot be started: {error.strerror}"
             self._leaders.add(leader)
         try:
-            write_text(folder / _LEADER, str(leader.pid))
+            write_text(folder / _LEADER, name_of(leader.pid))
             code = leader.wait(timeout or None)
         except subprocess.TimeoutExpired:
             code = None
@@ -138,15 +139,21 @@ def sole_use(folder: Path) -> Iterator[int]:
         The descriptor of the lock; processes that inherit it hold the folder too.
     """
     lock = _try_lock(folder)
+    leader = ""
     if lock is None:
-        with contextlib.suppress(OSError, ValueError):
-            _end([int((folder / _LEADER).read_text())])
+        with contextlib.suppress(OSError):
+            leader = (folder / _LEADER).read_text()
+        if (group := group_of(leader)) is not None:
+            _end([group])
     deadline = time.monotonic() + GRACE
     while lock is None and time.monotonic() < deadline:
         time.sleep(0.05)
         lock = _try_lock(folder)
     if lock is None:
-        raise InputError(f"{folder}: a process of an earlier run is still at work there; end it")
+        raise InputError(
+            f"{folder}: a process of an earlier run is still at work there; end it "
+            f"({leader or 'unknown'}, as HOST.PID.BEGAN)"
+        )
     try:
         yield lock
     finally:
@@ -154,10 +161,13 @@ def sole_use(folder: Path) -> Iterator[int]:
 
 
 def _try_lock(folder: Path) -> int | None:
-    """A descriptor that locks `folder` until all its copies are closed; None if another does."""
+    """A descriptor that locks `folder` until all its copies are closed; None if another does.
+
+    The lock is that of a file in it: NFS, where it holds between hosts, locks no folders.
+    """
     import fcntl  # Windows has none, and the resident driver does without
 
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

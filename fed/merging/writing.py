@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from llava.atomic import left_of, own_name
 from llava.errors import InputError
 
 _SPARE = 2**20  # card, config and the like
@@ -55,15 +54,14 @@ def output_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill, which takes the place of `path` at the end of the block.
 
     If the block raises, nothing is left and `path` is as it was. A process that is killed leaves
-    `.NAME.PID.tmp` beside it, which the next merge to the same place removes; in the instant of
-    the exchange it may leave the old folder as `.NAME.PID.old`, which the next merge puts back.
+    its `own_name` beside it, which the next merge from the same host to the same place removes; in
+    the instant of the exchange it may leave the old folder, as `.old`, which that merge puts back.
 
     Raises:
         InputError: the disk is full, whichever library was told so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary, aside = own_name(path), own_name(path, "old")
     temporary.mkdir()
     try:
         with _disk_errors(path):
@@ -95,23 +93,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 def _recover(path: Path) -> None:
     """Clear away what killed merges to this place left; the old folder first goes back."""
-    if not path.parent.is_dir():
-        return
-    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*")):
-        match = re.fullmatch(r"\.(\d+)\.(tmp|old)", left.name.removeprefix(f".{path.name}"))
-        if not match or _is_alive(int(match[1])):
-            continue
-        if match[2] == "old" and not path.exists():
+    for left in left_of(path):
+        if left.suffix == ".old" and not path.exists():
             os.replace(left, path)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

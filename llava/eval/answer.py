@@ -28,6 +28,10 @@ Picture = tuple["torch.Tensor", tuple[int, int]]
 """A picture as the tower wants it, and its (width, height) before."""
 
 
+class TooLong(InputError):
+    """A prompt that leaves no room for an answer."""
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model answers, and where it computes."""
     parser.add_argument("--model-path", default="facebook/opt-350m")
@@ -109,9 +113,12 @@ class Answerer:
         """Prepare one picture; several threads may do so at once."""
         from llava.mm_utils import process_images
 
+        self._check_sees()
+        return process_images([image], self.image_processor, self.model.config)[0], image.size
+
+    def _check_sees(self) -> None:
         if self.image_processor is None:
             raise InputError(f"{self.name}: a language model without pictures")
-        return process_images([image], self.image_processor, self.model.config)[0], image.size
 
     def placed(self, pictures: Sequence[Picture]) -> tuple[Any, list[tuple[int, int]]]:
         """Pixels of pictures as the model takes them, where it computes, and their sizes."""
@@ -138,10 +145,15 @@ class Answerer:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from llava.mm_utils import KeywordsStoppingCriteria, tokenizer_image_token
+        from llava.mm_utils import KeywordsStoppingCriteria
 
         model, tokenizer = self.model, self.tokenizer
-        rows = [tokenizer_image_token(prompt, tokenizer, return_tensors="pt") for prompt in prompts]
+        rows, rooms = [], []
+        for prompt, own in zip(prompts, pictures, strict=True):
+            row, room = self.tokens(prompt, [size for _, size in own])
+            rows.append(row)
+            rooms.append(room)
+        limit = min(generation["max_new_tokens"], *rooms)
 
         def pad(rows, value):
             return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
@@ -164,10 +176,65 @@ class Answerer:
                 stopping_criteria=[KeywordsStoppingCriteria([stop], tokenizer, ids)],
                 streamer=streamer,
                 use_cache=True,
-                **generation,
+                **generation | {"max_new_tokens": limit},
             )
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-        return [text.split(stop)[0].strip() for text in texts]
+        texts = [text.split(stop)[0].strip() for text in texts]
+        for i, ids in enumerate(output.tolist()):
+            # The longest prompt leaves least room; who was cut for it is asked again, alone.
+            wanted = min(generation["max_new_tokens"], rooms[i])
+            if len(ids) == limit < wanted and not self._ended(ids, stop):
+                texts[i] = self.answer([prompts[i]], [pictures[i]], stop, generation)[0]
+        return texts
+
+    def _ended(self, ids: list[int], stop: str) -> bool:
+        """Whether an answer came to its end by itself."""
+        return not self.ends.isdisjoint(ids) or stop in self.tokenizer.decode(ids)
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        configured = self.model.generation_config.eos_token_id
+        found = configured if isinstance(configured, list) else [configured]
+        return {token for token in [*found, self.tokenizer.eos_token_id] if token is not None}
+
+    def tokens(self, prompt: str, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, int]:
+        """A prompt's ids (n,), an image token for each picture, and the room left for an answer.
+
+        Args:
+            sizes: (width, height) in pixels of the prompt's pictures.
+
+        Returns:
+            the ids, and how many tokens the answer may have: at least 1.
+
+        Raises:
+            TooLong: there is no room for an answer.
+            InputError: another number of image tokens, or half a character.
+        """
+        from llava.mm_utils import tokenizer_image_token
+
+        most = self.context_length
+        if len(prompt) > 32 * most:  # not even worth a count
+            raise self._too_long(f"{len(prompt):,} characters")
+        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
+        if (found := prompt.count(DEFAULT_IMAGE_TOKEN)) != len(sizes):
+            raise InputError(f"{len(sizes)} pictures were given, the text has {found} image tokens")
+        length = len(ids) - found + sum(self.model.picture_length(size) for size in sizes)
+        if length >= most:
+            raise self._too_long(f"{length:,} tokens, pictures included")
+        return ids, most - length
+
+    def at_most(self, prompt: str, pictures: int) -> int:
+        """What a prompt's tokens, pictures included, are not more than; nothing is tokenised."""
+        if pictures:
+            self._check_sees()
+        most = self.model.most_picture_length if pictures else 0
+        # A token is at least a byte of text, but for what a tokenizer puts before each piece.
+        return len(prompt.encode(errors="replace")) + 2 * (1 + pictures) + pictures * most
+
+    def _too_long(self, found: str) -> TooLong:
+        most = self.context_length
+        return TooLong(f"the prompt has {found}; this model reads {most} tokens, answer included")
 
 
 def _check_device(name: str) -> None:

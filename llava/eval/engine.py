@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ from llava.errors import InputError
 from llava.eval.answer import (
     Answerer,
     Picture,
+    TooLong,
     add_model_flags,
     end_mark,
     generation_options,
@@ -31,6 +33,8 @@ from llava.eval.questions import answer_id, get_chunk
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from llava.conversation import Conversation
 
 SAME_ANSWERS = ("answers_file", "batch_size", "device", "num_workers")
 """Flags that may differ between a run that was cut short and the one that goes on."""
@@ -121,23 +125,58 @@ def _answers(args, questions: list[Question], mmtag: bool) -> Iterator[dict]:
     options = generation_options(args.temperature, args.max_new_tokens, args.top_p, args.num_beams)
     answerer = Answerer.load(args)
     template = answerer.template(args.conv_mode, args.default_conv_mode, mmtag)
+    _check(answerer, template, questions, args.question_file)
     size = args.batch_size
     batches = [questions[i : i + size] for i in range(0, len(questions), size)]
 
     def prepare(question: Question) -> tuple[str, list[Picture]]:
-        try:
-            text = answerer.with_pictures(question.text, len(question.pictures))
-            return text, [answerer.picture(opened()) for opened in question.pictures]
-        except InputError as error:
-            raise InputError(f"question {question.record['question_id']}: {error}") from None
+        with _named(question):
+            prompt = _prompt(answerer, template, question)
+            return prompt, [answerer.picture(opened()) for opened in question.pictures]
 
     for batch, prepared in _ahead(batches, prepare, args.num_workers):
-        texts, pictures = zip(*prepared, strict=True)
-        prompts = [single_turn(template, text) for text in texts]
+        prompts, pictures = zip(*prepared, strict=True)
         answers = answerer.answer(prompts, pictures, end_mark(template), options)
         for question, answer in zip(batch, answers, strict=True):
             ending = {"answer_id": answer_id(), "model_id": answerer.name, "metadata": {}}
             yield {**question.record, "text": answer, **ending}
+
+
+def _prompt(answerer: Answerer, template: Conversation, question: Question) -> str:
+    text = answerer.with_pictures(question.text, len(question.pictures))
+    return single_turn(template, text)
+
+
+@contextlib.contextmanager
+def _named(question: Question) -> Iterator[None]:
+    """Inside, an `InputError` says which question it is about."""
+    try:
+        yield
+    except InputError as error:
+        message = f"question {question.record['question_id']}: {error}"
+        raise type(error)(message) from None
+
+
+def _check(
+    answerer: Answerer, template: Conversation, questions: Sequence[Question], file: str
+) -> None:
+    """`InputError` if a prompt does not fit, before the first is answered.
+
+    An answers file without some of its answers would be scored as if they were wrong, and to stop
+    at the first of them in the middle of the night is worse than at its beginning.
+    """
+    too_long = []
+    for question in questions:
+        try:
+            with _named(question):
+                prompt, pictures = _prompt(answerer, template, question), question.pictures
+                if answerer.at_most(prompt, len(pictures)) >= answerer.context_length:
+                    answerer.tokens(prompt, [opened().size for opened in pictures])
+        except TooLong as error:
+            too_long.append(str(error))
+    if too_long:
+        more = f" ({len(too_long)} such questions)" if len(too_long) > 1 else ""
+        raise InputError(f"{file}: {too_long[0]}{more}; nothing was asked")
 
 
 def _ahead(batches: list[list], prepare: Callable, workers: int) -> Iterator[tuple[list, list]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.texts import half_character
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 """The digits of upstream's answer ids (shortuuid's): no 0, 1, I, O and l."""
@@ -35,7 +36,7 @@ def read_jsonl(path: str | os.PathLike, *keys: str) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number}: not JSON ({error})") from None
         check_keys(record, keys, f"{path} line {number}")
         records.append(record)
@@ -52,7 +53,7 @@ def read_json(path: str | os.PathLike) -> Any:
     text = _read(path)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
@@ -80,15 +81,9 @@ def check_keys(record: Any, keys: Sequence[str], where: str) -> None:
     if missing := [key for key in keys if key not in record]:
         raise InputError(f"{where}: {missing[0]!r} is missing")
     for key in keys:
-        if key in TEXTS and not _is_text(record[key]):
-            raise InputError(f"{where}: {key!r} is {record[key]!r}, text is expected")
-
-
-def _is_text(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
-        return False
+        text = record[key]
+        if key in TEXTS and (not isinstance(text, str) or half_character(text) is not None):
+            raise InputError(f"{where}: {key!r} is {text!r}, text is expected")
 
 
 def _read(path: str | os.PathLike) -> str:

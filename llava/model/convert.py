@@ -9,7 +9,7 @@ new row is the mean of the old ones, so it is never the likeliest token. Upstrea
 and settings are kept beside (`OUT/llava/`, and a key of config.json): with them `--to llava` cuts
 the rows off again, so that there and back gives the same tensors; without, it keeps them.
 
-`OUT` appears once it is whole; a killed run leaves `.OUT.PID.tmp`, which may be deleted.
+`OUT` appears once it is whole; a killed run leaves `.OUT.….tmp`, which may be deleted.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def with_image_token(ours: PreTrainedTokenizerBase, mark: str) -> PreTrainedToke
     """A copy of a fast tokenizer with `<image>` and, if it has no padding of its own, `<pad>`.
 
     LLaVA tokenises the texts around a picture each by itself, so a tokenizer that marks the start
-    of a text with a space (Llama's) marks it after a picture too. In one piece it would not: a
-    rule is added that puts the space there.
+    of a text with a space (Llama's) marks it after a picture too, whatever the text begins with.
+    In one piece it would not: a rule is added that puts the space there.
 
     Args:
         mark: what stands for a picture; the tokenizer must know the tokens around `<image>`.
@@ -48,16 +48,15 @@ def with_image_token(ours: PreTrainedTokenizerBase, mark: str) -> PreTrainedToke
     backend = Tokenizer.from_str(ours.backend_tokenizer.to_str())
     backend.add_special_tokens([DEFAULT_IMAGE_TOKEN, pad])
     spec = json.loads(backend.to_str())
-    if (spec["pre_tokenizer"] or {}).get("prepend_scheme") == "first":
-        rule = {
-            "type": "Replace",
-            "pattern": {"Regex": r"<image>(?! |▁|<image>|\z)"},
-            "content": f"{DEFAULT_IMAGE_TOKEN} ",
-        }
-        old = spec["normalizer"]
-        if rule not in (old, *(old or {}).get("normalizers", ())):
-            both = {"type": "Sequence", "normalizers": [rule, old]}
-            spec["normalizer"] = both if old else rule
+    scheme = (spec["pre_tokenizer"] or {}).get("prepend_scheme")
+    if scheme == "always":
+        # The same, said as transformers 4 says it: Metaspace would skip a text that has a space.
+        spec["pre_tokenizer"]["prepend_scheme"] = "never"
+        _normalize_first(spec, {"type": "Prepend", "prepend": "▁"})
+    elif scheme == "first":
+        pattern = {"Regex": rf"{DEFAULT_IMAGE_TOKEN}(?!{DEFAULT_IMAGE_TOKEN}|\z)"}
+        content = f"{DEFAULT_IMAGE_TOKEN} "
+        _normalize_first(spec, {"type": "Replace", "pattern": pattern, "content": content})
         for token in spec["added_tokens"]:
             if token["content"] == DEFAULT_IMAGE_TOKEN:
                 token["normalized"] = True  # so that the rule sees it
@@ -70,14 +69,22 @@ def with_image_token(ours: PreTrainedTokenizerBase, mark: str) -> PreTrainedToke
     )
 
 
+def _normalize_first(spec: dict[str, Any], rule: dict[str, Any]) -> None:
+    """Put a rule before all others of a tokenizer's normalizer, unless it is there."""
+    old = spec["normalizer"]
+    if rule not in (old, *(old or {}).get("normalizers", ())):
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [rule, old]} if old else rule
+
+
 def check_same_ids(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, template: Conversation
 ) -> None:
     """`InputError` if the tokenizer with `<image>` reads a prompt differently from LLaVA's way."""
     image = theirs.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
     prompt = template.copy()
-    for text in (f"{DEFAULT_IMAGE_TOKEN}\nWhat is it?", "A cat.", f"{DEFAULT_IMAGE_TOKEN}Why?"):
-        prompt.append_message(prompt.roles[len(prompt.messages) % 2], text)
+    for after in ("\nWhat is it?", "Why?", " Is it?"):
+        prompt.append_message(prompt.roles[0], f"{DEFAULT_IMAGE_TOKEN}{after}")
+        prompt.append_message(prompt.roles[1], "A cat.")
     text = prompt.get_prompt()
     if theirs(text).input_ids != tokenizer_image_token(text, ours, image):
         raise InputError(

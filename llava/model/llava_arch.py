@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.mm_utils import expand_image_tokens
+from llava.model.attention import eager_attention
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -99,6 +100,18 @@ class LlavaMixin:
             side=tower.num_patches_per_side,
             merge=merge_type(self.config),
         )
+
+    def picture_length(self, size: Size) -> int:
+        """How many tokens a picture of `size` becomes."""
+        if (tiling := self.tiling) is not None:
+            return tiling.num_tokens(size)
+        return self.get_model().mm_projector.num_tokens(self.get_vision_tower().num_patches)
+
+    @property
+    def most_picture_length(self) -> int:
+        """How many tokens a picture of any size becomes at most."""
+        sizes = self.tiling.resolutions if self.tiling else [(1, 1)]
+        return max(map(self.picture_length, sizes))
 
     # -- pictures to tokens ----------------------------------------------------------------------
 
@@ -227,10 +240,10 @@ class LlavaMixin:
 
     # -- forward and generate --------------------------------------------------------------------
 
-    def _attend_openly(self, output_attentions: bool | None) -> None:
-        """Only the eager attention has weights to show; once they are asked for it stays."""
-        if output_attentions and self.config._attn_implementation != "eager":
-            self.set_attn_implementation("eager")
+    def _attention(self, asked: bool | None) -> contextlib.AbstractContextManager:
+        """Inside, attention has weights to show if they are `asked` for (`output_attentions`)."""
+        openly = asked and self.config._attn_implementation != "eager"
+        return eager_attention(self) if openly else contextlib.nullcontext()
 
     def forward(
         self,
@@ -254,7 +267,6 @@ class LlavaMixin:
                 The batch is then taken to be padded on the right; the logits are those of these
                 positions alone, (1, positions, vocabulary), and the loss is their mean.
         """
-        self._attend_openly(kwargs.get("output_attentions"))
         shown = False
         if inputs_embeds is None:
             (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels) = (
@@ -285,19 +297,31 @@ class LlavaMixin:
             use_cache=use_cache,
             **kwargs,
         )
-        # A router's loss is added by the base, which needs all labels for it.
-        routed = getattr(self.config, "output_router_logits", False)
-        if labels is not None and label_positions is not None and not routed:
-            outputs = self._forward_labelled(inputs, labels, label_positions)
-        else:
-            outputs = super().forward(attention_mask=attention_mask, labels=labels, **inputs)
-            if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
-                # Nothing to learn from (all answers cut): the mean over no token would be NaN.
-                outputs.loss = 0 * outputs.logits.sum()
+        with self._attention(kwargs.get("output_attentions")):
+            outputs = self._forward_base(inputs, attention_mask, labels, label_positions)
         if labels is not None and shown and self.training:
             aux = self.get_model().mm_projector.aux_loss()
             if aux is not None:
                 outputs.loss = outputs.loss + aux.to(outputs.loss.device)
+        return outputs
+
+    def _forward_base(self, inputs: dict, attention_mask, labels, positions):
+        """What the base says, or of the labelled positions alone where that is all it takes."""
+        routed = inputs.get("output_router_logits")
+        if routed is None and (routed := getattr(self.config, "output_router_logits", False)):
+            # Routers' logits are there for their loss. In generation, where the mask is longer than
+            # the new tokens, the base cannot even compute it.
+            inputs["output_router_logits"] = routed = labels is not None
+        if labels is not None and positions is not None and not routed:
+            return self._forward_labelled(inputs, labels, positions)
+        outputs = super().forward(attention_mask=attention_mask, labels=labels, **inputs)
+        if labels is not None and not (labels[:, 1:] != IGNORE_INDEX).any():
+            # Nothing to learn from (all answers cut): the mean over no token would be NaN.
+            outputs.loss = 0 * outputs.logits.sum()
+        if labels is not None and positions is not None:
+            # A router's loss is of all positions, so all were run; the logits are as promised.
+            places = positions.to(outputs.logits.device)
+            outputs.logits = outputs.logits.flatten(0, 1)[places].unsqueeze(0)
         return outputs
 
     def _forward_labelled(self, inputs: dict, labels, positions):
@@ -331,9 +355,12 @@ class LlavaMixin:
 
         Rows may be padded on either side if an `attention_mask` says where.
         """
-        self._attend_openly(kwargs.get("output_attentions"))
-        if images is None:
-            return self._generate_from_text(inputs, **kwargs)
+        with self._attention(kwargs.get("output_attentions")):
+            if images is None:
+                return self._generate_from_text(inputs, **kwargs)
+            return self._generate_with_pictures(inputs, images, image_sizes, **kwargs)
+
+    def _generate_with_pictures(self, inputs, images, image_sizes, **kwargs):
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         _, position_ids, attention_mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llava.atomic import write_text
+from llava.atomic import own_name, remove_leftovers, write_text
 from llava.errors import InputError
 from llava.state import read_tensors
 
@@ -135,12 +135,13 @@ def write_shards(
         InputError: two tensors of one name.
     """
     shard_bytes = shard_bytes or SHARD_BYTES
+    remove_leftovers(folder)  # they are as large as shards
     places: dict[str, int] = {}
     shard: dict[str, torch.Tensor] = {}
     files = total = held = 0
 
     def temporary(number: int) -> Path:
-        return folder / f".shard-{number}.{os.getpid()}.tmp"
+        return own_name(folder / f"shard-{number}")
 
     def flush() -> None:
         nonlocal files, held
@@ -188,7 +189,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` at the end of the block, or goes if it raises.
 
-    A process that is killed leaves `.NAME.PID.tmp` beside it, and no `path`.
+    A process that is killed leaves `.NAME.HOST.PID.BEGAN.tmp` beside it, and no `path`.
 
     Raises:
         InputError: `path` is there already and not empty.
@@ -196,7 +197,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: is there already; name a folder that is new or empty")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = own_name(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -28,9 +28,26 @@ def load_tokenizer(path: str, **kwargs: Any):
                 # transformers 5 would choose the tokenizer by config.json's model_type, and lose
                 # the first "▁" for `llava` and `mistral`; tokenizer_config.json names the right.
                 kwargs["config"] = PreTrainedConfig()
+            if _leaves_legacy_open(path):
+                kwargs.setdefault("legacy", True)
             return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no readable tokenizer ({reason(error)})") from None
+
+
+def _leaves_legacy_open(path: str) -> bool:
+    """Whether this is a sentencepiece Llama whose config does not say `legacy` (Vicuna v1.3).
+
+    Then transformers 4 takes True, and transformers 5 False.
+    """
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.utils import cached_file
+
+    config = get_tokenizer_config(path)
+    if config.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return False
+    file = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
+    return file is not None and config.get("legacy") is None
 
 
 def write_tokenizer(tokenizer, folder: str | os.PathLike) -> None:

@@ -17,6 +17,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.eval.answer import Answerer, Picture
 from llava.mm_utils import expand_image_tokens, tokenizer_image_token
+from llava.model.attention import eager_attention
 
 
 def grids(
@@ -68,14 +69,12 @@ def _weights_of(model, asked: slice) -> Iterator[list[torch.Tensor]]:
             return output[0], None, *output[2:]
         return None
 
-    before = model.config._attn_implementation
     layers = getattr(model.get_model(), "layers", ())
     attentions = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]
     handles = [attention.register_forward_hook(reduce) for attention in attentions]
-    model.set_attn_implementation("eager")
     try:
-        yield weights
+        with eager_attention(model):
+            yield weights
     finally:
-        model.set_attn_implementation(before)
         for handle in handles:
             handle.remove()

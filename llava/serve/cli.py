@@ -2,14 +2,17 @@
 
 python -m llava.serve.cli --model-path … --image-file picture.jpg [--image-file another.jpg]
 
-An empty line, or the end of the input, ends the talk.
+An empty line, the end of the input, or Ctrl-C where a line is awaited ends the talk; Ctrl-C in an
+answer ends that answer. A turn that goes wrong is left out, and the talk goes on without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 
-from llava.errors import one_clear_error
+from llava.errors import one_clear_error, reason
 from llava.eval.answer import Answerer, add_model_flags, end_mark, generation_options
 
 
@@ -17,6 +20,8 @@ def main(args: argparse.Namespace) -> None:
     """Load the model of `args`, then answer line after line."""
     from llava.mm_utils import load_images
 
+    with contextlib.suppress(AttributeError):  # a line that is not UTF-8 is told of, not the end
+        sys.stdin.reconfigure(errors="surrogateescape")
     options = generation_options(args.temperature, args.max_new_tokens)
     images = load_images(args.image_file)
     answerer = Answerer.load(args)
@@ -25,25 +30,43 @@ def main(args: argparse.Namespace) -> None:
     pictures = [answerer.picture(image) for image in images]
     stop = end_mark(conversation)
 
-    pending = len(pictures)  # the first turn shows them
+    shown = False  # the first turn shows the pictures
     while text := _read(f"{user or 'user'}: "):
-        conversation.append_message(conversation.roles[0], answerer.with_pictures(text, pending))
-        conversation.append_message(conversation.roles[1], None)
-        pending = 0
-        prompt = conversation.get_prompt()
-        print(f"{assistant or 'assistant'}: ", end="", flush=True)
+        asked = conversation.copy()
         streamer = _streamer(answerer.tokenizer, stop)
-        answer = answerer.answer([prompt], [pictures], stop, options, streamer)[0]
-        conversation.messages[-1][1] = answer
+        try:
+            text = answerer.with_pictures(text, 0 if shown else len(pictures))
+            asked.append_message(conversation.roles[0], text)
+            asked.append_message(conversation.roles[1], None)
+            prompt = asked.get_prompt()
+            print(f"{assistant or 'assistant'}: ", end="", flush=True)
+            answer = answerer.answer([prompt], [pictures], stop, options, streamer)[0]
+        except KeyboardInterrupt:
+            _leave_out("interrupted")
+            continue
+        except Exception as error:  # out of memory, say
+            _leave_out(f"error: {reason(error)}")
+            continue
+        asked.messages[-1][1] = answer
+        conversation, shown = asked, True
         if args.debug:
             print("\n", {"prompt": prompt, "outputs": answer}, "\n")
     print("exit...")
 
 
+def _leave_out(why: str) -> None:
+    print(flush=True)
+    print(f"{why}; the talk goes on without this turn", file=sys.stderr, flush=True)
+
+
 def _read(prompt: str) -> str:
+    """A line; none at the end of the input, or when the user interrupts."""
     try:
         return input(prompt)
     except EOFError:
+        return ""
+    except KeyboardInterrupt:
+        print()
         return ""
 
 

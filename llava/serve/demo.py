@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         page = ["--controller-url", controller, "--model-list-mode", "reload"]
         page += ["--log-dir", str(folder), "--host", args.host]
         page += ["--port", str(args.port)] if args.port else []
-        for flag in ("auth", "ssl_certfile", "ssl_keyfile"):
+        for flag in ("examples", "auth", "ssl_certfile", "ssl_keyfile"):
             if value := getattr(args, flag):
                 page += [f"--{flag.replace('_', '-')}", value]
         page += [word for run in args.run for word in ("--run", run)]
@@ -218,6 +218,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run", action="append", default=[], help="a federated run or merge for the page to show")
     add("--host", default="127.0.0.1", help="of the page; 0.0.0.0 lets other machines in")
     add("--port", type=int, default=None, help="of the page; else the first free from 7860 on")
+    add("--examples", default=None, metavar="FILE.json", help="what the page offers to click")
     add("--auth", default=None, metavar="USER:PASSWORD")
     add("--ssl-certfile", default=None)
     add("--ssl-keyfile", default=None)

@@ -19,10 +19,11 @@ import torch
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from llava.errors import InputError
-from llava.eval.answer import Answerer, Picture
-from llava.mm_utils import tokenizer_image_token
+from llava.eval.answer import Answerer, Picture, TooLong
 from llava.serve.generated import Generated
 from llava.serve.wire import GREEDY_BELOW
+
+STOPPED = "the worker was stopped"
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,7 +31,7 @@ class Question:
     """A prompt on its way through the engine.
 
     `tell` is called from the engine's thread: with the text so far whenever there is more of it,
-    at the end with None, or with the exception that ended it.
+    at the end with None, or with the exception that ended it. When it raises, nobody listens.
     """
 
     prompt: str
@@ -50,7 +51,7 @@ class Row:
     question: Question
     generated: Generated
     position: int
-    left: int  # how many tokens it may still make
+    left: int  # how many tokens it may still make; 0 once its end was told
 
 
 class Engine:
@@ -77,17 +78,23 @@ class Engine:
         return len(self.rows) + len(self._waiting)
 
     def ask(self, question: Question) -> None:
-        """Put a question in the queue."""
+        """Put a question in the queue; one that comes after `close` is told so at once."""
         with self._changed:
-            self._waiting.append(question)
-            self._changed.notify()
+            if not self._closed:
+                self._waiting.append(question)
+                self._changed.notify()
+                return
+        _say(question, InputError(STOPPED))
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Run `function`, which uses the model, between two steps."""
         future: Future = Future()
         with self._changed:
-            self._calls.append((function, future))
-            self._changed.notify()
+            if not self._closed:
+                self._calls.append((function, future))
+                self._changed.notify()
+                return future
+        future.set_exception(InputError(STOPPED))
         return future
 
     def close(self) -> None:
@@ -101,30 +108,48 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closed or self._calls or self._waiting or self.rows):
-                    self._changed.wait()
-                if self._closed:
-                    break
-                call = self._calls.popleft() if self._calls else None
-                question = self._first() if len(self.rows) < self.most else None
-            if call is not None:
-                _run_call(*call)
-            if question is not None:
-                try:
-                    self._take_in(question)
-                except Exception as error:
-                    question.tell(error)
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._end()
+
+    def _turn(self) -> bool:
+        """Run a call, take in a question, make a step; False when the engine was closed."""
+        with self._changed:
+            while not (self._closed or self._calls or self._waiting or self.rows):
+                self._changed.wait()
+            if self._closed:
+                return False
+            call = self._calls.popleft() if self._calls else None
+            question = self._first() if len(self.rows) < self.most else None
+        if call is not None:
+            _run_call(*call)
+        if question is not None:
             try:
-                self._step()
-            except Exception as error:  # out of memory, say: these are lost, the next are not
-                lost, self.rows, self._cache = self.rows, [], None
-                for row in lost:
-                    row.question.tell(error)
-        stopped = InputError("the worker was stopped")
-        for question in [row.question for row in self.rows] + list(self._waiting):
-            question.tell(stopped)
+                self._take_in(question)
+            except Exception as error:
+                _say(question, error)
+        try:
+            self._step()
+        except Exception as error:  # out of memory, say: these are lost, the next are not
+            lost, self.rows, self._cache = self.rows, [], None
+            for row in lost:
+                if row.left:
+                    _say(row.question, error)
+        return True
+
+    def _end(self) -> None:
+        """Tell all who are not answered that nothing more will come."""
+        with self._changed:
+            self._closed = True
+            rows, waiting, calls = self.rows, self._waiting, self._calls
+            self.rows, self._waiting, self._calls = [], collections.deque(), collections.deque()
+        for question in [*(row.question for row in rows if row.left), *waiting]:
+            _say(question, InputError(STOPPED))
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(InputError(STOPPED))
 
     def _first(self) -> Question | None:
         while self._waiting:
@@ -135,35 +160,27 @@ class Engine:
 
     def _take_in(self, question: Question) -> None:
         """Run a prompt through the model, make its first token, and give it a row."""
-        model, tokenizer = self.answerer.model, self.answerer.tokenizer
-        if len(question.prompt) > 32 * self.answerer.context_length:  # not even worth a count
-            raise InputError(
-                f"the conversation has {len(question.prompt):,} characters; this model reads "
-                f"{self.answerer.context_length} tokens"
-            )
-        ids = tokenizer_image_token(question.prompt, tokenizer, return_tensors="pt")[None]
-        embeds = embedded(self.answerer, ids, question.pictures)
-        length, context = embeds.shape[1], self.answerer.context_length
-        if length >= context:
-            raise InputError(
-                f"the conversation has {length} tokens, pictures included; this model reads "
-                f"{context}. Clear it and start anew, or ask for less at once"
-            )
+        sizes = [size for _, size in question.pictures]
+        try:
+            ids, room = self.answerer.tokens(question.prompt, sizes)
+        except TooLong as error:
+            raise InputError(f"{error}. Clear the talk and start anew, or ask for less") from None
+        embeds = embedded(self.answerer, ids[None], question.pictures)
+        length = embeds.shape[1]
         mask = torch.ones(1, length, dtype=torch.long, device=embeds.device)
         cache = DynamicCache()
-        logits = model(
+        logits = self.answerer.model(
             inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
         ).logits[:, -1]
-        left = min(question.max_new_tokens, context - length)
-        row = Row(
-            question, Generated(tokenizer, question.stop, ends_of(self.answerer)), length, left
-        )
+        generated = Generated(self.answerer.tokenizer, question.stop, self.answerer.ends)
+        row = Row(question, generated, length, min(question.max_new_tokens, room))
         token = choose(logits, [question])
         if self._tell(row, int(token)):
             return
         if self.rows:
+            following = torch.cat([self._next, token[:, None]])
             self._mask = join(self._cache, self._mask, cache, mask)
-            self._next = torch.cat([self._next, token[:, None]])
+            self._next = following
         else:
             self._cache, self._mask, self._next = cache, mask, token[:, None]
         self.rows.append(row)
@@ -203,7 +220,7 @@ class Engine:
         self._next, self._mask = self._next[index], self._mask[index]
         start = int(self._mask.argmax(1).min())  # what is padding in all rows goes
         self._mask = self._mask[:, start:]
-        for layer in self._cache.layers:
+        for layer in self._cache.layers:  # one that fails half-way fails its step: all are lost
             layer.keys = layer.keys[index][:, :, start:]
             layer.values = layer.values[index][:, :, start:]
 
@@ -213,9 +230,10 @@ class Engine:
         done = row.generated.add(token) or row.left == 0
         text = row.generated.text(done)
         if text is not None:
-            row.question.tell(text)
+            _say(row.question, text)
         if done:
-            row.question.tell(None)
+            row.left = 0
+            _say(row.question, None)
         return done
 
 
@@ -242,25 +260,35 @@ def choose(logits: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
 
 
 def join(cache: DynamicCache, mask, other: DynamicCache, other_mask) -> torch.Tensor:
-    """Add the rows of `other` to `cache`; shorter ones are padded on the left. Returns the mask."""
+    """Add the rows of `other` to `cache`; shorter ones are padded on the left. Returns the mask.
+
+    All is built before the first layer changes: when the memory does not suffice, `cache` is whole.
+    """
     length = max(mask.shape[1], other_mask.shape[1])
+
+    def joined(one, two, dim):
+        return torch.cat([pad(one, dim), pad(two, dim)])
 
     def pad(tensor, dim):
         missing = length - tensor.shape[dim]
         spare = tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])
         return torch.cat([spare, tensor], dim)
 
-    for layer, more in zip(cache.layers, other.layers, strict=True):
-        layer.keys = torch.cat([pad(layer.keys, 2), pad(more.keys, 2)])
-        layer.values = torch.cat([pad(layer.values, 2), pad(more.values, 2)])
-    return torch.cat([pad(mask, 1), pad(other_mask, 1)])
+    built = [
+        (joined(layer.keys, more.keys, 2), joined(layer.values, more.values, 2))
+        for layer, more in zip(cache.layers, other.layers, strict=True)
+    ]
+    mask = joined(mask, other_mask, 1)
+    for layer, (keys, values) in zip(cache.layers, built, strict=True):
+        layer.keys, layer.values = keys, values
+    return mask
 
 
-def ends_of(answerer: Answerer) -> set[int]:
-    """The tokens that end an answer."""
-    configured = answerer.model.generation_config.eos_token_id
-    found = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*found, answerer.tokenizer.eos_token_id] if token is not None}
+def _say(question: Question, news: str | Exception | None) -> None:
+    try:
+        question.tell(news)
+    except Exception:  # its event loop is closed, say: it has hung up, and no other may suffer
+        question.cancelled = True
 
 
 def _run_call(function: Callable[[], Any], future: Future) -> None:

@@ -22,10 +22,15 @@ CSS = """
 .cosines caption { text-align: left; padding: 0.5em 0; white-space: nowrap }
 .cosines td, .cosines th { padding: 0.3em 0.6em; text-align: right; white-space: nowrap }
 button[aria-label="Share"] { display: none }
+.gallery:has(> .gallery-item) { flex-wrap: nowrap; overflow-x: auto }
+.gallery-item { flex: none }
+.gallery-item .container { min-width: 0; gap: 0.4rem }
+.gallery-item .container p { font-size: 0.875rem; white-space: nowrap }
+.gallery-item .container img { height: 2.25rem; width: 2.25rem }
 """
 
 
-def build(talk, log, runs: list[str], model_list_mode: str, embed: bool = False):
+def build(talk, log, runs: list[str], offers: list, model_list_mode: str, embed: bool = False):
     """The page as gradio Blocks."""
     import gradio as gr
 
@@ -60,9 +65,9 @@ def build(talk, log, runs: list[str], model_list_mode: str, embed: bool = False)
             gr.Markdown(TITLE)
         notice = gr.Markdown(visible=False)
         with gr.Tab("Chat"):
-            model = chat_tab(talk, log)
+            model = chat_tab(talk, log, offers)
         with gr.Tab("Side by side"):
-            several = compare_tab(talk)
+            several = compare_tab(talk, log, offers)
         with gr.Tab("Run"):
             run, choices = run_tab(talk, runs)
         page.load(models, None, [model, several, notice], show_progress="hidden")
@@ -95,11 +100,12 @@ def main(args: argparse.Namespace) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
 
+    from llava.serve.page import examples
     from llava.serve.page.talk import Talk
     from llava.serve.page.votes import Log
 
-    page = build(Talk(args.controller_url), Log(args.log_dir), args.run, args.model_list_mode,
-                 args.embed)  # fmt: skip
+    page = build(Talk(args.controller_url), Log(args.log_dir), args.run,
+                 examples.read(args.examples), args.model_list_mode, args.embed)  # fmt: skip
     page.queue(default_concurrency_limit=args.concurrency_count, api_open=False)
     system = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"])
@@ -157,6 +163,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embed", action="store_true", help="without the title, to be part of another page")
     add("--run", action="append", default=[], metavar="DIR",
         help="a federated run or a merge to show; may be repeated")  # fmt: skip
+    add("--examples", default=None, metavar="FILE.json",
+        help='what to offer to click, as [{"image": FILE, "text": QUESTION}, …] with FILEs relative'
+        " to it; [] for nothing; else the playground's, where they are")  # fmt: skip
     add("--auth", default=None, metavar="USER:PASSWORD", help="who may enter")
     add("--ssl-certfile", default=None, help="serve https with this certificate")
     add("--ssl-keyfile", default=None)

@@ -138,11 +138,13 @@ def main(args: argparse.Namespace) -> None:
     answerer.name = args.model_name or answerer.name
     from llava.serve.engine import Engine
 
-    backend = ModelBackend(
-        answerer, Engine(answerer, args.limit_model_concurrency), run_folder(args.model_path)
-    )
+    engine = Engine(answerer, args.limit_model_concurrency)
+    backend = ModelBackend(answerer, engine, run_folder(args.model_path))
     print(f"{answerer.name}: conversation template {backend.mode}", file=sys.stderr, flush=True)
-    serve_worker(backend, args)
+    try:
+        serve_worker(backend, args)
+    finally:
+        engine.close()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Talk(NamedTuple):
 
 
 class _Marks(NamedTuple):
-    """`silent` stands between two questions of which the first got an empty answer."""
+    """`silent` stands where upstream left an empty answer open: between two questions."""
 
     before_system: str
     before_first: str
@@ -116,7 +116,7 @@ def _marks(template: Conversation) -> _Marks:
         return talk.get_prompt().split("\0")
 
     *before, first, answer, question, opening = pieces("\0", "\0", "\0", None)
-    silent = pieces("\0", "", "\0", None)[-2]
+    silent = pieces("\0", None, "\0", None)[-2]
     return _Marks("".join(before), first, answer, question, silent, opening)
 
 

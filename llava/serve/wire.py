@@ -15,6 +15,7 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError
+from llava.texts import half_character
 
 NUL = b"\0"
 ERROR_MODEL, NO_WORKER, WORKER_GONE = 1, 2, 3
@@ -75,11 +76,14 @@ def read_request(body: Any) -> Request:
 
 
 def read_json(data: bytes) -> Any:
-    """The JSON of a body; `InputError` if it is none."""
+    """The JSON of a body; `InputError` if it is none, or has text that UTF-8 cannot hold."""
     try:
-        return json.loads(data)
+        body = json.loads(data)
     except (ValueError, RecursionError):
         raise InputError("the question is not JSON") from None
+    if (half := half_character(body)) is not None:
+        raise InputError(f"the question has half a character in {half!r}, which is no text")
+    return body
 
 
 def chunk(text: str, error_code: int = 0) -> bytes:

@@ -42,8 +42,7 @@ def worker_app(backend: Backend):
         except InputError as error:
             yield wire.chunk(str(error), wire.ERROR_MODEL)
         except Exception as error:  # one question's trouble is its own
-            print(f"{type(error).__name__}: {reason(error)}", file=sys.stderr, flush=True)
-            yield wire.chunk(f"the model failed: {reason(error)}", wire.ERROR_MODEL)
+            yield wire.chunk(_failure(error), wire.ERROR_MODEL)
 
     async def worker_generate_stream(http):
         return streamed(answer(await whole_body(http)))
@@ -56,9 +55,17 @@ def worker_app(backend: Backend):
             return await backend.attention(await body_object(http))
         except InputError as error:
             return {"text": str(error), "error_code": wire.ERROR_MODEL}
+        except Exception as error:  # eager attention takes more memory than answering does
+            return {"text": _failure(error), "error_code": wire.ERROR_MODEL}
 
     more = [worker_attention] if hasattr(backend, "attention") else []
     return application(worker_generate_stream, worker_get_status, *more)
+
+
+def _failure(error: Exception) -> str:
+    """What the one who asked is told; the worker's log has the kind of error, too."""
+    print(f"{type(error).__name__}: {reason(error)}", file=sys.stderr, flush=True)
+    return f"the model failed: {reason(error)}"
 
 
 def _check_model(request: wire.Request, names: list[str]) -> None:

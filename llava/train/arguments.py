@@ -240,7 +240,12 @@ def _start_process_group(backend: str) -> None:
     import socket
     import warnings
 
-    import deepspeed
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(
+            f"--deepspeed needs the package deepspeed: pip install 'fedllava[train]' ({error})"
+        ) from None
 
     # What the libraries tell each other: DeepSpeed calls torch by old names, transformers leaves
     # gradient accumulation to DeepSpeed.

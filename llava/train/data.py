@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -28,6 +28,7 @@ from llava.mm_utils import (
     open_image,
     stack_same,
 )
+from llava.texts import half_character
 from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def load_records(path: str | os.PathLike) -> list[dict[str, Any]]:
         raise InputError(f"data file {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"data file {path} is not JSON: {error}") from error
+    except RecursionError:
+        raise InputError(f"data file {path}: its JSON is nested too deep") from None
     check_records(records, str(path))
     if not records:
         raise InputError(f"data file {path} holds no records")
@@ -52,7 +55,10 @@ def load_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def check_records(records: Any, source: str) -> None:
-    """`InputError` unless `records` is a list of dicts, each with a list as `conversations`."""
+    """`InputError` unless `records` is a list of dicts, each with a list as `conversations`.
+
+    Every text in them must be one that UTF-8 can hold.
+    """
     if not isinstance(records, list):
         raise InputError(f"{source}: expected a list of records, found {type(records).__name__}")
     for i, record in enumerate(records):
@@ -60,6 +66,11 @@ def check_records(records: Any, source: str) -> None:
             raise InputError(f"{source}: record {i} is not an object but {record!r:.80}")
         if not isinstance(record.get("conversations"), list):
             raise InputError(f"{source}: {_name(record, i)} has no list `conversations`")
+        if (half := half_character(record)) is not None:
+            raise InputError(
+                f"{source}: {_name(record, i)} has half a character in {half!r}: "
+                "an emoji cut in two, which is no text"
+            )
 
 
 def _name(record: dict[str, Any], index: int) -> str:
@@ -75,13 +86,15 @@ def picture_pixels(path: str, data_args: Any) -> torch.Tensor:
 class CheckReport:
     """What `LazySupervisedDataset.check` found.
 
-    `samples` are left, the text of `truncated` of them will be cut at model_max_length, and
-    `skipped` were dropped for a picture that cannot be read.
+    `samples` are left. `skipped` were dropped for a picture that cannot be read, `unlabelled` as
+    nothing in them is learnt. `truncated` of those that can be read have text that is cut at
+    model_max_length.
     """
 
     samples: int
     truncated: int
     skipped: int
+    unlabelled: int = 0
 
 
 class LazySupervisedDataset(Dataset):
@@ -211,10 +224,12 @@ class LazySupervisedDataset(Dataset):
 
         The first record of a wrong structure, the first whose picture's tokens do not fit into
         model_max_length, and the first whose picture cannot be decoded, is an `InputError`. With
-        `skip_bad_images` records of the last kind leave `records` and are counted instead.
+        `skip_bad_images` records of the last kind leave `records` and are counted instead. So do
+        those that teach nothing, as their answers are empty or cut off: they would take steps, and
+        count where clients are weighed by their samples. If nothing is left, that is an error too.
         Pictures in the feature cache have been decoded before and are not read again.
         """
-        is_cut = [self._is_cut(i) for i in range(len(self))]
+        lengths = [self._length(i) for i in range(len(self))]
         owners = {path: i for i in reversed(range(len(self))) for path in self.paths(i)}
         cache = self.feature_cache or ()
         broken = set()
@@ -222,15 +237,23 @@ class LazySupervisedDataset(Dataset):
             if not self.data_args.skip_bad_images:
                 raise InputError(f"{self.name(owners[path])}: {error}")
             broken.add(path)
-        kept = [i for i in range(len(self)) if broken.isdisjoint(self.paths(i))]
-        skipped = len(self) - len(kept)
-        if skipped and not kept:
+        readable = [i for i in range(len(self)) if broken.isdisjoint(self.paths(i))]
+        if not readable:
             raise InputError(f"{self.source}: no record is left, none of its pictures can be read")
+        kept = [i for i in readable if lengths[i].labelled]
+        if not kept:
+            cut = sum(lengths[i].cut for i in readable)
+            raise InputError(
+                f"{self.source}: there is nothing to learn in it: of {len(readable)} records, "
+                f"{len(readable) - cut} have an empty answer, and of {cut} model_max_length "
+                f"{self.tokenizer.model_max_length} cuts the answer off"
+            )
+        skipped, unlabelled = len(self) - len(readable), len(readable) - len(kept)
         self.records = [self.records[i] for i in kept]
-        return CheckReport(len(kept), sum(is_cut[i] for i in kept), skipped)
+        return CheckReport(len(kept), sum(lengths[i].cut for i in readable), skipped, unlabelled)
 
-    def _is_cut(self, index: int) -> bool:
-        """Whether the record's text is longer than the model takes."""
+    def _length(self, index: int) -> _Length:
+        """Whether the record's text is longer than the model takes, and what is left to learn."""
         segments = self._segments(index)
         limit, tokens = self.tokenizer.model_max_length, []
         for path in self.paths(index):
@@ -240,13 +263,19 @@ class LazySupervisedDataset(Dataset):
         # most records are seen to fit without being tokenised.
         at_most = 2 + sum(len(text.encode()) for text, _ in segments)
         if at_most + sum(tokens) <= limit or len(tokens) < len(self.paths(index)):
-            return False
+            return _Length(cut=False, labelled=any(learnt for _, learnt in segments))
         ids, labels = tokenize(segments, self.tokenizer)
         try:
-            fitted, _ = fit(ids, labels, tokens, limit)
+            fitted, labels = fit(ids, labels, tokens, limit)
         except InputError as error:
             raise InputError(f"{self.name(index)}: {error}") from None
-        return len(fitted) < len(ids) + sum(tokens) - len(tokens)
+        cut = len(fitted) < len(ids) + sum(tokens) - len(tokens)
+        return _Length(cut, bool((labels[1:] != IGNORE_INDEX).any()))
+
+
+class _Length(NamedTuple):
+    cut: bool
+    labelled: bool
 
 
 def _broken(paths: Sequence[str]) -> Iterator[tuple[str, InputError]]:

@@ -206,7 +206,8 @@ def _name(path: str | os.PathLike) -> str | None:
         stat = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL in the path
         return None
-    return hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:40]
+    name = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:40]  # a path may be no UTF-8
 
 
 def _crc32(features: torch.Tensor) -> str:

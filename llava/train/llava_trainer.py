@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from llava.errors import InputError
+from llava.errors import InputError, reason
 from llava.model.checkpoint import (
     PROJECTOR_FILE,
     load_full,
@@ -35,6 +36,12 @@ from llava.train.sampler import LengthGroupedSampler
 
 class LLaVATrainer(Trainer):
     """`Trainer` that also reads the arguments of `llava.train.arguments.TrainingArguments`."""
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except ImportError as error:  # a flag asks for a package that is not there
+            raise InputError(reason(error)) from error
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -88,6 +95,13 @@ class LLaVATrainer(Trainer):
             self.lr_scheduler = LambdaLR(whole.optimizer, shifted)
         return super().create_scheduler(num_training_steps, optimizer)
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        except (ImportError, ValueError) as error:  # a package that is missing, --optim_args
+            raise InputError(f"--optim {_value(args.optim)}: {reason(error)}") from None
+
     # -- checkpoints -----------------------------------------------------------------------------
 
     @property
@@ -140,6 +154,29 @@ class LLaVATrainer(Trainer):
             return
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Refuse a state under which the flags' optimizer or rates would not be what steps."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        flags = [_rates(group) for group in self.optimizer.param_groups]
+        optim = _value(self.args.optim)
+        other = f"{checkpoint}: its optimizer's state is not one of --optim {optim}"
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{other} with these flags: {reason(error)}") from None
+        for wanted, group in zip(flags, self.optimizer.param_groups, strict=True):
+            found = _rates(group)
+            if found.keys() != wanted.keys():
+                raise InputError(other)
+            for name in found:
+                if found[name] != wanted[name]:
+                    raise InputError(
+                        f"{checkpoint} was trained with {name} {found[name]}, now it is "
+                        f"{wanted[name]}; choose another --output_dir"
+                    )
+
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not (self.is_deepspeed_enabled and self.saves_part and resume_from_checkpoint):
             return super()._prepare_for_training(
@@ -155,6 +192,19 @@ class LLaVATrainer(Trainer):
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
+
+
+# What an optimizer's group holds of the flags; the rest is how torch computes a step.
+_RATES = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas",
+          "eps": "epsilon", "momentum": "momentum"}  # fmt: skip
+
+
+def _rates(group: dict) -> dict[str, Any]:
+    return {_RATES[key]: group[key] for key in sorted(_RATES.keys() & group.keys())}
+
+
+def _value(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
 
 
 def save_part(model: nn.Module, folder: str | os.PathLike, write: bool = True) -> None:

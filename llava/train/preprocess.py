@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava.chunks import chunk_offsets
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -50,6 +51,13 @@ def read_turns(conversations: list[dict[str, Any]]) -> list[str]:
     return [turn["value"] for turn in turns]
 
 
+def says_nothing(record: dict[str, Any]) -> bool:
+    """Whether all answers of a record are empty, as far as it has the structure that is trained."""
+    turns = [turn for turn in record["conversations"] if isinstance(turn, dict)]
+    answers = [turn.get("value") for turn in turns if turn.get("from") == SPEAKERS[1]]
+    return bool(answers) and all(isinstance(a, str) and not a.strip() for a in answers)
+
+
 def preprocess_multimodal(
     turns: Sequence[str], template: Conversation, mm_use_im_start_end: bool = False
 ) -> list[str]:
@@ -80,7 +88,16 @@ def render(turns: Sequence[str], template: Conversation) -> list[Segment]:
     Two styles are trained in another form than they are asked in, as upstream does: PLAIN keeps of
     the question only its pictures, and SINGLE (v0) puts "### " before every turn and learns the
     mark itself, by which the model ends its answer.
+
+    An answer of nothing but white space ends like any other, but it is not learnt, nor is what ends
+    it; where there is no other answer, nothing is.
     """
+    segments = _rendered(turns, template)
+    said = any(text.strip() for text in turns[1::2])
+    return segments if said else [(text, False) for text, _ in segments]
+
+
+def _rendered(turns: Sequence[str], template: Conversation) -> list[Segment]:
     if template.sep_style is SeparatorStyle.PLAIN:
         if len(turns) != 2 or DEFAULT_IMAGE_TOKEN not in turns[0]:
             raise InputError(
@@ -92,12 +109,14 @@ def render(turns: Sequence[str], template: Conversation) -> list[Segment]:
     if template.sep_style is SeparatorStyle.SINGLE:
         human, assistant = template.roles
         segments = [(f"{template.system}\n\n", False)]
+        ends = True
         for i, text in enumerate(turns):
             if i % 2:
-                segments.append((f"{template.sep} {assistant}: {text}\n", True))
+                ends = bool(text.strip())
+                segments.append((f"{template.sep} {assistant}: {text}\n", ends))
             else:
-                segments += [(template.sep, True), (f" {human}: {text}\n", False)]
-        return [*segments, (f"{template.sep} ", True)]
+                segments += [(template.sep, ends), (f" {human}: {text}\n", False)]
+        return [*segments, (f"{template.sep} ", ends)]
     conversation = template.copy()
     conversation.messages = [[template.roles[i % 2], text] for i, text in enumerate(turns)]
     return conversation.segments()
@@ -124,13 +143,11 @@ def tokenize(
         if i:
             ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
-        encoded = tokenizer(
-            chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids += encoded.input_ids
+        tokens, begins = chunk_offsets(chunk, tokenizer)
+        ids += tokens
         labels += [
             token if learnt[start + begin] else IGNORE_INDEX
-            for token, (begin, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+            for token, begin in zip(tokens, begins, strict=True)
         ]
         start += len(chunk) + len(DEFAULT_IMAGE_TOKEN)
     return torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long)

@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from llava.conversation import get_template
-from llava.errors import InputError, one_clear_error
+from llava.errors import InputError, one_clear_error, reason
 from llava.model.lora import find_all_linear_names
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import (
@@ -26,9 +26,11 @@ from llava.train.data import (
     make_supervised_data_module,
 )
 from llava.train.feature_cache import FeatureCache
-from llava.train.llava_trainer import LLaVATrainer, PlainProgress, last_checkpoint
+from llava.train.llava_trainer import LLaVATrainer, PlainProgress
 from llava.train.preprocess import preprocess_multimodal
+from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import Session, load_session, smart_tokenizer_and_embedding_resize
+from llava.train.settings import training_settings
 from llava.train.zero3 import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -80,7 +82,7 @@ def prepare_output(args: TrainingArguments) -> list[transformers.TrainerCallback
 def prepare(
     dataset: LazySupervisedDataset, title: str, cache: FeatureCache | None, world_size: int = 1
 ) -> CheckReport:
-    """Check a data set whole, say what was cut or skipped, and fill the feature cache for it.
+    """Check a data set whole, say what was cut or left out, and fill the feature cache for it.
 
     In a run of several processes only a cache on disk is filled, each process its share.
     """
@@ -95,6 +97,8 @@ def prepare(
         notes += f", {report.truncated} longer than --model_max_length: their text is cut"
     if report.skipped:
         notes += f", {report.skipped} skipped for a bad picture"
+    if report.unlabelled:
+        notes += f", {report.unlabelled} left out: their answers are empty or cut off"
     if rank == 0:
         print(f"{title}: {report.samples} samples{notes}", flush=True)
     return report
@@ -109,9 +113,12 @@ def make_trainer(
 ) -> LLaVATrainer:
     """A trainer of this session; `progress`: a bar on a terminal, plain lines elsewhere."""
     training_args.disable_tqdm |= not (progress and sys.stderr.isatty())
-    trainer = kind(
-        model=session.model, args=training_args, processing_class=session.tokenizer, **kwargs
-    )
+    try:
+        trainer = kind(
+            model=session.model, args=training_args, processing_class=session.tokenizer, **kwargs
+        )
+    except ImportError as error:  # of a package that a flag asks for
+        raise InputError(reason(error)) from None
     trainer.remove_callback(PrinterCallback)
     if progress and training_args.disable_tqdm:
         trainer.add_callback(PlainProgress)
@@ -119,7 +126,10 @@ def make_trainer(
 
 
 def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says; resumes by itself from a checkpoint in --output_dir."""
+    """Train as the command line says; resumes by itself from a checkpoint in --output_dir.
+
+    A folder that holds another run is refused: `llava.train.resume`.
+    """
     model_args, data_args, training_args = parse(argv)
     training_args.attn_implementation = training_args.attn_implementation or attn_implementation
     training_args.prediction_loss_only = True
@@ -131,6 +141,8 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         file = getattr(data_args, flag)
         if file and not os.path.exists(file):
             raise InputError(f"--{flag} {file}: no such file")
+    settings = training_settings(model_args, data_args, training_args)
+    checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
     data = make_supervised_data_module(session.tokenizer, data_args)
     # In memory the features of a picture that is seen once are of no use to anybody.
@@ -139,11 +151,9 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         if data[name] is not None:
             cache = session.feature_cache if reused or name == "eval_dataset" else None
             prepare(data[name], title, cache, training_args.world_size)
-    trainer = make_trainer(session, training_args, **data)
-    trainer.train(
-        resume_from_checkpoint=training_args.resume_from_checkpoint
-        or last_checkpoint(training_args.output_dir)
-    )
+    trainer = make_trainer(session, training_args, callbacks=[SayWhereItBegins()], **data)
+    record(training_args, settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     session.model.config.use_cache = True
     trainer.save_model()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from fed import methods
 from fed.methods.options import defaults
+from llava.atomic import own_name
+from llava.processes import name_of
 from playground.flags import words
 from playground.studies.plan import Job, Plan
 
@@ -21,7 +23,7 @@ from playground.studies.plan import Job, Plan
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which gets its name when the block has ended without an error."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = own_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
@@ -31,7 +33,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def logged(work: Path, argv: Sequence[str]) -> Iterator[None]:
     """Collect what is printed in this process's log, below the command."""
-    log = work / f"logs/{os.getpid()}.log"
+    log = work / f"logs/{name_of()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file, contextlib.redirect_stdout(file):
         print(f"$ {shlex.join(argv)}", flush=True)

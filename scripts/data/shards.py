@@ -14,6 +14,7 @@ from typing import Any
 from samples import LeftOut, Sample, check_picture
 
 from llava.errors import InputError, reason
+from llava.texts import half_character
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 MOST_TEXT = 1 << 20
@@ -124,6 +125,8 @@ class Shards:
                 return None, f"its picture has more than {MOST_PICTURE >> 20} MiB"
         except (ValueError, RecursionError) as error:
             return None, f"its text cannot be read ({reason(error)})"
+        if (half := half_character(fields)) is not None:
+            return None, f"its text has half a character in {half!r}"
         answer = fields.get(self._caption)
         if not isinstance(answer, str) or not answer.strip():
             return None, f"no caption: `{self._caption}` is missing or empty"

@@ -195,6 +195,7 @@ def test_bad_members_of_shards_are_counted_and_named(make, tmp_path):
             "empty": {"png": picture(1, "PNG"), "txt": "  "},
             "broken": {"jpg": b"no picture", "txt": "a thing"},
             "garbled": {"jpg": picture(1), "txt": "a thing", "json": "{"},
+            "half": {"jpg": picture(1), "txt": "a thing", "json": '{"title": "x \\ud83c"}'},
             "number": {"jpg": picture(1), "txt": "a thing", "json": "3"},
             "latin": {"jpg": picture(1), "txt": "caf\xe9".encode("latin-1")},
             "twice": {"jpg": picture(1), "png": picture(1, "PNG"), "txt": "a thing"},
@@ -208,12 +209,13 @@ def test_bad_members_of_shards_are_counted_and_named(make, tmp_path):
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     report = make("source", "--input", tmp_path / "a.tar", "--key", "shard")
-    assert "| a | 2 |" in report and "Left out for a fault: 10 samples." in report
+    assert "| a | 2 |" in report and "Left out for a fault: 11 samples." in report
     for key, why in {
         "alone": "no caption: `txt` is missing or empty",
         "silent": "no picture",
         "broken": "its picture cannot be read",
         "garbled": "its text cannot be read",
+        "half": "its text has half a character in 'x \\ud83c'",
         "number": "its .json is no object",
         "twice": "two pictures",
         "notes": "no picture",

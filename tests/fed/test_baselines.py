@@ -14,6 +14,8 @@ from fed.methods.blocks import blocks, empty
 from fed.state import StateError
 from llava.errors import InputError
 
+from ..conftest import near
+
 SHAPES = {
     "model.mm_projector.0.weight": (7, 5),
     "model.mm_projector.0.bias": (7,),
@@ -67,34 +69,34 @@ def test_plain_means_where_research_code_has_them():
         ("fedexp", dict(eps=9.0)),
         ("fedavgm", dict(momentum=0.0)),
     ]:
-        assert call(name, states, [3, 1], base, **options).state["a"].item() == 1
+        assert call(name, states, [3, 1], base, **options).state["a"].item() == near(1)
         compat = dict(options, paper_compat=True)
-        assert call(name, states, [3, 1], base, **compat).state["a"].item() == 2
+        assert call(name, states, [3, 1], base, **compat).state["a"].item() == near(2)
 
 
 def test_fedavgm_by_hand():
     options = dict(momentum=0.5, server_lr=2.0)
     base, states = one(1.0, 3.0)
     first = call("fedavgm", states, [1, 1], base, **options)
-    assert first.state["a"].item() == 4 and first.memory["a.velocity"].item() == 2
+    assert first.state["a"].item() == near(4) and first.memory["a.velocity"].item() == near(2)
     # From 4 the clients' mean 2 is an update of -2: v = 0.5 * 2 - 2 = -1.
     second = call("fedavgm", states, [1, 1], first.state, first.memory, **options)
-    assert second.state["a"].item() == 2 and second.memory["a.velocity"].item() == -1
-    assert second.facts["update_norm"] == 2 and second.facts["step_norm"] == 2
+    assert second.state["a"].item() == near(2) and second.memory["a.velocity"].item() == near(-1)
+    assert second.facts["update_norm"] == near(2) and second.facts["step_norm"] == near(2)
     # One step ahead: 0.5 * -1 - 2 = -2.5.
     ahead = call("fedavgm", states, [1, 1], first.state, first.memory, nesterov=True, **options)
-    assert ahead.state["a"].item() == -1 and ahead.memory["a.velocity"].item() == -1
+    assert ahead.state["a"].item() == near(-1) and ahead.memory["a.velocity"].item() == near(-1)
 
 
 def test_fedavgm_as_an_average_of_updates():
     options = dict(momentum=0.75, paper_compat=True)
     base, states = one(2.0, 6.0)
     first = call("fedavgm", states, [3, 1], base, **options)
-    assert first.state["a"].item() == 1  # a quarter of 4, the plain mean
+    assert first.state["a"].item() == near(1)  # a quarter of 4, the plain mean
     second = call("fedavgm", states, [3, 1], first.state, first.memory, **options)
-    assert second.state["a"].item() == 1 + 0.75 + 0.25 * 3
+    assert second.state["a"].item() == near(1 + 0.75 + 0.25 * 3)
     ahead = call("fedavgm", states, [3, 1], first.state, first.memory, nesterov=True, **options)
-    assert ahead.state["a"].item() == 1 + 0.75 * 1.5 + 0.25 * 3
+    assert ahead.state["a"].item() == near(1 + 0.75 * 1.5 + 0.25 * 3)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_first_adaptive_step_by_hand(name, update, options, v, step):
     assert outcome.state["a"].item() == pytest.approx(0.5 * step, rel=1e-12)
     assert outcome.memory["a.v"].item() == pytest.approx(v, rel=1e-6)
     assert outcome.memory["step"].item() == 1
-    assert outcome.facts["update_norm"] == update
+    assert outcome.facts["update_norm"] == near(update)
 
 
 @pytest.mark.parametrize("correct", [False, True])
@@ -167,17 +169,17 @@ def test_fedexp_by_hand():
     across = [{"a": torch.tensor(v, dtype=torch.float64)} for v in ([3.0, 0], [0, 3])]
     # At right angles: (9 + 9) / (2 * 2 * 4.5) = 1, and with eps below it.
     outcome = call("fedexp", across, None, base, eps=0.0)
-    assert outcome.facts["eta"] == 1 and outcome.state["a"].tolist() == [1.5, 1.5]
+    assert outcome.facts["eta"] == near(1) and outcome.state["a"].tolist() == near([1.5, 1.5])
     four = [*across, {"a": -across[0]["a"]}, {"a": across[1]["a"]}]
     # Mean (0, 1.5); 4 * 9 / (2 * 4 * (2.25 + 0.75)) = 1.5.
     outcome = call("fedexp", four, None, base, eps=0.75)
-    assert outcome.facts["eta"] == 1.5 and outcome.state["a"].tolist() == [0, 2.25]
-    assert outcome.facts["update_norm"] == 1.5 and outcome.facts["step_norm"] == 2.25
+    assert outcome.facts["eta"] == near(1.5) and outcome.state["a"].tolist() == near([0, 2.25])
+    assert outcome.facts["update_norm"] == near(1.5) and outcome.facts["step_norm"] == near(2.25)
     # By samples 1, 1, 1, 3 in both places: 9 / (2 * (2^2 + 0.5)) = 1.
     outcome = call("fedexp", four, [1, 1, 1, 3], base, eps=0.5)
-    assert outcome.facts["eta"] == 1 and outcome.state["a"].tolist() == [0, 2]
+    assert outcome.facts["eta"] == near(1) and outcome.state["a"].tolist() == near([0, 2])
     outcome = call("fedexp", four, [1, 1, 1, 3], base, eps=0.75, paper_compat=True)
-    assert outcome.facts["eta"] == 1.5
+    assert outcome.facts["eta"] == near(1.5)
 
 
 def test_fedexp_of_unrelated_clients_steps_by_half_their_number():
@@ -188,7 +190,7 @@ def test_fedexp_of_unrelated_clients_steps_by_half_their_number():
     assert outcome.facts["eta"] == pytest.approx(8)
     opposite = [states[0], {"a": -states[0]["a"]}]
     outcome = call("fedexp", opposite, None, base, eps=0.0)
-    assert outcome.facts["eta"] == 1 and not outcome.state["a"].any()
+    assert outcome.facts["eta"] == near(1) and outcome.state["a"].abs().max() < 1e-12
 
 
 # Properties.

@@ -92,7 +92,7 @@ def test_gram_is_that_of_the_inputs(aligned, calibration):
         rows = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
         assert gram.dtype == torch.float64
         assert torch.allclose(gram, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-        assert gram[-1, -1] == 1
+        assert gram[-1, -1].item() == pytest.approx(1)
 
 
 def test_fisher_is_autograd_sample_by_sample(aligned, calibration):
@@ -183,6 +183,8 @@ def test_bad_input(tiny, aligned, calibration, tmp_path):
     refused("without pictures", model=tiny / "llm")
     silent.write_text(json.dumps([{"conversations": []}]))
     refused("silent.json", files=[str(silent)], version="v1")
+    silent.write_text(json.dumps([record]))
+    refused("silent.json", "nothing to learn", files=[str(silent)])
 
     state = projector_state(aligned[1].model)
     name = "model.mm_projector.2.weight"

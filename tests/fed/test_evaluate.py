@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from fed.evaluate import EvaluationSet, evaluate
 from llava.mm_utils import tokenizer_image_token
@@ -76,3 +79,35 @@ def test_domains_add_up_to_the_whole(trained):
     parts = measured["domains"].values()
     assert sum(part["samples"] for part in parts) == 6
     assert torch.isfinite(torch.tensor([part["loss"] for part in parts])).all()
+
+
+def test_a_mixture_with_trained_routers_is_measured_as_without(tiny, tmp_path):
+    """Its base gives the logits of all positions, and adds the routers' loss to its own."""
+    shutil.copytree(tiny / "llm", tmp_path / "llm")
+    (tmp_path / "llm/model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=1200, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+        max_position_embeddings=256, output_router_logits=True,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "llm")
+    argv = ["--model_name_or_path", str(tmp_path / "llm"), "--version", "plain",
+            "--vision_tower", str(tiny / "vision_tower"), "--mm_use_im_patch_token", "False",
+            "--mm_vision_select_layer", "-2", "--image_folder", str(tiny / "images"),
+            "--output_dir", str(tmp_path / "out"), "--save_strategy", "no",
+            "--report_to", "none"]  # fmt: skip
+    train(argv=[*argv, "--data_path", str(tiny / "a.json"), "--max_steps", "2"])
+    model_args, data_args, training_args = parse([argv[0], str(tmp_path / "out"), *argv[2:]])
+    session = load_session(model_args, data_args, training_args)
+    model = session.model.eval()
+    assert model.config.output_router_logits
+    held_out = EvaluationSet(
+        "x", LazySupervisedDataset(str(tiny / "heldout.json"), session.tokenizer, data_args)
+    )
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
+    found = evaluate(model, held_out, collator, 4)
+    model.config.output_router_logits = False
+    expected = evaluate(model, held_out, collator, 4)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["exact"] == expected["exact"] and found["samples"] == 6

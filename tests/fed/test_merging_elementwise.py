@@ -14,6 +14,8 @@ from fed.methods.magnitude import count, order_statistics
 from fed.methods.ties import disjoint_mean
 from llava.errors import InputError
 
+from ..conftest import near
+
 SHAPES = {
     "model.mm_projector.0.weight": (11, 5),
     "model.mm_projector.0.bias": (11,),
@@ -69,45 +71,45 @@ def close(a, b, **tolerance):
 def test_linear_and_task_arithmetic_by_hand():
     base, experts = points([1.0, 4], [3, -2])
     base["a"] += 1
-    assert call("linear", experts, [1, 1], base).state["a"].tolist() == [2, 1]
-    assert call("linear", experts, [3, 1], base).state["a"].tolist() == [1.5, 2.5]
+    assert call("linear", experts, [1, 1], base).state["a"].tolist() == near([2, 1])
+    assert call("linear", experts, [3, 1], base).state["a"].tolist() == near([1.5, 2.5])
     task = call("task_arithmetic", experts, [1, 1], base, scale=0.5).state["a"].tolist()
-    assert task == [2, 1]  # 1 + (0 + 2) / 2 and 1 + (3 - 3) / 2
+    assert task == near([2, 1])  # 1 + (0 + 2) / 2 and 1 + (3 - 3) / 2
     task = call("task_arithmetic", experts, [3, 1], base, scale=1.0).state["a"].tolist()
-    assert task == [2, 4]  # 1 + 2 (3 * 0 + 1 * 2) / 4 and 1 + 2 (3 * 3 - 1 * 3) / 4
+    assert task == near([2, 4])  # 1 + 2 (3 * 0 + 1 * 2) / 4 and 1 + 2 (3 * 3 - 1 * 3) / 4
 
 
 def test_ties_by_hand():
     base, experts = points([9.0, -5, 1, 2], [4, 8, -7, 1], [-2, 6, 3, 1])
     merged = call("ties", experts, None, base, density=0.5).state["a"].tolist()
     # Trimmed: (9, -5, 0, 0), (0, 8, -7, 0), (0, 6, 3, 0).
-    assert merged == [9, 7, -7, 0]
+    assert merged == near([9, 7, -7, 0])
     merged = call("ties", experts, None, base, density=1.0, scale=2.0).state["a"].tolist()
-    assert merged == pytest.approx([13, 14, -14, 8 / 3])
+    assert merged == near([13, 14, -14, 8 / 3])
     merged = call("ties", experts, [1, 1, 5], base, density=0.5).state["a"].tolist()
     # Mass: 9; -5 + 8 + 30; -7 + 15; means over 8, 6 with 1 and 5, and 3 alone.
-    assert merged == pytest.approx([9, 38 / 6, 3, 0])
+    assert merged == near([9, 38 / 6, 3, 0])
 
 
 def test_signs_that_cancel_leave_the_base():
     base, experts = points([0.1, 3], [0.2, -3], [-0.3, 2])
     experts = [{"a": e["a"].float()} for e in experts]
-    assert call("ties", experts[:2], None, base, density=1.0).state["a"][1] == 0
+    assert abs(call("ties", experts[:2], None, base, density=1.0).state["a"][1]) < 1e-12
     weights = [3.0, 1.0, 4.0]
     moves = torch.tensor([[0.75], [-2.25], [0.0]], dtype=torch.float64)
     for order in itertools.permutations(range(3)):
         turned = moves[list(order)]
-        assert disjoint_mean(turned, [weights[k] for k in order]).item() == 0
+        assert disjoint_mean(turned, [weights[k] for k in order]).item() == near(0)
 
 
 def test_breadcrumbs_by_hand():
     base, experts = points([9.0, -5, 1, 2, 0], [4, 8, -7, 1, 2])
     merged = call("breadcrumbs", experts, None, base, density=0.4, gamma=0.2, scale=0.5)
     # Without 9 and 8, the two largest: (0, -5, 0, 2, 0) and (4, 0, -7, 0, 0).
-    assert merged.state["a"].tolist() == [2, -2.5, -3.5, 1, 0]
+    assert merged.state["a"].tolist() == near([2, -2.5, -3.5, 1, 0])
     # There are only five: of a density of 0.8 one is dropped, and it is the largest.
     merged = call("breadcrumbs", experts, None, base, density=0.8, gamma=0.6, scale=1.0)
-    assert merged.state["a"].tolist() == [4, -5, -6, 3, 2]
+    assert merged.state["a"].tolist() == near([4, -5, -6, 3, 2])
 
 
 @pytest.mark.parametrize(
@@ -134,9 +136,9 @@ def test_slerp_by_hand():
     # By weights the second has a third of them.
     assert call("slerp", experts, [2, 1], base).state["a"].tolist() == pytest.approx(expected)
     base, experts = points([1.0, 0], [3, 0])
-    assert call("slerp", experts, None, base, t=0.25).state["a"].tolist() == [1.5, 0]
+    assert call("slerp", experts, None, base, t=0.25).state["a"].tolist() == near([1.5, 0])
     base, experts = points([1.0, 0], [-3, 0])
-    assert call("slerp", experts, None, base, t=0.25).state["a"].tolist() == [0, 0]
+    assert call("slerp", experts, None, base, t=0.25).state["a"].tolist() == near([0, 0])
 
 
 def test_slerp_where_one_tensor_is_zero():
@@ -144,7 +146,7 @@ def test_slerp_where_one_tensor_is_zero():
     experts = [{**e, "b": torch.ones(1)} for e in experts]
     base["b"] = torch.ones(1)
     outcome = call("slerp", experts, None, base, t=0.5)
-    assert outcome.state["a"].tolist() == [1, 2] and outcome.facts["angle"]["a"] == 0
+    assert outcome.state["a"].tolist() == near([1, 2]) and outcome.facts["angle"]["a"] == near(0)
 
 
 def test_model_stock_by_hand():
@@ -182,7 +184,8 @@ def test_a_task_vector_of_length_0_is_at_right_angles():
     base, experts = points([1.0, 0], [0, 0])
     experts[1]["b"], experts[0]["b"], base["b"] = torch.ones(1), torch.ones(1), torch.zeros(1)
     outcome = call("model_stock", experts, None, base)
-    assert outcome.facts["t"] == {"a": 0, "b": 1} and outcome.state["a"].tolist() == [0, 0]
+    assert outcome.facts["t"] == near({"a": 0, "b": 1})
+    assert outcome.state["a"].tolist() == near([0, 0])
 
 
 # What is kept.
@@ -203,8 +206,9 @@ def test_as_many_values_of_each_tensor_stay_as_asked(density):
 
 def test_equal_magnitudes_are_kept_or_dropped_together():
     base, experts = points([1.0, -1, 1, 1, 3])
-    assert call("ties", experts, None, base, density=0.4).state["a"].tolist() == [1, -1, 1, 1, 3]
-    assert call("ties", experts, None, base, density=0.2).state["a"].tolist() == [0, 0, 0, 0, 3]
+    for density, expected in [(0.4, [1, -1, 1, 1, 3]), (0.2, [0, 0, 0, 0, 3])]:
+        found = call("ties", experts, None, base, density=density).state["a"]
+        assert found.tolist() == near(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -267,7 +271,7 @@ def test_nothing_dropped_or_cut():
     for scale in (1.0, 0.5):
         ties = call("ties", states, weights, base, density=1.0, scale=scale).state
         dare = call("dare_ties", states, weights, base, density=1.0, scale=scale).state
-        close(dare, ties, rtol=0, atol=0)
+        close(dare, ties, rtol=1e-6, atol=1e-7)
 
 
 # Properties.

@@ -49,6 +49,8 @@ def test_only_its_own_parts_move(pilot, newcomer, tiny, tmp_path, task):
     still, _ = newcomer(pilot_task=task, learning_rate=0, output_dir=tmp_path / "still")
     moved, lora = newcomer(pilot_task=task)
     assert before == {f: f.read_bytes() for f in (tmp_path / "run").rglob("*") if f.is_file()}
+    with pytest.raises(InputError, match=f"--pilot_task = '{task}', now it is 'colour'"):
+        newcomer(pilot_task="colour")
 
     tasks = {name: adapter(tmp_path / "run/tasks" / name) for name in ("colour", "shape")}
     others = ["colour"] if task == "shape" else ["colour", "shape"]

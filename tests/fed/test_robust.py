@@ -11,6 +11,8 @@ from fed import methods
 from fed.methods.median import by_samples
 from llava.errors import InputError
 
+from ..conftest import near
+
 SHAPES = {"model.mm_projector.0.weight": (7, 5), "model.mm_projector.0.bias": (7,), "scale": ()}
 ROBUST = {
     "median": {},
@@ -68,10 +70,10 @@ def close(a, b, **tolerance):
 def test_median_by_hand():
     base, states = points([1.0, 9], [2, 7], [50, 8])
     outcome = call("median", states, [100, 1, 1], base)
-    assert outcome.state["a"].tolist() == [2, 8]
-    assert outcome.facts["distance"] == [math.sqrt(2), 1, 48]
+    assert outcome.state["a"].tolist() == near([2, 8])
+    assert outcome.facts["distance"] == near([math.sqrt(2), 1, 48])
     base, states = points([1.0], [50], [2], [4])
-    assert call("median", states, None, base).state["a"].item() == 3
+    assert call("median", states, None, base).state["a"].item() == near(3)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_median_by_hand():
 def test_median_by_samples_by_hand(weights, expected):
     base, states = points([1.0], [2], [10])
     outcome = call("median", states, weights, base, weighted=True)
-    assert outcome.state["a"].item() == expected
+    assert outcome.state["a"].item() == near(expected)
 
 
 def test_median_by_samples_is_that_of_repeated_clients():
@@ -89,7 +91,7 @@ def test_median_by_samples_is_that_of_repeated_clients():
     for k in range(1, 9):
         columns, n = random.normal(size=(50, k)), random.integers(1, 5, size=k)
         expected = np.median(np.repeat(columns, n, axis=1), axis=1)
-        np.testing.assert_allclose(by_samples(columns, n / n.sum()), expected, rtol=1e-14)
+        np.testing.assert_allclose(by_samples(columns, n / n.sum()), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -116,28 +118,28 @@ def test_krum_by_hand():
     base, states = points([6.0], [0], [1], [100], [3])
     weights = [1, 3, 1, 1, 1]
     outcome = call("krum", states, weights, base, byzantine=1)
-    assert outcome.state["a"].item() == 1
+    assert outcome.state["a"].item() == near(1)
     assert outcome.facts["kept"] == [False, False, True, False, False]
     assert outcome.facts["byzantine"] == 1
     expected = [math.sqrt(s / 2) for s in (34, 10, 5, 94**2 + 97**2, 13)]
-    assert outcome.facts["score"] == pytest.approx(expected)
+    assert outcome.facts["score"] == near(expected)
     outcome = call("krum", states, weights, base, byzantine=1, keep=2)
-    assert outcome.state["a"].item() == 0.5
+    assert outcome.state["a"].item() == near(0.5)
     outcome = call("krum", states, weights, base, byzantine=1, keep=2, weighted=True)
-    assert outcome.state["a"].item() == 0.25
+    assert outcome.state["a"].item() == near(0.25)
     assert outcome.facts["kept"] == [False, True, True, False, False]
     everyone = call("krum", states, weights, base, byzantine=1, keep=5)
-    assert everyone.state["a"].item() == 22
+    assert everyone.state["a"].item() == near(22)
 
 
 def test_the_ties_of_krum():
     base, states = points([10.0], [0], [1])
     for order in itertools.permutations(range(3)):  # 0 and 1 are nearest; 1 is nearer to 10
         turned = [states[k] for k in order]
-        assert call("krum", turned, None, base).state["a"].item() == 1
+        assert call("krum", turned, None, base).state["a"].item() == near(1)
     base, states = points([-1.0], [1], [0])
     outcome = call("krum", states, [1, 9, 1], base)
-    assert outcome.state["a"].item() == 0  # equal scores, but in the middle
+    assert outcome.state["a"].item() == near(0)  # equal scores, but in the middle
     base, states = points([0.0, 0], [1, 0], [0.5, math.sqrt(0.75)])  # nothing but samples differs
     outcome = call("krum", states, [1, 1, 2], base)
     assert outcome.facts["kept"] == [False, False, True]
@@ -211,10 +213,10 @@ def test_no_iterations_are_fedavg():
 def test_norm_clip_by_hand():
     base, states = points([3.0, 4], [0, 1])
     outcome = call("norm_clip", states, [3, 1], base, bound=2.5)
-    assert outcome.facts["norm"] == [5, 1] and outcome.facts["scale"] == [0.5, 1]
-    assert outcome.state["a"].tolist() == [1.125, 1.75]
+    assert outcome.facts["norm"] == near([5, 1]) and outcome.facts["scale"] == near([0.5, 1])
+    assert outcome.state["a"].tolist() == near([1.125, 1.75])
     outcome = call("norm_clip", states, [3, 1], base)  # the median of 5 and 1
-    assert outcome.facts["bound"] == 3 and outcome.facts["scale"] == [0.6, 1]
+    assert outcome.facts["bound"] == near(3) and outcome.facts["scale"] == near([0.6, 1])
     outcome = call("norm_clip", states, [3, 1], base, multiple=0.2)
     assert outcome.facts["scale"] == pytest.approx([0.12, 0.6])
     # The base counts: the same clients seen from (0, 1).
@@ -222,7 +224,7 @@ def test_norm_clip_by_hand():
     assert outcome.facts["scale"] == pytest.approx([0.5, 1])
     assert outcome.state["a"].tolist() == pytest.approx([1.125, 1 + 1.125])
     base, states = points([2.0], [0], [0])
-    assert call("norm_clip", states, None, base).state["a"].item() == 0
+    assert call("norm_clip", states, None, base).state["a"].item() == near(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ import torch
 from fed import state
 from fed.train import train
 from llava.errors import InputError
+from llava.processes import name_of
 from llava.state import read_tensors
 
 NAMES = {
@@ -301,6 +302,35 @@ def test_killed_and_started_again_ends_the_orphan_and_gives_the_same_bits(
     assert whole.read_bytes() == killed.read_bytes()
 
 
+@pytest.mark.parametrize("who", ["another host", "a process with its number", "of this host"])
+def test_only_a_process_that_this_host_has_left_is_ended(tmp_path, monkeypatch, who):
+    from fed.drivers.process import sole_use
+
+    monkeypatch.setattr("fed.drivers.process.GRACE", 0.5)
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print(1, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, start_new_session=True) as process:  # fmt: skip
+        process.stdout.readline()
+        where, pid, began = name_of(process.pid).split(".")
+        if who == "another host":
+            where = "another-host-123abc"
+        elif who == "a process with its number":
+            began = str(int(began) - 1)
+        (tmp_path / "leader.pid").write_text(f"{where}.{pid}.{began}")
+        if who == "of this host":
+            with sole_use(tmp_path):
+                assert process.wait() == -signal.SIGTERM
+            return
+        with pytest.raises(InputError, match=rf"still at work there; end it \({where}\.{pid}\."):
+            with sole_use(tmp_path):
+                pass
+        assert process.poll() is None
+        process.stdin.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -325,6 +355,21 @@ def test_bad_flags(fake, tmp_path, monkeypatch, changes, message):
     with pytest.raises(InputError, match=message):
         fake(**changes)
     assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_a_clients_samples_that_teach_nothing_do_not_count(fake, tiny, tmp_path, capfd):
+    records = json.loads((tiny / "a.json").read_text())
+    for record in records[:3]:
+        record["conversations"][1]["value"] = "\n"
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    (line,) = fake(a={"data_path": f"{tmp_path}/some.json"}, fed_rounds=1)
+    assert line["clients"]["a"]["samples"] == 9
+    assert "client a: 9 samples, 3 left out" in capfd.readouterr().out
+    found = state.load(tmp_path / "run" / "mm_projector.bin")
+    assert torch.allclose(found["model.mm_projector.0.bias"], torch.tensor((9 + 27) / 18))
+    (tmp_path / "none.json").write_text(json.dumps(records[:3]))
+    with pytest.raises(InputError, match="client b: .*none.json: there is nothing to learn in it"):
+        fake(b={"data_path": f"{tmp_path}/none.json"}, out="other")
 
 
 @pytest.mark.parametrize(

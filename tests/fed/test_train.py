@@ -129,10 +129,10 @@ def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkey
     monkeypatch.setattr(RunLogger, "of_client", capture)
     run(flags, tmp_path / "run", tiny / "clients.yaml", fed_rounds=3)
     spanning, rates = rates["a"], {}
-    assert len(spanning) == 6 and spanning[0] == 1e-2
+    assert len(spanning) == 6 and spanning[0] == pytest.approx(1e-2)
     assert all(later < earlier for earlier, later in zip(spanning, spanning[1:], strict=False))
     run(flags, tmp_path / "round", tiny / "clients.yaml", fed_rounds=3, fed_lr_schedule="round")
-    assert rates["a"][0::2] == [1e-2] * 3
+    assert rates["a"][0::2] == pytest.approx([1e-2] * 3)
 
 
 def test_local_keeps_clients_apart_and_pool_puts_them_together(flags, tiny, tmp_path):
@@ -165,6 +165,33 @@ def test_one_sample_and_empty_slices(flags, tiny, tmp_path):
     rounds = run(flags, tmp_path / "x", clients, fed_rounds=3)
     assert [r["clients"]["single"]["samples"] for r in rounds] == [0, 0, 1]
     assert rounds[0]["facts"]["clients"] == ["a"]
+
+
+def test_one_clients_changed_data_or_flag_is_named(flags, tiny, tmp_path):
+    b = json.loads((tiny / "b.json").read_text())
+    (tmp_path / "b.json").write_text(json.dumps(b))
+
+    kept = ", lr_scheduler_kwargs: {num_cycles: 0.4}"
+
+    def go(own: str = kept, rate: str = "1e-3"):
+        clients = clients_yaml(
+            tmp_path / "c.yaml",
+            tiny,
+            f"{{name: a, data_path: DIR/a.json, image_folder: DIR/images, learning_rate: {rate}}}",
+            f"{{name: b, data_path: {tmp_path}/b.json, image_folder: DIR/images{own}}}",
+        )
+        return run(flags, tmp_path / "x", clients)
+
+    go()
+    with pytest.raises(InputError, match="with learning_rate of client a = '1e-3', now it is '1'"):
+        go(rate="1")
+    with pytest.raises(InputError, match="with max_steps of client b = None, now it is '3'"):
+        go(f"{kept}, max_steps: 3")
+    go(f"{kept}, logging_steps: 5")  # decides nothing
+    b[2]["conversations"][1]["value"] = "a picture of another colour"
+    (tmp_path / "b.json").write_text(json.dumps(b))
+    with pytest.raises(InputError, match=r"with data of client b = '\w{16}', now it is '\w{16}'"):
+        go()
 
 
 def test_a_client_may_have_its_own_flags(flags, tiny, tmp_path):
@@ -278,6 +305,10 @@ def test_bad_start(flags, tiny, tmp_path, change, message):
     ],
 )
 def test_bad_data(flags, tiny, tmp_path, content, message):
+    bad_client(flags, tiny, tmp_path, content, message)
+
+
+def bad_client(flags, tiny, tmp_path, content, message):
     records = json.loads((tiny / "a.json").read_text())
     if content is None:
         records[3]["image"] = "missing.png"
@@ -291,6 +322,56 @@ def test_bad_data(flags, tiny, tmp_path, content, message):
     )
     with pytest.raises(InputError, match=f"client bad: .*({message})"):
         run(flags, tmp_path / "x", clients)
+
+
+def answered(file: Path, *answers: str) -> list[dict]:
+    """The records of a file, the first ones with these answers."""
+    records = json.loads(file.read_text())
+    for record, text in zip(records, answers, strict=False):
+        record["conversations"][1]["value"] = text
+    return records
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([""] * 12, "a.json: there is nothing to learn in it: of 12 records, 12 have an empty"),
+        (["red", "red \ud83c"], r"a.json: record 1 \(id 'a-1'\) has half a character"),
+    ],
+)
+def test_answers_that_cannot_be_learnt(flags, tiny, tmp_path, answers, message):
+    content = json.dumps(answered(tiny / "a.json", *answers))
+    bad_client(flags, tiny, tmp_path, content, message)
+
+
+def test_samples_that_teach_nothing_do_not_count_in_the_average(flags, tiny, tmp_path, capfd):
+    records = answered(tiny / "a.json", "", " ", "")
+    results = []
+    for name, given in (("some", records), ("less", records[3:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(given))
+        clients = clients_yaml(
+            tmp_path / f"{name}.yaml",
+            tiny,
+            "{name: b, data_path: DIR/b.json, image_folder: DIR/images}",
+            f"{{name: a, data_path: {tmp_path}/{name}.json, image_folder: DIR/images}}",
+        )
+        run(flags, tmp_path / name, clients, feature_cache=tmp_path / "features")
+        results.append((tmp_path / name / "mm_projector.bin").read_bytes())
+        line = json.loads((tmp_path / name / "rounds.jsonl").read_text().splitlines()[0])
+        assert line["clients"]["a"]["samples"] == 9
+    assert results[0] == results[1]
+    assert "client a: 9 samples, 3 left out: their answers are empty" in capfd.readouterr().out
+
+
+def test_held_out_samples_without_an_answer_are_left_out(flags, tiny, tmp_path, capfd):
+    (tmp_path / "held.json").write_text(json.dumps(answered(tiny / "heldout.json", "", "")))
+    run(flags, tmp_path / "x", tiny / "clients.yaml", fed_eval_data_path=tmp_path / "held.json")
+    line = json.loads((tmp_path / "x" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert "4 samples, 2 left out" in capfd.readouterr().out
+    assert line["heldout"]["global"]["held"]["samples"] == 4
+    (tmp_path / "held.json").write_text(json.dumps(answered(tiny / "heldout.json", *[""] * 6)))
+    with pytest.raises(InputError, match="held.json: there is nothing to learn in it"):
+        run(flags, tmp_path / "y", tiny / "clients.yaml", fed_eval_data_path=tmp_path / "held.json")
 
 
 def test_truncated_pictures_are_named_or_skipped_and_counted(flags, tiny, tmp_path, capfd):
@@ -318,12 +399,14 @@ def test_captions_longer_than_the_model_takes(flags, tiny, tmp_path, capfd):
     assert "client a: 12 samples, 12 longer than --model_max_length" in capfd.readouterr().out
 
 
-def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path):
+def test_another_run_in_the_same_folder_is_refused(flags, tiny, tmp_path, capsys):
     run(flags, tmp_path / "x", tiny / "clients.yaml")
     before = (tmp_path / "x" / "mm_projector.bin").read_bytes()
     with pytest.raises(InputError, match="--learning_rate = '0.01', now it is '0.001'"):
         run(flags, tmp_path / "x", tiny / "clients.yaml", learning_rate=1e-3)
+    capsys.readouterr()
     run(flags, tmp_path / "x", tiny / "clients.yaml")  # finished: nothing to do, nothing changed
+    assert "round 1 is done, nothing is left to train" in capsys.readouterr().out
     assert (tmp_path / "x" / "mm_projector.bin").read_bytes() == before
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,28 @@ def llava_folder(tiny, tmp_path_factory) -> Path:
                 getattr(layer.self_attn, name).weight.mul_(4)
     save_full(model, load_tokenizer(str(tiny / "llm")), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def upstream_tokenizer(tmp_path_factory):
+    """`upstream_tokenizer(legacy)` is that of `golden/upstream_tokens.json`; legacy as there."""
+    from llava.model.tokenizer import load_tokenizer
+
+    golden = Path(__file__).parents[1] / "golden"
+    added = json.loads((golden / "upstream_tokens.json").read_text())["added"]
+
+    def load(legacy: str):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        shutil.copy(golden / "toy_tokenizer.model", folder / "tokenizer.model")
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        if legacy != "null":
+            config["legacy"] = json.loads(legacy)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(str(folder))
+        tokenizer.add_tokens(added, special_tokens=True)
+        return tokenizer
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,17 @@ def batch_of(argv):
 
 
 @pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+def test_a_pictures_length_is_known_before_it_is_encoded(run, merge):
+    model, _, batch = batch_of(run(image_aspect_ratio="anyres", mm_patch_merge_type=merge))
+    sizes = batch["image_sizes"]
+    expected = [len(tokens) for tokens in model.picture_tokens(batch["images"], sizes)]
+    assert [model.picture_length(size) for size in sizes] == expected
+    sizes = [(width, height) for width in range(1, 90, 7) for height in range(1, 90, 7)]
+    found = {model.picture_length(size) for size in sizes}
+    assert max(found) == model.most_picture_length
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
 def test_the_collators_places_are_those_that_the_model_finds_itself(run, merge):
     model, items, batch = batch_of(run(image_aspect_ratio="anyres", mm_patch_merge_type=merge))
     expected = model(**batch).loss

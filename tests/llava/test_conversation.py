@@ -59,6 +59,23 @@ def test_exactly_the_assistants_words_and_end_marks_are_answers(key):
     assert [text.lstrip(" ") for text in said] == [f"A cat.{space}{end}", f"Yes.{space}{end}"]
 
 
+@pytest.mark.parametrize("key", GOLDEN)
+def test_an_empty_answer_ends_and_is_not_learnt(key):
+    filled = conversation(key, ["q", "\0", "r", "Yes.", "s"]).segments()
+    empty = conversation(key, ["q", "", "r", "Yes.", "s"]).segments()
+    assert [text for text, _ in empty] == [text.replace("\0", "") for text, _ in filled]
+    assert [text.strip(" ")[:4] for text, answer in empty if answer] == ["Yes."]
+    blank = conversation(key, ["q", " \n"]).segments()
+    assert not any(answer for _, answer in blank)
+
+
+def test_no_role_follows_an_empty_turn_at_once():
+    prompt = conversation("v1", ["q", "", "", None]).get_prompt()
+    assert prompt.endswith("questions. USER: q ASSISTANT: </s>USER:  ASSISTANT:")
+    prompt = conversation("llava_llama_2", ["", "", "r", None]).get_prompt()
+    assert prompt.endswith("<</SYS>>\n\n [/INST]  </s><s>[INST] r [/INST]")
+
+
 def test_the_default_is_vicuna_v1():
     assert default_conversation.get_prompt() == get_template("vicuna_v1").get_prompt()
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from llava.train.preprocess import fit, preprocess_multimodal, read_turns, rende
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((GOLDEN_DIR / "upstream_golden.json").read_text())["preprocess"]
+UPSTREAM_TOKENS = json.loads((GOLDEN_DIR / "upstream_tokens.json").read_text())
 CONVERSATIONS = {
     "image_one": ["Describe the image.\n<image>", "A random picture."],
     "image_two_rounds": ["Look <image> what is this?", "A cat.", "Sure?", "Yes."],
@@ -90,6 +92,23 @@ def test_every_template_learns_the_answers_and_nothing_of_the_questions(key, tok
     masked = tokenizer.decode(ids[(labels == IGNORE_INDEX) & (ids >= 0)])
     assert learnt.count("RRR") == len(turns) // 2 and "QQQ" not in learnt
     assert "RRR" not in masked
+
+
+@pytest.mark.parametrize("legacy", UPSTREAM_TOKENS["legacy"])
+def test_a_token_after_a_picture_is_learnt_where_it_begins(legacy, upstream_tokenizer):
+    tokenizer = upstream_tokenizer(legacy)
+    answer = " red, \u00e9\U0001f642 </s> square\n"
+    own = tokenizer_image_token(f"<image>{answer}", tokenizer)[2:]
+    golden = zip(UPSTREAM_TOKENS["prompts"], UPSTREAM_TOKENS["legacy"][legacy], strict=True)
+    for prompt, expected in golden:
+        ids, labels = tokenize([(prompt, True)], tokenizer)
+        assert ids.tolist() == expected
+        learnt = [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in expected[1:]]
+        assert labels.tolist()[1:] == learnt
+        ids, labels = tokenize([(f"{prompt}<image>", False), (answer, True)], tokenizer)
+        assert answers(ids, labels) == own == ids.tolist()[-len(own) :]
+    ids, labels = tokenize([("<image> a", False), (" b", True), (" c</s> d", False)], tokenizer)
+    assert tokenizer.decode(answers(ids, labels)).strip() == "b"
 
 
 def test_ids_are_those_of_the_prompt_that_the_model_is_asked_with(tokenizer):
@@ -192,6 +211,7 @@ def data_args(tmp_path):
 RED = record("red.png", "<image>\nWhat is it?", "red", id="a")
 BLUE = record("blue.png", "What is it?\n<image>", "blue it is", id="b")
 TEXT = record(None, "Hello?", "Hi.", id="c")
+Q = {"from": "human", "value": "q"}
 
 
 def test_files_that_are_no_data_are_refused(tmp_path):
@@ -359,6 +379,11 @@ def test_a_text_that_just_fits_is_not_counted(tokenizer, data_args):
         (record("red.png", "<image> <image>", "x"), "says `<image>` 2 times"),
         (record(None, "<image>", "x"), "no picture, but its text says `<image>` 1 times"),
         (record("red.png", "<image>", "x", "y"), None),
+        ({"conversations": [Q, {"from": "gpt", "value": 5}]}, "turn 1 has no text: `value` is 5"),
+        ({"conversations": [Q, {"from": "gpt", "value": None}]}, "`value` is None"),
+        ({"conversations": [Q, {"from": None, "value": "x"}]}, "turn 1 is from None"),
+        ({"conversations": [Q, math.nan]}, "a turn of `conversations` is not an object"),
+        (record("red\0.png", "<image>", "x"), "cannot be read: embedded null byte"),
         (record("red.png", "<image>"), "no question with an answer"),
         (
             record(["red.png", "red.png"], "<image>", "x"),
@@ -367,7 +392,6 @@ def test_a_text_that_just_fits_is_not_counted(tokenizer, data_args):
         (record(["red.png", 7], "<image>", "x"), "expected a path or a list of paths"),
         (record([], "<image>", "x"), "expected a path or a list of paths"),
         (record("gone.png", "<image>", "x"), "gone.png cannot be read: no such file"),
-        (record("red.png", "long " * 300 + "<image>", "x"), None),
     ],
 )
 def test_bad_samples_are_named(tokenizer, data_args, bad, reason):
@@ -379,6 +403,65 @@ def test_bad_samples_are_named(tokenizer, data_args, bad, reason):
     with pytest.raises(InputError, match=r"the given records: record 1 \(id 'bad one'\)") as caught:
         dataset.check()
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["v0", "v1", "plain", "mpt", "llava_llama_2"])
+def test_samples_that_teach_nothing_are_left_out_and_counted(version, tokenizer, data_args):
+    data_args.version = version
+    empty = [record("red.png", "<image>\nWhat is it?", text, id="empty") for text in ("", " \n")]
+    asked = record("red.png", "<image>\n" + "long " * MAX_LENGTH, "x", id="cut")
+    given = [RED, *empty, BLUE] + ([asked] if version in ("v1", "mpt", "llava_llama_2") else [])
+    dataset = LazySupervisedDataset(given, tokenizer, data_args)
+    for i, item in enumerate(given):
+        _, labels = fit(dataset[i]["input_ids"], dataset[i]["labels"], 4, MAX_LENGTH)
+        assert (labels != IGNORE_INDEX).any() == (item in (RED, BLUE)), item
+    report = dataset.check()
+    cut = int(asked in given)
+    assert report == CheckReport(2, truncated=cut, skipped=0, unlabelled=2 + cut)
+    assert dataset.records == [RED, BLUE]
+
+
+def test_data_that_teach_nothing_are_an_error(tokenizer, data_args):
+    empty = record("red.png", "<image>\nWhat is it?", "")
+    asked = record("red.png", "<image>\n" + "long " * MAX_LENGTH, "x", id="cut")
+    with pytest.raises(InputError, match="^the given records: there is nothing to learn") as caught:
+        LazySupervisedDataset([empty, asked, empty], tokenizer, data_args).check()
+    assert "of 3 records, 2 have an empty answer, and of 1 model_max_length 256" in str(
+        caught.value
+    )
+
+
+def test_one_answer_of_two_is_enough(tokenizer, data_args):
+    half = record("red.png", "<image>\nWhat?", "", "Sure?", "Yes.")
+    dataset = LazySupervisedDataset([half], tokenizer, data_args)
+    assert dataset.check() == CheckReport(1, truncated=0, skipped=0)
+    ids, labels = dataset[0]["input_ids"], dataset[0]["labels"]
+    assert tokenizer.decode(answers(ids, labels)) == "Yes.</s>"
+    assert (ids == tokenizer.eos_token_id).sum() == 2  # the empty one ends as well
+
+
+def test_half_an_emoji_is_named(tmp_path, tokenizer, data_args):
+    whole = record("red.png", "<image>", "\U0001f353 strawberry", id="whole")
+    half = record("red.png", "<image>", "strawberry \ud83c", id="half")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([whole, half]))
+    message = r"record 1 \(id 'half'\) has half a character in 'strawberry \\ud83c'"
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: {message}"):
+        load_records(path)
+    with pytest.raises(InputError, match=f"^the given records: {message}"):
+        LazySupervisedDataset([whole, half], tokenizer, data_args)
+    for odd in ({**whole, "domain": "\udc53"}, {**whole, "\udc53": 1}, {**whole, "id": ["\udc53"]}):
+        with pytest.raises(InputError, match=r"record 0 .* has half a character in '\\udc53'"):
+            LazySupervisedDataset([odd], tokenizer, data_args)
+    path.write_text(json.dumps([whole]))  # with both halves as escapes
+    assert load_records(path) == [whole]
+
+
+def test_json_nested_too_deep_is_named(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(InputError, match=r"deep.json"):
+        load_records(path)
 
 
 def test_a_picture_that_does_not_fit_is_an_error(tokenizer, data_args):

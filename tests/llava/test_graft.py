@@ -101,7 +101,8 @@ def test_one_marker_a_picture_and_expanded_markers_give_the_same(model):
     a = model(single[0], attention_mask=single[1], labels=single[2], images=pixels)
     b = model(full[0], attention_mask=full[1], labels=full[2], images=pixels)
     assert a.logits.shape == b.logits.shape == (2, 8, 1200)
-    assert torch.equal(a.logits, b.logits) and torch.equal(a.loss, b.loss)
+    for found, expected in ((b.logits, a.logits), (b.loss, a.loss)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model):
@@ -118,10 +119,9 @@ def test_features_in_place_of_pixels_give_the_same(model):
     features = model.get_vision_tower()(pixels)
     assert features.shape == (2, PATCHES, 32)
     expected = model.encode_images(pixels)
-    assert torch.equal(model.encode_images(features), expected)
-    assert torch.equal(model.encode_images([features[0], features[1]]), expected)
-    mixed = model.encode_images([pixels[0], features[1]])
-    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
+    for given in (features, [features[0], features[1]], [pixels[0], features[1]]):
+        found = model.encode_images(given)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_too_many_or_too_few_pictures_are_an_error(model):
@@ -201,6 +201,34 @@ def test_attention_weights_are_there_when_they_are_asked_for(model):
     found = asked(ids, images=pixels, output_attentions=True)
     assert [a.shape for a in found.attentions] == [(1, 2, 3 + PATCHES, 3 + PATCHES)] * 2
     torch.testing.assert_close(found.logits, model(ids, images=pixels).logits)
+    more = {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True}
+    for inputs in ({"images": pixels}, {}):
+        made = asked.generate(ids.clamp_min(3) if not inputs else ids, output_attentions=True,
+                              pad_token_id=0, **inputs, **more)  # fmt: skip
+        assert len(made.attentions) == 2 and made.attentions[0][0].ndim == 4
+
+
+def test_attention_is_as_before_once_its_weights_were_shown(model):
+    """Each part's own kind, whether the run comes to its end or not."""
+    asked = copy.deepcopy(model)
+    asked.set_attn_implementation("sdpa")
+    asked.tune_vision_tower()
+    tower = asked.get_vision_tower().vision_tower
+    tower.set_attn_implementation("eager")
+    ids, kinds = torch.tensor([[1, 30, 31]]), []
+
+    def note(*_):
+        kinds.append(asked.config._attn_implementation)
+
+    handle = asked.lm_head.register_forward_hook(note)
+    asked(ids, output_attentions=True)
+    asked.generate(ids, output_attentions=True, max_new_tokens=1, pad_token_id=0)
+    with pytest.raises(IndexError):
+        asked(torch.tensor([[10**6]]), output_attentions=True)
+    asked(ids)
+    handle.remove()
+    assert kinds == ["eager", "eager", "sdpa"]
+    assert tower.config._attn_implementation == "eager"
 
 
 def test_the_names_of_a_star_import():

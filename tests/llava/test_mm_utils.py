@@ -31,6 +31,7 @@ from llava.mm_utils import (
 
 GOLDEN_DIR = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((GOLDEN_DIR / "upstream_golden.json").read_text())
+UPSTREAM_TOKENS = json.loads((GOLDEN_DIR / "upstream_tokens.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,40 @@ def test_ids_of_whole_prompts_are_upstreams(tokenizer):
     system = GOLDEN["prompts"]["v1"]["system"]
     prompt = f"{system} USER: {one} ASSISTANT: {two}</s>USER: {three} ASSISTANT: {four}</s>"
     assert tokenizer_image_token(prompt, tokenizer) == golden["input_ids"]
+
+
+@pytest.mark.parametrize("legacy", UPSTREAM_TOKENS["legacy"])
+def test_ids_after_a_picture_are_upstreams(legacy, upstream_tokenizer):
+    tokenizer = upstream_tokenizer(legacy)
+    golden = zip(UPSTREAM_TOKENS["prompts"], UPSTREAM_TOKENS["legacy"][legacy], strict=True)
+    for prompt, ids in golden:
+        assert tokenizer_image_token(prompt, tokenizer) == ids, prompt
+
+
+def test_the_space_before_a_chunk_does_not_swallow_the_one_it_begins_with(upstream_tokenizer):
+    ids = tokenizer_image_token(
+        "USER: Compare <image> please. ASSISTANT:", upstream_tokenizer("false")
+    )
+    assert ids[ids.index(1110) :][:4] == [1110, IMAGE_TOKEN_INDEX, 1110, 276]
+
+
+def test_what_is_no_text_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"half a character in ' strawberry \\ud83c'"):
+        tokenizer_image_token("<image> strawberry \ud83c", tokenizer)
+    with pytest.raises(InputError, match=r"half a character in 'caf\\udce9'"):  # of a command line
+        tokenizer_image_token("caf\udce9", tokenizer)
+
+
+def test_bytes_as_tokens_get_no_space():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = tokenizer_image_token("a<image> b", tokenizer)
+    assert ids == [alphabet.index("a"), IMAGE_TOKEN_INDEX, *map(alphabet.index, "\u0120b")]
 
 
 def test_image_tokens_are_repeated_and_never_learnt():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,7 +161,7 @@ def test_fine_tuning_goes_on_from_a_full_llavas_own_projector(flags, tiny, full,
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     with pytest.raises(InputError, match="--mm_projector_type is 'linear'.*'mlp2x_gelu'"):
-        train(argv=flags(**start, **given, mm_projector_type="linear"))
+        train(argv=flags(**start, **given, mm_projector_type="linear", output_dir=tmp_path / "b"))
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -346,6 +349,37 @@ def test_the_last_deepspeed_file_is_the_one_that_counts(tmp_path, text, message)
         parse(["--deepspeed", str(good), "--deepspeed", str(file)])
 
 
+@pytest.mark.parametrize(
+    ("changes", "package", "message"),
+    [
+        ({"optim": "galore_adamw"}, "galore_torch", "--optim galore_adamw: .*GaLore"),
+        ({"use_liger_kernel": True}, "liger_kernel", "liger"),
+        ({"report_to": "swanlab"}, "swanlab", "--report_to .*swanlab"),
+    ],
+)
+def test_a_package_that_a_flag_needs_is_named(flags, tiny, changes, package, message):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=message):
+        train(argv=flags(data_path=tiny / "a.json", **changes))
+
+
+def test_deepspeed_without_its_package_is_one_sentence(tmp_path):
+    """In a process of its own, for which the package is not there."""
+    file = tmp_path / "zero2.json"
+    file.write_text("{}")
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "from llava.train.train import main\n"
+        f"sys.argv = ['train', '--deepspeed', '{file}']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: --deepspeed needs the package deepspeed: pip install 'fedllava[train]'" in (
+        done.stderr
+    )
+
+
 def test_a_near_flag_is_named_once():
     with pytest.raises(InputError, match="did you mean --mm_projector_type or") as caught:
         parse(["--mm_projector_tipe", "linear"])
@@ -380,7 +414,7 @@ def test_added_tokens_start_as_the_mean_of_the_others(tiny):
     smart_tokenizer_and_embedding_resize({"additional_special_tokens": more}, tokenizer, model)
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
         assert len(weight) == len(tokenizer) == rows + 3
-        assert torch.equal(weight[rows:], weight[:rows].mean(0).expand(3, -1))
+        torch.testing.assert_close(weight[rows:], weight[:rows].mean(0).expand(3, -1))
 
 
 def test_upstreams_defaults():
@@ -400,6 +434,27 @@ def test_attention_falls_back_with_a_word(capsys):
     assert choose_attention("flash_attention_2", "cpu") == "sdpa"
     assert "sdpa" in capsys.readouterr().err
     assert choose_attention(None, "cpu") == "sdpa" and choose_attention("eager", "cpu") == "eager"
+
+
+def test_data_that_teach_nothing_are_refused_or_left_out(flags, tiny, tmp_path, capfd):
+    def told(**changes) -> str:
+        with pytest.raises(InputError) as caught:
+            train(argv=flags(version="v1", data_path=tmp_path / "a.json", **changes))
+        return str(caught.value)
+
+    records = json.loads((tiny / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert "of 12 model_max_length 40 cuts the answer off" in told(model_max_length=40)
+    for record in records[:10]:
+        record["conversations"][1]["value"] = ""
+    (tmp_path / "a.json").write_text(json.dumps(records[:10]))
+    assert "a.json: there is nothing to learn in it: of 10 records, 10 have" in told()
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    train(argv=flags(version="v1", data_path=tmp_path / "a.json"))
+    assert "training: 2 samples, 10 left out: their answers are" in capfd.readouterr().out
+    records[11]["conversations"][1]["value"] = "blue \ud83c"
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert "a.json: record 11 (id 'a-11') has half a character" in told()
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,16 @@ def test_the_archive_brings_its_licence(data):
     said = (ROOT / "playground/data/licenses/ATTRIBUTION.md").read_text()
     assert "easy_vqa.tar.xz" in said and "MIT-easy-VQA.txt" in said
     assert (ROOT / "playground/data/easy_vqa.tar.xz").stat().st_size < 6e5
+
+
+def test_what_the_demos_page_offers_is_held_out(unpacked):
+    from llava.serve.page.examples import PLAYGROUND
+
+    held = {
+        path.parent.name + "/images/" + record["image"]
+        for folder in unpacked
+        for path in folder.glob("heldout_test*.json")
+        for record in json.loads(path.read_text())
+    }
+    offered = json.loads(PLAYGROUND.read_text())
+    assert 3 <= len(offered) <= 6 and {x["image"].removeprefix("data/") for x in offered} <= held

@@ -5,7 +5,15 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from llava.serve.page.attention import overlays
-from llava.serve.page.controls import options_of, question_box, settings, told, turn_of
+from llava.serve.page.controls import (
+    ONE_BY_ONE,
+    options_of,
+    question_box,
+    settings,
+    small_button,
+    told,
+    turn_of,
+)
 from llava.serve.page.talk import Options, Talk
 from llava.serve.page.turns import Turn, fill, open_again, shown
 from llava.serve.page.votes import Log
@@ -13,7 +21,7 @@ from llava.serve.page.votes import Log
 VOTES = {"upvote": "Upvote", "downvote": "Downvote", "flag": "Flag"}
 
 
-def chat_tab(talk: Talk, log: Log):
+def chat_tab(talk: Talk, log: Log, offers: list[dict]):
     """Build the tab; returns its choice of models."""
     import gradio as gr
 
@@ -24,14 +32,14 @@ def chat_tab(talk: Talk, log: Log):
             parameters = settings()
         with gr.Column(scale=8, min_width=300):
             chatbot = gr.Chatbot(
-                label="Conversation", height="60vh", elem_id="chatbot", buttons=["copy"]
+                label="Conversation", height="54vh", elem_id="chatbot", buttons=["copy"]
             )
-            box = question_box("Your question")
+            box = question_box("Your question", offers)
             with gr.Row():
-                votes = [_button(label) for label in VOTES.values()]
+                votes = [small_button(label) for label in VOTES.values()]
             with gr.Row():
                 stop, again, clear, look = map(
-                    _button, ("Stop", "Regenerate", "Clear", "What did it look at?")
+                    small_button, ("Stop", "Regenerate", "Clear", "What did it look at?")
                 )
             looked = gr.Gallery(
                 label="What it looked at",
@@ -48,8 +56,8 @@ def chat_tab(talk: Talk, log: Log):
     def view(turns: list[Turn], busy: bool = False) -> list:
         """The outputs: what is said, and which buttons make sense now."""
         answered = bool(turns) and not busy and bool(turns[-1].answer)
-        here, voted = bool(turns) and not busy, [answered] * len(VOTES)
-        able = [*voted, busy, here, here, answered and any(t.images for t in turns)]
+        here, votable = bool(turns) and not busy, [answered and not turns[-1].vote] * len(VOTES)
+        able = [*votable, busy, here, here, answered and any(t.images for t in turns)]
         buttons = [gr.update(interactive=each) for each in able]
         return [shown(turns), gr.update(visible=False, value=None), *buttons]
 
@@ -74,7 +82,9 @@ def chat_tab(talk: Talk, log: Log):
 
     def vote(kind: str):
         async def write(turns, request: gr.Request):
-            await asyncio.to_thread(log.write, kind, turns, request.client.host)
+            if not turns[-1].vote:
+                await asyncio.to_thread(log.write, kind, turns, request.client.host)
+                turns[-1].vote = kind
             return [gr.update(interactive=False)] * len(VOTES)
 
         return write
@@ -92,12 +102,6 @@ def chat_tab(talk: Talk, log: Log):
     for event in (clear.click, chatbot.clear):
         event(lambda: ([], *view([])), None, [turns, *outputs], cancels=running)
     for button, kind in zip(votes, VOTES, strict=True):
-        button.click(vote(kind), turns, votes, show_progress="hidden")
+        button.click(vote(kind), turns, votes, show_progress="hidden", **ONE_BY_ONE)
     look.click(look_at, turns, looked, show_progress_on=look)
     return model
-
-
-def _button(label: str):
-    import gradio as gr
-
-    return gr.Button(label, interactive=False, min_width=90, size="sm")

@@ -1,68 +1,155 @@
-"""The tab that asks two to four models the same, side by side."""
+"""The tab that asks two to four models the same, side by side, and takes votes as arenas do."""
 
-from __future__ import annotations
-
+# No postponed annotations: gradio finds its Request by them.
+import asyncio
 import copy
 import functools
+import random
 
-from llava.serve.page.controls import options_of, question_box, settings, told, turn_of
+from llava.serve.page.controls import (
+    ONE_BY_ONE,
+    options_of,
+    question_box,
+    settings,
+    small_button,
+    told,
+    turn_of,
+)
 from llava.serve.page.talk import Talk, Trouble
 from llava.serve.page.turns import Turn, fill, shown
+from llava.serve.page.votes import Log
 
 MOST = 4
+TIE, BAD = "tievote", "bothbad_vote"  # as arenas write them
+Talks = dict[str, list[Turn]]
+"""The turns of each model, those of models that are not shown now included."""
 
 
-def compare_tab(talk: Talk):
+def compare_tab(talk: Talk, log: Log, offers: list[dict]):
     """Build the tab; returns its choice of models."""
     import gradio as gr
 
-    talks = gr.State({})  # model -> its turns
-    models = gr.Dropdown([], multiselect=True, max_choices=MOST, label="Models, two to four",
-                         elem_id="models")  # fmt: skip
+    talks, order = gr.State({}), gr.State([])  # order: the models by column
+    with gr.Row():
+        with gr.Column(scale=4):
+            models = gr.Dropdown([], multiselect=True, max_choices=MOST,
+                                 label="Models, two to four", elem_id="models")  # fmt: skip
+        with gr.Column(min_width=240):
+            hide = gr.Checkbox(label="Hide names until a vote")
     with gr.Row():
         columns = [
             gr.Chatbot(label="", height="50vh", min_width=260, visible=place < 2, buttons=["copy"])
             for place in range(MOST)
         ]
-    box = question_box("Your question to all")
     with gr.Row():
-        stop = gr.Button("Stop", interactive=False, min_width=110, size="sm")
-        clear = gr.Button("Clear", min_width=110, size="sm")
+        votes = [small_button("", visible=place < 2) for place in range(MOST)]
+        votes += [small_button("Tie"), small_button("All bad")]
+    box = question_box("Your question to all", offers)
+    with gr.Row():
+        stop, clear = small_button("Stop"), small_button("Clear", interactive=True)
     parameters = settings()
-    outputs = [*columns, stop]
+    outputs = [order, models, hide, *columns, *votes, stop]
 
-    def view(models: list[str], talks: dict[str, list[Turn]], busy: bool = False) -> list:
-        """The outputs: a column for each model, and whether there is something to stop."""
-        shows = [
-            gr.update(label=model, value=shown(talks.get(model, [])), visible=True)
-            for model in models
-        ]
-        hidden = [gr.update(visible=False)] * (MOST - len(models))
-        return [*shows, *hidden, gr.update(interactive=busy)]
-
-    async def send(message, models, talks, preprocess, *parameters):
+    async def send(message, order, talks, hide, preprocess, *parameters):
         with told():
-            if not 2 <= len(models) <= MOST:
+            if not 2 <= len(order) <= MOST:
                 raise Trouble(f"Choose two to {MOST} models to compare.")
         turn = await turn_of(message, preprocess)
-        for model in models:
+        if hide and not any(talks.values()):
+            order = random.sample(order, len(order))
+        for model in order:
             talks.setdefault(model, []).append(copy.copy(turn))
-        yield [None, *view(models, talks, busy=True)]
-        chosen = {model: talks[model] for model in models}
+        yield [None, *view(order, talks, hide, busy=True)]
+        chosen = {model: talks[model] for model in order}
         async for _ in fill(talk, chosen, options_of(*parameters)):
-            yield [gr.skip(), *view(models, talks, busy=True)]
-        yield [gr.skip(), *view(models, talks)]
+            yield [gr.skip(), *view(order, talks, hide, busy=True)]
+        yield [gr.skip(), *view(order, talks, hide)]
 
-    def forget(place: int, models, talks):
-        if place < len(models):
-            talks.pop(models[place], None)
-        return view(models, talks)
+    def vote(place: int):
+        async def write(order, talks, hide, request: gr.Request):
+            await asyncio.to_thread(cast, log, place, order, talks, hide, request.client.host)
+            return view(order, talks, hide)
 
-    given = [models, talks]
+        return write
+
+    def choose(models, order, talks, hide):
+        return view(sorted(models, key=[*order, *models].index), talks, hide)
+
+    def forget(place: int, order, talks, hide):
+        if place < len(order):
+            talks.pop(order[place], None)
+        return view(order, talks, hide)
+
+    given = [order, talks, hide]
     running = box.submit(send, [box, *given, *parameters], [box, *outputs], show_progress="hidden")
     stop.click(None, cancels=running).then(view, given, outputs)
-    clear.click(lambda models: ({}, *view(models, {})), models, [talks, *outputs], cancels=running)
+    clear.click(lambda order, hide: ({}, *view(order, {}, hide)), [order, hide], [talks, *outputs],
+                cancels=running)  # fmt: skip
     for place, column in enumerate(columns):
         column.clear(functools.partial(forget, place), given, outputs, show_progress="hidden")
-    models.change(view, given, outputs, show_progress="hidden")
+    for place, button in enumerate(votes):
+        button.click(vote(place), given, outputs, show_progress="hidden", **ONE_BY_ONE)
+    models.change(choose, [models, *given], outputs, show_progress="hidden")
+    hide.change(view, given, outputs, show_progress="hidden")
     return models
+
+
+def view(order: list[str], talks: Talks, hide: bool, busy: bool = False) -> list:
+    """The tab's outputs: a column and a vote for each model, and what can be done now."""
+    import gradio as gr
+
+    names, voted = _names(order, talks, hide), {turn.vote for turn in _last(order, talks)}
+    able, begun = not busy and comparable(order, talks), any(talks.values())
+    hidden = [gr.update(visible=False)] * (MOST - len(order))
+
+    def vote(kind: str, label: str):
+        look = "primary" if kind in voted else "secondary"
+        return gr.update(value=label, interactive=able, variant=look, visible=True)
+
+    return [
+        order,
+        gr.update(interactive=not busy and not (hide and begun)),
+        gr.update(interactive=not busy and not begun),
+        *(
+            gr.update(label=name, value=shown(talks.get(model, [])), visible=True)
+            for name, model in zip(names, order, strict=True)
+        ),
+        *hidden,
+        *(vote(model, f"Best: {name}") for name, model in zip(names, order, strict=True)),
+        *hidden,
+        vote(TIE, "Tie"),
+        vote(BAD, "All bad" if len(order) > 2 else "Both bad"),
+        gr.update(interactive=busy),
+    ]
+
+
+def cast(log: Log, place: int, order: list[str], talks: Talks, hide: bool, ip: str) -> None:
+    """Log a vote for the column at `place`, or for TIE or BAD after all of them, once."""
+    if not comparable(order, talks):
+        return
+    best = order[place] if place < len(order) else None
+    kind = (TIE, BAD)[place - MOST] if place >= MOST else "bestvote"
+    if best and len(order) == 2:
+        kind = ("leftvote", "rightvote")[place]
+    anonymous = _names(order, talks, hide) != order
+    log.write_vote(kind, [talks[model] for model in order], best, anonymous, ip)
+    for turn in _last(order, talks):
+        turn.vote = best or kind
+
+
+def comparable(order: list[str], talks: Talks) -> bool:
+    """Whether all have answered the same question and nobody has voted on it."""
+    last = _last(order, talks)
+    same = len({(turn.text, *turn.files) for turn in last}) == 1
+    return same and 2 <= len(order) == len(last) and all(t.answer and not t.vote for t in last)
+
+
+def _last(order: list[str], talks: Talks) -> list[Turn]:
+    return [talks[model][-1] for model in order if talks.get(model)]
+
+
+def _names(order: list[str], talks: Talks, hide: bool) -> list[str]:
+    """What the columns are called: hidden names are shown once there was a vote."""
+    if hide and not any(turn.vote for model in order for turn in talks.get(model, [])):
+        return [f"Model {letter}" for letter in "ABCD"[: len(order)]]
+    return order

@@ -12,12 +12,18 @@ from llava.serve.page.talk import Options, Trouble
 from llava.serve.page.turns import PREPROCESS, Turn
 from llava.serve.wire import MOST_CHARACTERS, MOST_NEW_TOKENS
 
+ONE_BY_ONE = {"concurrency_limit": 1, "concurrency_id": "votes"}
+"""How events of votes run, so that of two clicks the second sees the first's vote."""
 
-def question_box(label: str):
-    """A box for text and pictures; Enter sends. Screen readers read the placeholder."""
+
+def question_box(label: str, offers: list[dict]):
+    """A box for text and pictures; Enter sends. Screen readers read the placeholder.
+
+    Above it are the examples, of which a click fills it.
+    """
     import gradio as gr
 
-    return gr.MultimodalTextbox(
+    box = gr.MultimodalTextbox(
         label=label,
         show_label=False,
         placeholder=label,
@@ -25,7 +31,17 @@ def question_box(label: str):
         file_count="multiple",
         sources=["upload"],
         max_plain_text_length=MOST_CHARACTERS,
+        render=False,
     )
+    if offers:
+        gr.Examples([[offer] for offer in offers], box, api_visibility="private")
+    return box.render()
+
+
+def small_button(label: str, interactive: bool = False, visible: bool = True):
+    import gradio as gr
+
+    return gr.Button(label, interactive=interactive, visible=visible, min_width=90, size="sm")
 
 
 def settings() -> list:

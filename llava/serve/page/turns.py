@@ -15,6 +15,7 @@ from llava.conversation import Conversation, get_template
 from llava.errors import InputError
 from llava.eval.answer import end_mark
 from llava.serve.page.talk import Options, Talk, Trouble, Worker
+from llava.texts import half_character
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,8 @@ class Turn:
     trouble: str = ""
     done: bool = False
     model: str = ""
+    vote: str = ""
+    """How its answer was voted on: once."""
     conversation: Conversation | None = None
     """What `model` was given, with the answer once that is there."""
 
@@ -42,6 +45,8 @@ class Turn:
         text, files = message["text"].strip(), list(message["files"])
         if not text and not files:
             raise Trouble("Type a question, or add a picture.")
+        if half_character(text) is not None:
+            raise Trouble("There is half an emoji in the question, which is no text.")
         return cls(text, files, [_sent(file, preprocess) for file in files])
 
 

@@ -16,6 +16,7 @@ from fed.merge import merge
 from fed.state import fingerprint, load
 from llava.errors import InputError
 from llava.model.shards import Shards
+from llava.processes import host, name_of
 
 ROOT = Path(__file__).parents[3]
 # For each number N that comes in, a merge whose N-th touch of the disk is its last.
@@ -154,15 +155,19 @@ def test_killed_anywhere_there_is_one_whole_folder(form, expert, tmp_path):
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(expert, tmp_path):
     paths, out = [expert("bin", 1), expert("bin", 2)], tmp_path / "results" / "out"
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    mine, alive = out.parent / f".out.{dead.pid}.tmp", out.parent / f".out.{os.getppid()}.tmp"
-    other, old = out.parent / f".outer.{dead.pid}.tmp", out.parent / f".out.{dead.pid}.old"
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        dead = name_of(process.pid)
+    mine, alive = (out.parent / f".out.{name}.tmp" for name in (dead, name_of(os.getppid())))
+    other, old = out.parent / f".outer.{dead}.tmp", out.parent / f".out.{dead}.old"
+    # Of a merge that another host is at work on, with a number that is nobody's here.
+    elsewhere = out.parent / f".out.{dead.replace(host(), 'another-host')}.tmp"
+    elsewhere.mkdir(parents=True)
     for folder in (mine, alive, other, old):
         folder.mkdir(parents=True)
     (old / "precious").write_text("")
     with pytest.raises(InputError, match="is there and not empty"):  # it is back
         merge(paths, out, method="linear")
-    assert (out / "precious").exists() and not mine.exists() and alive.exists() and other.exists()
+    assert (out / "precious").exists() and not mine.exists()
+    assert alive.exists() and other.exists() and elsewhere.exists()
     merge(paths, out, method="linear", overwrite=True)
     assert not (out / "precious").exists()

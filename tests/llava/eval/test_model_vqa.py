@@ -57,6 +57,32 @@ def test_a_batch_answers_as_one_by_one(ask, one_by_one, flags):
     assert texts(ask(model_vqa_loader, **flags)) == texts(one_by_one)
 
 
+def test_a_long_prompt_in_a_batch_does_not_shorten_others_answers(ask, questions):
+    """It has room for few tokens, others want more than that."""
+    rows = read_jsonl(questions)
+    rows[2]["text"] = "word " * 64
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = texts(ask(model_vqa, max_new_tokens=60))
+    assert texts(ask(model_vqa, max_new_tokens=60, batch_size=4)) == alone
+    few = texts(ask(model_vqa, max_new_tokens=30))
+    assert few[2] == alone[2] and few != alone, "no answer was cut, so this tests nothing"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_prompts_that_do_not_fit_are_named_before_anything_is_asked(
+    ask, questions, tmp_path, monkeypatch, batch_size
+):
+    rows = read_jsonl(questions)
+    rows[4]["text"] = rows[6]["text"] = "word " * 240
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+    monkeypatch.setattr(Answerer, "answer", lambda *args: asked.append(args))
+    message = r"question 14: the prompt has \d+ tokens, pictures included; .* 256 .*\(2 such"
+    with pytest.raises(InputError, match=message):
+        ask(model_vqa, batch_size=batch_size)
+    assert not asked and not (tmp_path / "answers.jsonl").exists()
+
+
 def test_beams_in_a_batch_answer_as_one_by_one(ask):
     alone = ask(model_vqa, num_beams=2)
     assert texts(ask(model_vqa, num_beams=2, batch_size=4)) == texts(alone)
@@ -290,6 +316,7 @@ def test_defaults_are_upstreams():
     [
         ('{"question_id": 1, "image": "0.png", "text": "x"}\n{"question_id"', "line 2: not JSON"),
         ('\n\n{"question_id": 1, "text": "x"}', "line 3: 'image' is missing"),
+        ("[" * 100_000, "line 1: not JSON"),
         ("[1]", "line 1: expected an object, found list"),
         ('{"question_id": 1, "image": null, "text": "x"}', "line 1: 'image' is None, text is"),
         ('{"question_id": 1, "image": "0.png", "text": 5}', "line 1: 'text' is 5, text is"),
@@ -332,6 +359,7 @@ def test_bad_tables_are_one_clear_error(ask, mmbench, spoil, message):
     ("content", "message"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "bad.json: not JSON"),
         ("[]", "expected a list of questions"),
         ('[{"id": 3}]', "question 0: 'conversations' is missing"),
         ('[{"id": 3, "conversations": []}]', "'conversations' is not a list of turns"),

@@ -11,6 +11,7 @@ import pytest
 from llava.errors import InputError
 from llava.eval import run_llava
 from llava.eval.answer import Answerer, conv_mode_of
+from llava.model.llava_arch import LlavaMixin
 
 
 @pytest.fixture
@@ -64,6 +65,21 @@ def test_several_pictures_each_have_a_place(args, pictures, monkeypatch, query, 
     assert seen["prompt"].endswith(prompt) and seen["pictures"] == 2
 
 
+def test_an_answer_ends_where_the_context_does(args, monkeypatch):
+    """The picture's 4 tokens, the prompt's, and as many of the answer as there is room for."""
+    made, generate = [], LlavaMixin.generate
+
+    def note(self, inputs, **kwargs):
+        output = generate(self, inputs, **kwargs | {"eos_token_id": -1, "stopping_criteria": None})
+        made.append(inputs.shape[1] + 3 + output.shape[1])
+        return output
+
+    monkeypatch.setattr(LlavaMixin, "generate", note)
+    args.max_new_tokens = 1000
+    run_llava.eval_model(args)
+    assert made == [256]
+
+
 def test_the_order_of_pictures_counts(args, pictures):
     args.conv_mode, answers = "v1", set()
     for names in ("0.png", "1.png"), ("1.png", "0.png"), ("1.png", "2.png"), ("2.png", "0.png"):
@@ -77,6 +93,12 @@ def test_the_order_of_pictures_counts(args, pictures):
     [
         ({"query": "<image-placeholder> or <image-placeholder>?"}, "1 pictures .* 2 image tokens"),
         ({"conv_mode": "vicuna"}, "no conversation template; did you mean"),
+        (
+            {"query": "word " * 240},
+            r"prompt has \d+ tokens, pictures included; .* reads 256",
+        ),
+        ({"query": "word " * 6000}, "prompt has 30,.* characters; this model reads 256 tokens"),
+        ({"query": "caf\udce9?"}, "half a character"),
         ({"image_file": "no.png"}, "picture no.png cannot be read: no such file"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -69,5 +70,7 @@ def answers(address: str, body: dict, path: str = "worker_generate_stream") -> l
 
     from llava.serve.wire import read_chunks
 
-    with httpx.stream("POST", f"{address}/{path}", json=body, timeout=60) as response:
+    # Not `json=`: httpx itself refuses half a surrogate pair, which other clients send.
+    content = json.dumps(body)
+    with httpx.stream("POST", f"{address}/{path}", content=content, timeout=60) as response:
         return list(read_chunks(response.iter_raw()))

@@ -32,6 +32,7 @@ PARTS = ROOT / "playground" / "backbones" / "instruct"
 PATIENCE = 60_000  # milliseconds that the browser waits for what must come
 FRAIL, STEADY = "llava-v1-frail", "llava-v1-steady"
 SLOW = "llava-v1-slow"  # a stand-in that says its words when the test wants it to
+OFFERS = {"What is this?": [0], "And these two?": [0, 1]}  # examples: question, heldout pictures
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,9 @@ class Demo:
     The worker of FRAIL is a process of its own, for it is to be killed.
     """
 
-    def __init__(self, browser, trained: Path, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, browser, trained: Path, images: Path, folder: Path, stack: contextlib.ExitStack
+    ) -> None:
         self.browser, self.trained, self.folder = browser, trained, folder
         self.stage, self.hosts, self.port = Stage(), set(), free_port()
         self.controller = stack.enter_context(running(controller_app(Registry())))
@@ -107,7 +110,11 @@ class Demo:
             body = {"worker_name": stack.enter_context(running(app)), "check_heart_beat": False}
             httpx.post(f"{self.controller}/register_worker", json=body).raise_for_status()
 
-        flags = ("--controller-url", self.controller, "--model-list-mode", "reload")
+        offers = [{"image": [f"heldout-{n}.png" for n in pictures], "text": text}
+                  for text, pictures in OFFERS.items()]  # fmt: skip
+        (images / "examples.json").write_text(json.dumps(offers))
+        flags = ("--controller-url", self.controller, "--model-list-mode", "reload",
+                 "--examples", str(images / "examples.json"))  # fmt: skip
         self.address = stack.enter_context(page(folder, *flags))
         self.wait_for_frail()
 
@@ -144,9 +151,9 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo(browser, trained, tmp_path_factory):
+def demo(browser, trained, tiny, tmp_path_factory):
     with contextlib.ExitStack() as stack:
-        demo = Demo(browser, trained, tmp_path_factory.mktemp("demo"), stack)
+        demo = Demo(browser, trained, tiny / "images", tmp_path_factory.mktemp("demo"), stack)
         yield demo
     assert demo.hosts == {"127.0.0.1"}, "a page asked another host"
 
@@ -241,6 +248,80 @@ def test_models_answer_side_by_side_and_a_picture_that_is_none_is_said(demo, red
         assert texts[SLOW].inner_text().startswith("first▌")
         demo.stage.go.set()
         texts[SLOW].get_by_text("first second", exact=True).wait_for()
+
+
+def click_example(window, text: str, box: str):
+    """Click it, see that the box holds it, and return the box's field."""
+    from playwright.sync_api import expect
+
+    field = window.get_by_role("textbox", name=box, exact=True)
+    window.get_by_role("button", name=text).click()
+    expect(field).to_have_value(text, timeout=PATIENCE)
+    pictures = window.locator("[aria-label^='Remove file']:visible")
+    expect(pictures).to_have_count(len(OFFERS[text]), timeout=PATIENCE)
+    return field
+
+
+def test_an_example_is_ready_to_be_sent(demo):
+    for tab, box in (("Chat", "Your question"), ("Side by side", "Your question to all")):
+        with demo.window() as window:
+            window.get_by_role("tab", name=tab).click()
+            click_example(window, "And these two?", box)
+            field = click_example(window, "What is this?", box)  # in place of the other
+            if tab == "Chat":
+                choose(window, STEADY)
+            field.press("Enter")
+            said = window.locator("[role=log]:visible").nth(0).locator(".bot.message")
+            said.get_by_text(re.compile("red picture$")).wait_for()
+            assert field.input_value() == ""
+            demo.stage.go.set()
+
+
+def test_a_vote_side_by_side_is_taken_once_and_tells_the_names(demo):
+    from playwright.sync_api import expect
+
+    box = "Your question to all"
+    with demo.window() as window:
+        window.get_by_role("tab", name="Side by side").click()
+        kinds = re.compile(r"^\s*(Best: .*|Tie|Both bad)\s*$")
+        votes = window.locator("button:visible", has_text=kinds)
+
+        def expect_votes(able: bool, *names: str) -> None:
+            texts = [*(f"Best: {name}" for name in names), "Tie", "Both bad"]
+            expect(votes).to_have_text(texts, timeout=PATIENCE)
+            for vote in votes.all():
+                expect(vote).to_be_enabled(enabled=able, timeout=PATIENCE)
+
+        expect_votes(False, FRAIL, SLOW)
+        window.get_by_label("Hide names until a vote").check()
+        expect_votes(False, "Model A", "Model B")
+        click_example(window, "What is this?", box).press("Enter")
+        window.get_by_text("first▌", exact=True).wait_for()
+        window.get_by_text(re.compile("red picture$")).wait_for()
+        expect_votes(False, "Model A", "Model B")
+        demo.stage.go.set()
+        expect_votes(True, "Model A", "Model B")
+        first = window.locator("[role=log]:visible").nth(0).locator(".bot.message").inner_text()
+        columns = [SLOW, FRAIL] if first == "first second" else [FRAIL, SLOW]
+        window.get_by_role("button", name="Best: Model A").click()
+        expect_votes(False, *columns)
+        click_example(window, "What is this?", box).press("Enter")
+        window.get_by_text("first▌", exact=True).wait_for()
+        demo.stage.go.set()
+        expect_votes(True, *columns)
+        window.get_by_role("button", name="Tie").click()
+        expect_votes(False, *columns)
+    [log] = demo.folder.glob("*-conv.json")
+    lines = [line for line in map(json.loads, log.open()) if "models" in line]
+    assert [line["type"] for line in lines] == ["leftvote", "tievote"]
+    assert [line["best"] for line in lines] == [columns[0], None]
+    assert [line["anonymous"] for line in lines] == [True, False]
+    assert all(line["models"] == columns for line in lines)
+    states = [state["messages"] for state in lines[1]["states"]]
+    assert [[text for _, text in turns[::2]] for turns in states] == [
+        ["<image>\nWhat is this?"] * 2
+    ] * 2
+    assert states[columns.index(SLOW)][3][1] == "first second"
 
 
 def test_the_page_of_a_run_is_live(demo):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import io
 import re
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import TextStreamer
 
 from llava.errors import InputError
+from llava.eval.answer import Answerer
 from llava.serve.cli import _streamer, arguments, main
 
 
@@ -58,6 +61,55 @@ def test_two_turns_about_two_pictures_and_an_empty_line_ends(model):
     answer = told[0]["outputs"]
     assert answer and then == f"{first} {answer}</s>USER: Are you sure? ASSISTANT:"
     assert f"USER: ASSISTANT: {answer}" in done.stdout  # it was streamed
+
+
+def test_a_turn_that_goes_wrong_is_told_and_left_out(model):
+    """A picture's mark, bytes that are no text, and more than the context holds."""
+    lines = [b"<image> or?", b"word " * 300, b"x" * 9000, b"caf\xe9?", b"What is this?",
+             b"<image> and this?", b"Are you sure?", b"", b"not read"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "llava.serve.cli", *model, "--debug"],
+        input=b"\n".join(lines), capture_output=True, timeout=120,
+    )  # fmt: skip
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0 and out.endswith("USER: exit...\n"), err
+    reasons = re.findall("error: (.*); the talk goes on without this turn", err)
+    assert [re.sub(r"\d[\d,]*\d|\d", "N", reason) for reason in reasons] == [
+        "N pictures were given, the text has N image tokens",
+        "the prompt has N tokens, pictures included; this model reads N tokens, answer included",
+        "the prompt has N characters; this model reads N tokens, answer included",
+        r"the text has half a character in '\ncaf\udceN? ASS', which no tokenizer takes",
+        "N pictures were given, the text has N image tokens",
+    ]
+    told = [ast.literal_eval(line) for line in re.findall(r"\{.*\}", out)]
+    first, then = (turn["prompt"].split("USER: ", 1)[1] for turn in told)
+    assert first == "<image>\nWhat is this? ASSISTANT:"
+    assert then == f"{first} {told[0]['outputs']}</s>USER: Are you sure? ASSISTANT:"
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_talk(model, monkeypatch, capsys):
+    """Real signals: one in the middle of the first answer, one where a line is awaited."""
+    typed = iter(["One?", "Two?"])
+
+    def type_(prompt):
+        for line in typed:
+            return line
+        signal.raise_signal(signal.SIGINT)
+
+    def in_mid_answer(self, text, stream_end=False):
+        if not interrupted:
+            interrupted.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    interrupted, asked, answer = [], [], Answerer.answer
+    monkeypatch.setattr("builtins.input", type_)
+    monkeypatch.setattr(TextStreamer, "put", in_mid_answer)
+    monkeypatch.setattr(Answerer, "answer", lambda s, p, *a: asked.extend(p) or answer(s, p, *a))
+    main(arguments(model))
+    out, err = capsys.readouterr()
+    assert interrupted and "interrupted; the talk goes on without this turn" in err
+    assert "<image>\nOne?" in asked[0] and "<image>\nTwo?" in asked[1] and "One?" not in asked[1]
+    assert out.endswith("\nexit...\n")
 
 
 def test_the_end_of_input_ends_and_the_flag_names_the_template(model, monkeypatch, capsys):

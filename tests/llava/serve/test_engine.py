@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 from PIL import Image
+from transformers.cache_utils import DynamicLayer
 
 from llava.conversation import get_template
 from llava.errors import InputError
-from llava.eval.answer import generation_options, single_turn
+from llava.eval.answer import Answerer, generation_options, single_turn
 from llava.serve.engine import Engine, Question
 from llava.serve.generated import Generated, shown
 
@@ -86,7 +88,7 @@ def test_who_came_first_is_taken_first(engine, answerer, pictures):
 
 
 def test_who_hangs_up_makes_room_at_once(engine, answerer, pictures, monkeypatch):
-    monkeypatch.setattr("llava.serve.engine.ends_of", lambda answerer: set())
+    monkeypatch.setattr(Answerer, "ends", set())
     order: list[str] = []
     began, held = threading.Event(), threading.Event()
 
@@ -140,6 +142,90 @@ def test_a_failing_step_loses_its_rows_and_no_more(engine, answerer, pictures, m
     assert isinstance(second.answer(), str) and engine.length == 0
 
 
+class Full(DynamicLayer):
+    """A cache layer whose values do not fit into the memory when they are copied."""
+
+    def get(self):
+        raise torch.OutOfMemoryError("no memory for the values")
+
+    values = property(get, lambda self, value: None)
+
+
+def test_a_join_that_fails_half_way_harms_nobody_else(engine, answerer, pictures, monkeypatch):
+    forward, joining = answerer.model.forward, []
+
+    def fills_the_last_layer(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if kwargs.get("inputs_embeds") is not None:
+            joining.append(kwargs["past_key_values"])
+            if len(joining) == 2:
+                joining[-1].layers[-1].__class__ = Full
+        return output
+
+    listeners = [Listener() for _ in range(3)]
+    more = {"stop": "@@@@", "max_new_tokens": 40}
+    questions = [
+        asked(answerer, pictures, text, tell, **more)
+        for text, tell in zip(TEXTS, listeners, strict=False)
+    ]
+    options = generation_options(0, 40)
+    first, _, third = (
+        answerer.answer([q.prompt], [q.pictures], q.stop, options)[0] for q in questions
+    )
+    monkeypatch.setattr(answerer.model, "forward", fills_the_last_layer)
+    held = threading.Event()
+    engine.call(held.wait)
+    for question in questions:
+        engine.ask(question)
+    held.set()
+    assert "no memory for the values" in str(listeners[1].answer())
+    assert (listeners[0].answer(), listeners[2].answer()) == (first, third)
+
+
+def test_a_departure_that_fails_half_way_loses_who_was_there_and_no_more(
+    engine, answerer, pictures, monkeypatch
+):
+    forward, steps = answerer.model.forward, []
+
+    def fills_the_last_layer(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if kwargs.get("position_ids") is not None:
+            steps.append(len(kwargs["position_ids"]))
+            if steps == [1, 2]:  # the first leaves after its third token
+                kwargs["past_key_values"].layers[-1].__class__ = Full
+        return output
+
+    monkeypatch.setattr(answerer.model, "forward", fills_the_last_layer)
+    monkeypatch.setattr(Answerer, "ends", set())
+    listeners = [Listener() for _ in range(3)]
+    held = threading.Event()
+    engine.call(held.wait)
+    for listener, tokens in zip(listeners, (3, 40), strict=False):
+        engine.ask(asked(answerer, pictures, "Why?", listener, stop="@", max_new_tokens=tokens))
+    held.set()
+    assert "no memory for the values" in str(listeners[1].answer())
+    assert listeners[0].ended.is_set() and isinstance(listeners[0].answer(), str)
+    engine.ask(asked(answerer, pictures, "Why?", listeners[2]))
+    assert isinstance(listeners[2].answer(), str) and engine.length == 0
+
+
+def test_who_cannot_be_told_takes_nobody_along(engine, answerer, pictures):
+    def closed(news):
+        raise RuntimeError("Event loop is closed")
+
+    listeners = [Listener(), Listener()]
+    held = threading.Event()
+    engine.call(held.wait)
+    for tell in (listeners[0], closed, listeners[1]):
+        engine.ask(asked(answerer, pictures, "Why?", tell))
+    engine.ask(asked(answerer, pictures, "word " * 300, closed))
+    held.set()
+    assert all(isinstance(listener.answer(), str) for listener in listeners)
+    last = Listener()
+    engine.ask(asked(answerer, pictures, "Why?", last))
+    assert isinstance(last.answer(), str) and engine.length == 0
+
+
 def test_an_answer_ends_where_the_context_does(engine, answerer, pictures):
     listener = Listener()
     engine.ask(
@@ -149,8 +235,6 @@ def test_an_answer_ends_where_the_context_does(engine, answerer, pictures):
 
 
 def test_sampling_follows_temperature_and_top_p(answerer):
-    import torch
-
     from llava.serve.engine import choose
 
     def question(temperature, top_p):
@@ -166,18 +250,36 @@ def test_sampling_follows_temperature_and_top_p(answerer):
     assert shares[3].min() > 0.25
 
 
-def test_a_stopped_engine_says_so(answerer, pictures):
-    engine, listener = Engine(answerer, 1), Listener()
+def test_a_stopped_engine_says_so_to_all(answerer, pictures, monkeypatch):
+    """To who is being answered, waits, has called, and to who comes later."""
+    monkeypatch.setattr(Answerer, "ends", set())
+    engine = Engine(answerer, 1)
+    running, waiting, late = Listener(), Listener(), Listener()
     held = threading.Event()
-    engine.call(lambda: held.wait(30))
-    engine.ask(asked(answerer, pictures, TEXTS[0], listener))
+
+    def told(news):
+        running(news)
+        held.wait(30)
+
+    engine.ask(asked(answerer, pictures, TEXTS[0], told, stop="@@", max_new_tokens=200))
+    assert running.began.wait(30)
+    engine.ask(asked(answerer, pictures, TEXTS[0], waiting))
+    called = [engine.call(int) for _ in range(3)]
     closing = threading.Thread(target=engine.close)
     closing.start()
     while not engine._closed:
         pass
     held.set()
     closing.join()
-    assert "stopped" in str(listener.answer())
+    engine.ask(asked(answerer, pictures, TEXTS[0], late))
+    called.append(engine.call(int))
+    for listener in (running, waiting, late):
+        assert "stopped" in str(listener.answer()) and isinstance(listener.news[-1], InputError)
+    for future in called:
+        with pytest.raises(InputError, match="stopped"):
+            future.result(30)
+    assert engine.length == 0
+    engine.close()
     with pytest.raises(InputError, match="--limit-model-concurrency 0"):
         Engine(answerer, 0)
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from llava.eval.answer import generation_options
+from llava.eval.answer import Answerer, generation_options
 from llava.serve import wire
 from llava.serve.engine import Engine
 from llava.serve.model_worker import ModelBackend, arguments, run_folder
@@ -83,7 +83,7 @@ def test_a_model_that_learnt_tokens_around_pictures_is_given_them(
 
 def test_an_empty_answer_is_an_answer(worker, answerer, shots, monkeypatch):
     every = set(range(answerer.model.config.vocab_size))
-    monkeypatch.setattr("llava.serve.engine.ends_of", lambda answerer: every)
+    monkeypatch.setattr(Answerer, "ends", every)
     body = question("Say nothing.", shots[:1])
     assert answers(worker, body) == [{"text": body["prompt"], "error_code": 0}]
 
@@ -99,7 +99,7 @@ def test_sixteen_users_at_once_lose_nothing(worker, backend, answerer, pictures,
 
 
 def test_who_hangs_up_in_mid_stream_frees_the_row(worker, backend, shots, monkeypatch):
-    monkeypatch.setattr("llava.serve.engine.ends_of", lambda answerer: set())
+    monkeypatch.setattr(Answerer, "ends", set())
     ask, questions, news, held = backend.engine.ask, [], [], threading.Event()
 
     def watched(asked):
@@ -143,6 +143,8 @@ def png(width: int, height: int) -> str:
         ({"prompt": "word " * 1000, "images": []}, "this model reads 256"),
         ({"prompt": "word " * 2000, "images": []}, "10,000 characters; this model reads 256"),
         ({"prompt": "x" * 10_000_000, "images": []}, "10,000,000 characters"),
+        ({"prompt": "caf\udce9", "images": []}, "half a character"),
+        ({"stop": "\ud83c"}, "half a character"),
         ({"temperature": -1}, "temperature is '-1'"),
         ({"model": "another"}, "this worker serves tiny-llava, not 'another'"),
     ],
@@ -182,6 +184,22 @@ def test_attention_is_a_share_of_each_picture(worker, answerer, shots):
     for changes in ({"answer": "never said"}, {"answer": ""}):
         refused = httpx.post(f"{worker}/worker_attention", json=body | changes).json()
         assert refused["error_code"] == 1 and "last answer" in refused["text"]
+
+
+def test_attention_is_as_before_after_an_error_too(worker, answerer, shots, monkeypatch):
+    body = question("What is this?", shots[:1])
+    body |= {"answer": "red", "prompt": body["prompt"] + " red###"}
+    before, kinds = answerer.model.config._attn_implementation, []
+
+    def fails(*args, **kwargs):
+        kinds.append(answerer.model.config._attn_implementation)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(answerer.model.lm_head, "forward", fails)
+    said = httpx.post(f"{worker}/worker_attention", json=body).json()
+    assert said == {"text": "the model failed: out of memory", "error_code": wire.ERROR_MODEL}
+    assert kinds == ["eager"] and answerer.model.config._attn_implementation == before
+    assert not answerer.model.model.layers[0].self_attn._forward_hooks
 
 
 def test_attention_is_that_of_transformers(answerer, pictures):

@@ -27,7 +27,7 @@ from llava.conversation import get_template
 from llava.errors import InputError
 from llava.serve import wire
 from llava.serve.gradio_web_server import arguments, main
-from llava.serve.page import records, run
+from llava.serve.page import compare, examples, records, run
 from llava.serve.page.attention import DARKEST, overlay
 from llava.serve.page.talk import Options, Talk, Trouble, Worker
 from llava.serve.page.turns import Turn, conversation_of, fill, images_of, shown
@@ -160,6 +160,8 @@ def test_what_cannot_be_sent_is_said_by_name(tmp_path):
             typed("what?", tmp_path / name)
     with pytest.raises(Trouble, match="Type a question"):
         typed("  ")
+    with pytest.raises(Trouble, match="half an emoji"):
+        typed("what? \ud83c")
 
 
 # -- trouble -----------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_a_page_that_is_gone_hangs_up_on_all_workers():
         assert all(event.wait(60) for event in gone.values())
 
 
-# -- votes, attention --------------------------------------------------------------------------
+# -- votes -------------------------------------------------------------------------------------
 
 
 def test_the_log_is_upstreams_and_its_lines_stay_whole(tmp_path, pictures):
@@ -296,6 +298,99 @@ def test_the_log_is_upstreams_and_its_lines_stay_whole(tmp_path, pictures):
     [stored] = (tmp_path / "serve_images" / today).iterdir()
     assert stored.name == f"{hashlib.md5(pixels).hexdigest()}.jpg"
     assert Image.open(stored).format == "JPEG" and lines[0]["images"] == [stored.stem]
+
+
+def answered(model: str, text: str, *files) -> list[Turn]:
+    turn = typed(text, *files)
+    turn.model, turn.answer = model, f"{model} says"
+    turn.conversation = conversation_of([turn], Worker(model, "", "v1"))
+    return [turn]
+
+
+def test_a_vote_side_by_side_is_one_line_of_an_arenas_log(tmp_path, pictures):
+    log = Log(tmp_path)
+
+    def lines() -> list[dict]:
+        return [json.loads(x) for p in tmp_path.glob("*.json") for x in p.open()]
+
+    talks = {model: answered(model, "What?", pictures / "0.png") for model in "abcd"}
+    compare.cast(log, 1, ["b", "a"], talks, True, "127.0.0.1")
+    for place in (0, 1, compare.MOST):
+        compare.cast(log, place, ["b", "a"], talks, True, "127.0.0.1")
+    [line] = lines()
+    assert (line["type"], line["models"], line["best"]) == ("rightvote", ["b", "a"], "a")
+    assert line["anonymous"] is True and line["ip"] == "127.0.0.1"
+    said = [state["messages"][1][1] for state in line["states"]]
+    [stored] = (tmp_path / "serve_images").glob("*/*.jpg")
+    assert said == ["b says", "a says"] and line["images"] == [[stored.stem]] * 2
+
+    def kind_of(place: int, order: str) -> tuple[str, str | None]:
+        talks.update({model: answered(model, "What?") for model in order})
+        compare.cast(log, place, list(order), talks, False, "")
+        return lines()[-1]["type"], lines()[-1]["best"]
+
+    assert kind_of(0, "ab") == ("leftvote", "a")
+    assert kind_of(2, "dcba") == ("bestvote", "b")
+    assert kind_of(compare.MOST, "abc") == ("tievote", None)
+    assert kind_of(compare.MOST + 1, "ab") == ("bothbad_vote", None)
+    assert len(lines()) == 5 and not any(line["anonymous"] for line in lines()[1:])
+
+
+def test_only_answers_to_one_question_are_voted_on():
+    talks = {"a": answered("a", "What?"), "b": answered("b", "What?"), "c": answered("c", "Who?")}
+    assert compare.comparable(["a", "b"], talks)
+    assert not compare.comparable(["a"], talks) and not compare.comparable([], {})
+    assert not compare.comparable(["a", "c"], talks) and not compare.comparable(["a", "d"], talks)
+    talks["b"][0].answer = ""
+    assert not compare.comparable(["a", "b"], talks)
+
+
+# -- examples ----------------------------------------------------------------------------------
+
+
+def test_examples_lie_beside_their_list(tmp_path, pictures, monkeypatch):
+    (tmp_path / "0.png").write_bytes((pictures / "0.png").read_bytes())
+    offers = [
+        {"image": "0.png", "text": "What?"},
+        {"image": [str(pictures / "1.png"), "0.png"]},
+        {"text": "Who?"},
+    ]
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(offers))
+    here, other = str(tmp_path / "0.png"), str(pictures / "1.png")
+    assert examples.read(str(file)) == [
+        {"text": "What?", "files": [here]},
+        {"text": "", "files": [other, here]},
+        {"text": "Who?", "files": []},
+    ]
+    file.write_text(json.dumps([*offers[::2], {"image": "packed.png", "text": "And?"}]))
+    monkeypatch.setattr(examples, "PLAYGROUND", file)
+    assert [each["text"] for each in examples.read(None)] == ["What?", "Who?"]
+    monkeypatch.setattr(examples, "PLAYGROUND", tmp_path / "no such")
+    assert examples.read(None) == []
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[", "list.json: no readable JSON"),
+        ("{}", "list.json: a JSON list is expected, found a dict"),
+        ('[{"text": "a"}, 3]', 'list.json, example 2: {"image": FILE or [FILE, …], "text": QUES'),
+        ('[{"image": 3}]', "list.json, example 1: {"),
+        ("[{}]", "list.json, example 1: {"),
+        ('[{"image": "list.json"}]', "example 1: list.json is not a picture that can be read."),
+        ('[{"image": "no.png"}]', "example 1: no.png is not a picture that can be read."),
+    ],
+)
+def test_examples_that_cannot_be_are_one_clear_error(tmp_path, text, message):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        examples.read(str(tmp_path / "list.json"))
+    with pytest.raises(InputError, match="no such: no readable JSON"):
+        examples.read(str(tmp_path / "no such"))
+
+
+# -- attention ---------------------------------------------------------------------------------
 
 
 def test_attention_lies_where_the_model_saw_the_picture():

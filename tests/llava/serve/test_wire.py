@@ -86,3 +86,6 @@ def test_what_is_no_question_at_all():
     for data in (b"\xff", b"{", b"[" * 100_000):
         with pytest.raises(InputError, match="not JSON"):
             wire.read_json(data)
+    with pytest.raises(InputError, match=r"half a character in 'strawberry \\ud83c'"):
+        wire.read_json(b'{"prompt": "strawberry \\ud83c"}')
+    assert wire.read_json(b'{"prompt": "\\ud83c\\udf53"}') == {"prompt": "\U0001f353"}
