@@ -215,7 +215,7 @@ def test_tars_are_refused(tmp_path, cc12m):
         main(["task", "--input", str(cc12m / "*.tar"), *flags])
 
 
-def test_pilot_takes_what_was_made(make, mix, monkeypatch):
+def test_pilot_takes_what_was_made(make, mix):
     from fed.arguments import Arguments, FedArguments
     from fed.clients.clients_yaml import load_clients
     from fed.methods.pilot.run import prepare
@@ -228,8 +228,7 @@ def test_pilot_takes_what_was_made(make, mix, monkeypatch):
     given = Arguments(model_args, DataArguments(), None, FedArguments(fed_method="pilot"))
     assert prepare(specs, given).model.pilot_tasks == tasks
     assert {Path(spec.image_folder).resolve() for spec in specs} == {mix.resolve()}
-    monkeypatch.syspath_prepend(str(ROOT / "scripts/fed"))
-    from pilot_plan import task_of
+    from playground.studies.pilot import task_of
 
     domains = [row["domain"] for row in heldout(folder)]
     assert sorted(task_of(domain, set(tasks)) for domain in domains) == sorted(tasks)

@@ -18,8 +18,7 @@ from fed.train import train
 from llava.errors import InputError
 from llava.processes import name_of
 from llava.state import read_tensors
-
-from ..conftest import assert_moved_alike
+from tests.conftest import assert_moved_alike
 
 NAMES = {
     f"model.mm_projector.{layer}.{part}": shape

@@ -7,34 +7,22 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "scripts/fed"))
-
-import study  # noqa: E402
-import study_found  # noqa: E402
-import study_plan  # noqa: E402
-import study_report  # noqa: E402
-import study_tables  # noqa: E402
-
-from fed import significance  # noqa: E402
-from fed.arguments import FedArguments  # noqa: E402
-from llava.errors import InputError  # noqa: E402
-from llava.train.arguments import (  # noqa: E402
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse,
-)
+from llava.errors import InputError
+from playground import ROOT
+from playground.studies import fedcmp_report, tables
+from playground.studies.fedcmp_report import LOSS, final_loss
+from playground.studies.registry import read_plan
+from playground.studies.results import Results
+from playground.studies.rows import read_rows
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return study_plan.Plan()
+    return read_plan(ROOT / "playground/studies/fedcmp.yaml")
 
 
 def test_every_method_has_as_many_settings(plan):
@@ -53,35 +41,33 @@ def test_development_and_report_have_nothing_in_common_but_the_private_pictures(
     assert len(reports) == len(plan.methods) * 4 * len(plan.seeds("report"))
     for job in reports:
         assert plan.heldout(job).startswith("heldout_test")
-        assert "skew-dev" not in shlex.join(plan.flags(job))
+        assert "skew-dev" not in shlex.join(plan.argv(job))
 
 
 def test_every_run_has_flags_that_fed_train_knows(plan):
-    from fed import inputs
+    from fed import validation
 
     chosen = {title: plan.settings(title)[-1] for title in plan.methods}
-    jobs = [*plan.tuning(), *plan.reporting(chosen), *plan.ablating(chosen[plan.ours])]
+    jobs = [*plan.tuning(), *plan.reporting(chosen), *plan.ablating(chosen)]
     seen = set()
     for job in jobs:
-        flags = [*study.playground_flags(), *plan.flags(job), "--output_dir", "unused"]
+        flags = [*plan.argv(job), "--output_dir", "unused"]
         shown = shlex.join(flag for flag in flags)
         if (job.title, job.setting, job.scenario) in seen:
             continue
         seen.add((job.title, job.setting, job.scenario))
-        kinds = (ModelArguments, DataArguments, TrainingArguments, FedArguments)
-        arguments = parse(flags, *kinds)
-        options = inputs.check_flags(*arguments)
+        arguments, options = validation.check_flags(validation.parse_arguments(flags))
         setting = json.loads(job.setting)
         assert arguments[2].learning_rate == setting.pop("learning_rate"), shown
         assert options == setting
         assert (ROOT / arguments[3].fed_clients).is_file()
 
 
-def row(part, title, setting, scenario, seed, losses, exact=0.5):
-    job = study_plan.Job(part, title, setting, scenario, seed)
+def row(plan, job, losses, exact=0.5):
     rounds = list(range(1, len(losses) + 1))
-    return {"job": vars(job), "rounds": rounds, "loss": losses, "exact": [exact] * len(losses),
-            "drift": [0.9] * len(losses), "seconds": 1.0, "flags": ""}  # fmt: skip
+    return {"job": plan.described(job), "rounds": rounds, "loss": losses,
+            "exact": [exact] * len(losses), "drift": [0.9] * len(losses),
+            "seconds": 1.0, "flags": ""}  # fmt: skip
 
 
 def rows_of(plan, offsets):
@@ -90,11 +76,11 @@ def rows_of(plan, offsets):
     for job in plan.tuning():
         place = plan.settings(job.title).index(job.setting)
         loss = 1 + abs(place - 1) / 10
-        rows.append(row(job.part, job.title, job.setting, job.scenario, job.seed, [loss]))
+        rows.append(row(plan, job, [loss]))
     for job in plan.reporting(plan.chosen(rows)):
         end = 1 + offsets.get(job.title, 0.3) + job.seed / 1000
         losses = [end + 1, end + 0.05, end + 0.1, end]
-        rows.append(row("report", job.title, job.setting, job.scenario, job.seed, losses))
+        rows.append(row(plan, job, losses))
     return rows
 
 
@@ -108,21 +94,23 @@ def test_the_setting_with_the_least_development_loss_is_chosen(plan):
 def test_the_report_says_what_was_measured(plan):
     offsets = {"Fed-CMP": -0.2, "FedAvg": 0.0, "FedExP": -0.1, "centralised": -0.5}
     rows = rows_of(plan, offsets)
-    found = study_found.Found(plan, rows)
-    assert found.best_baseline() == "FedExP"
-    assert found.over_scenarios("Fed-CMP", study_found.final_loss) == pytest.approx(0.823)
-    text = study_report.page(found, rows)
-    assert "| all " in text and "20 of 20" in text
+    results = Results(plan, rows)
+    assert results.best_baseline(final_loss) == "FedExP"
+    assert results.mean("Fed-CMP", final_loss) == pytest.approx(0.823)
+    text = fedcmp_report.page(results, "fedcmp")
+    assert "| all " in text
+    assert "20 of 20" in text
     line = next(li for li in text.splitlines() if li.startswith("| Fed-CMP ") and "±" in li)
-    assert "0.823 ± 0.002" in line and line.rstrip(" |").endswith("50.0")
-    losses = study_tables.paired_table(found, "FedAvg")
+    assert "0.823 ± 0.002" in line
+    assert line.rstrip(" |").endswith("50.0")
+    losses = tables.paired_table(results, "FedAvg", [LOSS])
     assert "-0.200 ± 0.000" in losses
-    dynamics = study_tables.dynamics_table(found)
+    dynamics = fedcmp_report.dynamics_table(results)
     assert "0.050" in dynamics  # the loss rose once, by that much
-    reached = study_tables._rounds_to_reference(found, "Fed-CMP", "topic")
+    reached = fedcmp_report.rounds_to_reference(results, "topic", "Fed-CMP")
     assert reached == "2.0"
-    assert study_tables._rounds_to_reference(found, "FedProx", "topic") == "never"
-    assert " ←" in study_tables.tuning_table(found, rows)
+    assert fedcmp_report.rounds_to_reference(results, "topic", "FedProx") == "never"
+    assert " ←" in fedcmp_report.tuned_table(results)
 
 
 def test_only_seeds_that_all_methods_have_count(plan):
@@ -130,17 +118,19 @@ def test_only_seeds_that_all_methods_have_count(plan):
     missing = [r for r in rows if r["job"] == {**r["job"], "part": "report", "title": "FedAvg",
                                                "scenario": "skew", "seed": 21}]  # fmt: skip
     assert len(missing) == 1
-    found = study_found.Found(plan, [r for r in rows if r not in missing])
-    assert found.seeds("skew") == [22, 23, 24, 25] and found.seeds("topic")[0] == 21
+    results = Results(plan, [r for r in rows if r not in missing])
+    assert results.seeds("skew") == [22, 23, 24, 25]
+    assert results.seeds("topic")[0] == 21
     with pytest.raises(InputError, match="no seed"):
-        study_found.Found(plan, [r for r in rows if r["job"]["part"] != "report"])
+        Results(plan, [r for r in rows if r["job"]["part"] != "report"])
 
 
 def test_the_sign_flip_test_by_hand():
     # Three pairs, all of one sign: two of eight sign patterns are as extreme.
-    assert significance.sign_flip_p([1.0, 2.0, 3.0]) == pytest.approx(0.25)
-    assert significance.sign_flip_p([1.0, -1.0]) == pytest.approx(1.0)
-    many = significance.sign_flip_p([1.0] * 20)
+    assert tables.sign_flip_p([1.0, 2.0, 3.0]) == pytest.approx(0.25)
+    assert tables.sign_flip_p([1.0, -1.0]) == pytest.approx(1.0)
+    assert tables.sign_flip_p([0.3]) == pytest.approx(1.0)
+    many = tables.sign_flip_p([1.0] * 20)
     assert 0 < many < 1e-4  # never nought: the pattern that was seen is one of them
 
 
@@ -157,6 +147,8 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     }
     part = {"part": "test", "scenarios": ["only"], "seeds": [1]}
     document = {
+        "study": "fedcmp",
+        "work": str(tmp_path / "work"),
         "flags": {},
         "scenarios": {
             "only": {
@@ -185,10 +177,10 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(hours):
-        command = [sys.executable, "scripts/fed/study.py", "--plan", file, "--results", results]
+        command = [sys.executable, "-m", "playground.studies", file, "--results", results]
         subprocess.run([*command, "--hours", hours, "--workers", "2"], cwd=ROOT, env=environment,
                        check=True, capture_output=True)  # fmt: skip
-        return study_plan.read_rows(results)
+        return read_rows(results)
 
     assert run("0") == []
     rows = run("1")
@@ -197,12 +189,11 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     kept, lost = rows[:3], rows[3:]
     results.write_text("".join(json.dumps(r) + "\n" for r in kept))
     again = run("1")
-    assert again[:3] == kept and len(again) == len(rows)
+    assert again[:3] == kept
+    assert len(again) == len(rows)
     measured = {json.dumps(r["job"]): (r["loss"], r["exact"], r["drift"]) for r in lost}
     for r in again[3:]:  # the same seeds, the same numbers
         assert measured[json.dumps(r["job"])] == (r["loss"], r["exact"], r["drift"])
-    command = [sys.executable, "scripts/fed/study_report.py", "--plan", file, "--results", results]
-    subprocess.run(command, cwd=ROOT, check=True, env=environment, capture_output=True)
     assert "Fed-CMP against FedAvg" in (tmp_path / "found.md").read_text()
     for picture in ("found-curves.png", "found-gains.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

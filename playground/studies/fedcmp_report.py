@@ -1,0 +1,192 @@
+"""The page of the study of Fed-CMP: tables and two pictures."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fed.report import PALETTE, markdown, write_figure
+from llava.atomic import write_text
+from playground.studies.fedcmp import FedCMPPlan
+from playground.studies.plots import GREY, Bars, draw_bars, draw_curves, panels
+from playground.studies.results import Results
+from playground.studies.tables import (
+    Column,
+    mean_cell,
+    paired_table,
+    spread,
+    spread_cell,
+    table,
+    tuning_table,
+)
+
+
+def final_loss(row: Mapping) -> float:
+    return row["loss"][-1]
+
+
+def final_exact(row: Mapping) -> float:
+    return 100 * row["exact"][-1]
+
+
+def rises(row: Mapping) -> float:
+    """What the held-out loss gained in the rounds in which it rose, in nats: oscillation."""
+    return sum(max(after - before, 0) for before, after in itertools.pairwise(row["loss"]))
+
+
+def drift(row: Mapping) -> float:
+    return statistics.mean(value for value in row["drift"] if value is not None)
+
+
+LOSS, EXACT = Column("loss", final_loss, 3), Column("exact %", final_exact, 1, better=1)
+RISES, DRIFT = Column("rises", rises, 3), Column("drift", drift, 2)
+
+
+def main_table(results: Results) -> str:
+    columns = [
+        (f"{scenario}: {column.name}", spread_cell(results, scenario, column))
+        for scenario, column in itertools.product(results.scenarios, (LOSS, EXACT))
+    ]
+    columns += [(f"mean {column.name}", mean_cell(results, column)) for column in (LOSS, EXACT)]
+    titles = sorted(results.methods, key=lambda title: results.mean(title, final_loss))
+    return table("method", titles, columns)
+
+
+def dynamics_table(results: Results) -> str:
+    columns = []
+    for scenario in results.scenarios:
+        columns += [
+            (f"{scenario}: rounds", functools.partial(rounds_to_reference, results, scenario)),
+            (f"{scenario}: rises", mean_cell(results, RISES, [scenario])),
+            (f"{scenario}: drift", mean_cell(results, DRIFT, [scenario])),
+        ]
+    return table("method", results.compared, columns)
+
+
+def rounds_to_reference(results: Results, scenario: str, title: str) -> str:
+    """After how many rounds the reference's final loss is reached: mean, and how many never do."""
+    needed = []
+    for seed in results.seeds(scenario):
+        goal = final_loss(results.row(results.plan.reference, scenario, seed))
+        row = results.row(title, scenario, seed)
+        reached = [r for r, loss in zip(row["rounds"], row["loss"], strict=True) if loss <= goal]
+        needed += reached[:1]
+    never = len(results.seeds(scenario)) - len(needed)
+    mean = f"{statistics.mean(needed):.1f}" if needed else ""
+    return f"{mean} ({never} never)" if never and needed else mean or "never"
+
+
+def tuned_table(results: Results) -> str:
+    """Settings by the final loss on the development part, the mean over its seeds."""
+    scenarios = results.plan.scenarios("development")
+
+    def cells(rows: Sequence[Mapping]) -> list[str]:
+        means = [
+            statistics.mean(final_loss(row) for row in rows if row["job"]["scenario"] == scenario)
+            for scenario in scenarios
+        ]
+        return [f"{value:.3f}" for value in [*means, statistics.mean(means)]]
+
+    return tuning_table(results, [*scenarios, "mean"], cells)
+
+
+def ablation_table(results: Results) -> str:
+    """Variants on the development part, over the seeds that are measured."""
+    plan, body = results.plan, []
+    scenarios, seeds = plan.scenarios("ablation"), plan.seeds("ablation")
+    for title in plan.variants:
+        by_scenario = [[r for k in seeds if (r := results.row(title, s, k))] for s in scenarios]
+        if not all(by_scenario):
+            continue
+        cells = [
+            spread([column.measure(row) for row in rows], column.digits)
+            for rows, column in itertools.product(by_scenario, (LOSS, EXACT))
+        ]
+        mean = statistics.mean(statistics.mean(map(final_loss, rows)) for rows in by_scenario)
+        body.append([title, *cells, f"{mean:.3f}", str(len(by_scenario[-1]))])
+    heads = [f"{s}: {column.name}" for s in scenarios for column in (LOSS, EXACT)]
+    if not body:
+        return "Not run yet.\n"
+    return markdown(["variant", *heads, "mean loss", "seeds"], body)
+
+
+def draw_gains(results: Results, path: Path) -> None:
+    """Each method's final loss less the reference's, a dot a seed, a bar the mean."""
+    plan = results.plan
+    titles = sorted(results.compared, key=lambda title: results.mean(title, final_loss))
+    titles.remove(plan.reference)
+    size = (2.9 * len(results.scenarios) + 1.4, 0.36 * len(titles) + 1.4)
+    figure, axes = panels(results, size, sharey=True)
+    bars = Bars(
+        lambda title, s: results.differences(title, plan.reference, final_loss, s),
+        lambda title: PALETTE[0] if title == plan.ours else GREY,
+    )
+    draw_bars(figure, axes, results, titles, [bars], f"loss less {plan.reference}'s", origin=0)
+    write_figure(figure, path)
+
+
+def write_report(plan: FedCMPPlan, rows: Sequence[Mapping], folder: Path, name: str) -> None:
+    results = Results(plan, rows)
+    draw_curves(results, final_loss, "centralised", "held-out caption loss (nats a token)",
+                folder / f"{name}-curves.png")  # fmt: skip
+    draw_gains(results, folder / f"{name}-gains.png")
+    write_text(folder / f"{name}.md", page(results, name))
+
+
+def page(results: Results, name: str) -> str:
+    plan, best = results.plan, results.best_baseline(final_loss)
+    seeds = {scenario: results.seeds(scenario) for scenario in results.scenarios}
+    settings = {len(plan.settings(title)) for title in results.methods}
+    ablated = plan.seeds("ablation")
+    return f"""# Fed-CMP and its baselines on the playground
+
+Made by `bash scripts/fed/study.sh` from the {results.count} runs in `{name}.jsonl`, each one of
+`fed.train`, whose flags stand in its line. One pass over the data, the projector alone trains.
+Held-out pictures (`heldout_test`), mean ± standard deviation over seeds
+({"; ".join(f"{s}: {', '.join(map(str, k))}" for s, k in seeds.items())}).
+
+Loss: caption loss in nats a token, lower is better. Exact: share of pictures whose whole caption is
+the model's first choice, token by token; captions are names, but in the caption scenario, where a
+picture has four right captions and only one counts.
+
+{main_table(results)}
+![held-out loss over rounds]({name}-curves.png)
+
+## {plan.ours} against {plan.reference}, pair by pair
+
+The same scenario and seed make a pair; negative loss differences are in favour of {plan.ours}. p is
+of a two-sided sign-flip test over all pairs.
+
+{paired_table(results, plan.reference, [LOSS, EXACT], "scenario")}
+## {plan.ours} against the best baseline, {best}
+
+Best by the mean loss over scenarios, on these very runs: the comparison favours the baseline.
+
+{paired_table(results, best, [LOSS, EXACT], "scenario")}
+![each method less FedAvg]({name}-gains.png)
+
+## On the way
+
+`rounds`: after how many {plan.reference}'s final loss is reached (the same seed). `rises`: by how
+much the held-out loss rose, added up over the rounds in which it did, the mean over seeds: what
+oscillation costs. `drift`: how far clients are from their mean update over how far they went (root
+mean squares; 0 alike, 1 cancelling), the mean over rounds and seeds.
+
+{dynamics_table(results)}
+## How settings were chosen
+
+{"/".join(map(str, sorted(settings)))} settings a method, by the mean final loss on the development
+part: pictures `heldout_dev`, scenarios {" and ".join(plan.scenarios("development"))}, seed
+{plan.seeds("development")[0]}. The chosen ones are marked. The other scenarios, and the seeds and
+pictures above, had no part in it.
+
+{tuned_table(results)}
+## Ablations of {plan.ours}
+
+On the development part (pictures `heldout_dev`, seeds {ablated[0]} to {ablated[-1]}), the learning
+rate as chosen above.
+
+{ablation_table(results)}"""

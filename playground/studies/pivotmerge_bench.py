@@ -1,0 +1,120 @@
+"""The frozen model into which projectors are put to be measured, and the merging of experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+
+from fed import methods
+from fed.arguments import FedArguments
+from fed.evaluate import evaluate
+from fed.merging.calibration_data import load_calibration
+from fed.server.heldout import evaluation_set
+from fed.state import State, load
+from llava.model.checkpoint import projector_state
+from llava.model.trainable_part import ProjectorPart
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.data import DataCollatorForSupervisedDataset
+from llava.train.session import load_session
+from playground import ROOT
+from playground.flags import words
+from playground.studies.pivotmerge import (
+    CALIBRATION,
+    JOINT,
+    PROJECTOR,
+    PivotMergePlan,
+    training_flags,
+)
+from playground.studies.plan import Job
+
+DATA = ROOT / "playground/data/emoji"
+
+KINDS = (ModelArguments, DataArguments, TrainingArguments, FedArguments)
+
+
+class Bench:
+    """A model whose projector is replaced job by job.
+
+    Args:
+        feature_cache: the folder of cached features.
+    """
+
+    def __init__(self, feature_cache: str):
+        more = {"use_cpu": True, "feature_cache": feature_cache}
+        self.arguments = parse(words(training_flags() | more), *KINDS)
+        self.session = load_session(*self.arguments[:3])
+        self.collate = DataCollatorForSupervisedDataset(self.session.tokenizer)
+        self.sets: dict[tuple[str, str], object] = {}
+
+    def measure(self, state: State, title: str, heldout: str, domain: str) -> dict:
+        """Loss and exact captions of a projector, over all pictures of a set and by domain."""
+        ProjectorPart().into_model(self.session.model, state, title)
+        if (heldout, domain) not in self.sets:
+            _, data_args, training_args, fed_args = self.arguments
+            fed_args = dataclasses.replace(fed_args, fed_eval_domain=domain)
+            path = str(DATA / f"{heldout}.json")
+            self.sets[heldout, domain] = evaluation_set(
+                path, data_args, fed_args, self.session, training_args
+            )
+        data = self.sets[heldout, domain]
+        return evaluate(self.session.model.eval(), data, self.collate, batch_size=64)
+
+
+_bench = functools.cache(Bench)
+
+
+def drawn_projector(seed: int) -> State:
+    """A projector as fed.train draws it for this seed."""
+    args = parse(words(training_flags() | {"seed": seed, "use_cpu": True}), *KINDS)
+    return projector_state(load_session(*args[:3]).model)
+
+
+def measure(plan: PivotMergePlan, job: Job) -> dict:
+    """A row of the study, but for its job."""
+    files = plan.expert_files(job.scenario, job.seed, job.experts)
+    experts = {name: load(file) for name, file in files.items()}
+    bench = _bench(plan.document["flags"]["feature_cache"])
+    state = merged(plan, job, experts)
+    measures = bench.measure(state, job.title, plan.heldout(job), plan.data(job.scenario)["domain"])
+    return {
+        **_rounded(measures),
+        "domains": {name: _rounded(of_domain) for name, of_domain in measures["domains"].items()},
+        "of": list(experts),
+    }
+
+
+def merged(plan: PivotMergePlan, job: Job, experts: Mapping[str, State]) -> State:
+    """The projector that a job asks for: merged, one expert's, or that of joint training."""
+    place = job.scenario, job.seed
+    if job.title == JOINT:
+        return load(plan.work / plan.joint(*place) / PROJECTOR)
+    if job.title.startswith("expert "):
+        return experts[job.title.removeprefix("expert ")]
+    title = plan.ours if job.title in plan.variants else job.title
+    method, options = methods.get(plan.methods[title]["method"]), json.loads(job.setting)
+    if method.calibrated or options.get("mode") == "calibration":
+        options["calibration"] = _calibration(
+            str(plan.work / plan.experts(*place) / "clients"),
+            plan.data(job.scenario)["clients"],
+            tuple(experts),
+        )
+    base, weights = load(plan.start_file(*place)), [1] * len(experts)
+    return method(list(experts.values()), weights=weights, base=base, **options).state
+
+
+@functools.lru_cache(maxsize=1)
+def _calibration(folder: str, clients: str, names: tuple[str, ...]) -> list:
+    """Pairs of each expert's own data, few where experts are many."""
+    return load_calibration(
+        f"{folder}/{names[0]}",
+        str(ROOT / "playground/backbones/llm"),
+        [str(DATA / f"clients/{clients}/{name}.json") for name in names],
+        str(DATA / "images"),
+        samples=CALIBRATION // len(names),
+    )
+
+
+def _rounded(measures: Mapping) -> dict[str, float]:
+    return {name: round(measures[name], 5) for name in ("loss", "exact")}

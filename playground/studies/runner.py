@@ -1,0 +1,74 @@
+"""Run a study: everything that its plan asks for and is not there yet, while time is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+from playground import ROOT
+from playground.studies.plan import Job, Plan, Task
+from playground.studies.rows import add_row, read_rows
+
+
+def run_study(plan: Plan, file: Path, workers: int, deadline: float) -> None:
+    """Prepare, tune, and measure with the chosen settings, as far as time goes.
+
+    Args:
+        file: of the rows; a job that has one is not run again.
+        deadline: of `time.monotonic()`; nothing is begun after it.
+    """
+    if not run_tasks(plan.preparation(), workers, deadline):
+        return
+    if not measure_all(plan, plan.tuning(), file, workers, deadline):
+        return
+    for jobs in plan.stages(plan.chosen(read_rows(file))):
+        if not measure_all(plan, jobs, file, workers, deadline):
+            return
+
+
+def measure_all(plan: Plan, jobs: Iterable[Job], file: Path, workers: int, deadline: float) -> bool:
+    """Measure the jobs without a row; False if time ran out first."""
+    done = plan.by_job(read_rows(file))
+    missing = [job for job in dict.fromkeys(jobs) if job not in done]
+    tasks = [Task(str(batch[0]), _measure, (plan, batch, file)) for batch in plan.batches(missing)]
+    return run_tasks(tasks, workers, deadline)
+
+
+def run_tasks(tasks: Sequence[Task], workers: int, deadline: float) -> bool:
+    """Run tasks in `workers` processes, the working folder being the repository's root.
+
+    Returns:
+        False if some were not begun before the deadline of `time.monotonic()`.
+    """
+    waiting, running = list(tasks), dict[Future, Task]()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin, max_tasks_per_child=12) as pool:
+        while waiting or running:
+            for task in [task for task in waiting if task.ready]:
+                if len(running) == workers or time.monotonic() > deadline:
+                    break
+                waiting.remove(task)
+                print(f"{len(tasks) - len(waiting)}/{len(tasks)} {task.name}", flush=True)
+                running[pool.submit(task.call, *task.arguments)] = task
+            if not running:
+                return False
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
+    return True
+
+
+def _begin() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    os.chdir(ROOT)
+
+
+def _measure(plan: Plan, jobs: Sequence[Job], file: Path) -> None:
+    for job in jobs:
+        add_row(file, {"job": plan.described(job), **plan.measure(job)})

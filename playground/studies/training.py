@@ -1,0 +1,81 @@
+"""Training runs of a study, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fed import methods
+from fed.methods.interface.options import defaults
+from llava.atomic import own_name
+from llava.processes import name_of
+from playground.flags import words
+from playground.studies.plan import Job, Plan
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block has ended without an error."""
+    temporary = own_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    os.replace(temporary, folder)
+
+
+@contextlib.contextmanager
+def logged(work: Path, argv: Sequence[str]) -> Iterator[None]:
+    """Collect what is printed in this process's log, below the command."""
+    log = work / f"logs/{name_of()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file, contextlib.redirect_stdout(file):
+        print(f"$ {shlex.join(argv)}", flush=True)
+        yield
+
+
+class FederatedPlan(Plan):
+    """A study in which every job is a run of fed.train.
+
+    Subclasses say which flags a job has and what is kept of its rounds.
+    """
+
+    def values(self, job: Job) -> dict:
+        """The flags of a job that do not depend on its method."""
+        raise NotImplementedError
+
+    def summary(self, job: Job, records: Sequence[dict]) -> dict:
+        """What a row keeps of the records in rounds.jsonl."""
+        raise NotImplementedError
+
+    def argv(self, job: Job) -> list[str]:
+        """The flags of fed.train, but for --output_dir, that make the job's run."""
+        flags = self.methods[self.ours if job.title in self.variants else job.title]["flags"]
+        known = defaults(methods.get(flags["fed_method"]))
+        setting = json.loads(job.setting)
+        options = {name: value for name, value in setting.items() if name in known}
+        values = self.values(job) | flags
+        values |= {name: value for name, value in setting.items() if name not in known}
+        values.pop("output_dir", None)
+        chosen = [f"{name}={value}" for name, value in options.items()]
+        return words(values) + (["--fed_options", *chosen] if chosen else [])
+
+    def measure(self, job: Job) -> dict:
+        """A run in this process. Its files are removed; a log and cached features stay in work."""
+        from fed.train import train
+
+        argv, began = self.argv(job), time.perf_counter()
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder, logged(self.work, argv):
+            cache = ["--feature_cache", str(self.work / "features"), "--report_to", "none"]
+            train([*argv, *cache, "--output_dir", folder])
+            lines = (Path(folder) / "rounds.jsonl").read_text().splitlines()
+        seconds = round(time.perf_counter() - began, 1)
+        summary = self.summary(job, [json.loads(line) for line in lines])
+        return {**summary, "seconds": seconds, "flags": shlex.join(argv)}
