@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fed import methods
-from fed.methods.interface.options import defaults
 from llava.atomic import own_name
 from llava.processes import name_of
 from playground.flags import words
@@ -57,7 +56,7 @@ class FederatedPlan(Plan):
     def argv(self, job: Job) -> list[str]:
         """The flags of fed.train, but for --output_dir, that make the job's run."""
         flags = self.methods[self.ours if job.title in self.variants else job.title]["flags"]
-        known = defaults(methods.get(flags["fed_method"]))
+        known = methods.get(flags["fed_method"]).defaults
         setting = json.loads(job.setting)
         options = {name: value for name, value in setting.items() if name in known}
         values = self.values(job) | flags

@@ -35,8 +35,8 @@ from fed.methods.interface.checks import check_memory
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Natural, Range
 from fed.methods.interface.registry import method
-from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot import run
+from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot.neighbours import distances, mixture, nearest
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
