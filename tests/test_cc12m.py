@@ -134,9 +134,11 @@ def test_a_dry_run_prints_every_command_and_makes_nothing(place):
     assert sorted(place.root.rglob("*")) == before
 
     fresh = place.run(START="fresh", DRY_RUN="1").stdout
-    assert "start-brief" not in fresh and "--base out/start-fresh" in fresh
+    assert "start-brief" not in fresh
+    assert "--base out/start-fresh" in fresh
     wrong = place.run("--dry-run", START="frsh")
-    assert wrong.returncode == 2 and "START is frsh; brief or fresh" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "START is frsh; brief or fresh" in wrong.stderr
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,8 @@ def test_shards_become_clusters_and_a_common_part(place, first):
     assert sorted(client["name"] for client in clients) == ["cluster-0", "cluster-1"]
     texts = [folder / client["data_path"] for client in clients] + [folder / "heldout.json"]
     rows = [json.loads(text.read_text()) for text in texts]
-    assert sum(map(len, rows)) == sum(SHARDS.values()) and len(rows[-1]) == 6
+    assert sum(map(len, rows)) == sum(SHARDS.values())
+    assert len(rows[-1]) == 6
     images = [row["image"] for part in rows for row in part]
     assert len(set(images)) == len(images)
     assert all((folder / "heldout/images" / row["image"]).is_file() for row in rows[-1])
@@ -205,12 +208,14 @@ def test_the_merge_is_what_is_finetuned_and_evaluated(place, second, trained):
     assert "out/start-brief" in card
     assert (place.root / "out/merged-brief/linear/config.json").is_file()
     finetune, ask, score = second[1:]
-    assert "--deepspeed ./scripts/zero3.json" in finetune and "--a 1" not in finetune
+    assert "--deepspeed ./scripts/zero3.json" in finetune
+    assert "--a 1" not in finetune
     assert "--pretrain_mm_mlp_adapter out/merged-brief/linear/mm_projector.bin " in finetune
     assert finetune.endswith("--output_dir out/llava-brief/llava-linear --seed 3")
     answers = "./playground/data/eval/pope/answers/out-brief-linear.jsonl"
     assert "--model-path out/llava-brief/llava-linear " in ask
-    assert ask.endswith(answers) and score.endswith(answers)
+    assert ask.endswith(answers)
+    assert score.endswith(answers)
 
 
 def test_what_is_done_is_not_done_again_nor_mixed_with_other_settings(place, second):
@@ -218,13 +223,17 @@ def test_what_is_done_is_not_done_again_nor_mixed_with_other_settings(place, sec
         return place.run(*flags, METHOD="linear", ALIGN_FLAGS="--a 1 --b 2", **settings)
 
     done = again("--seed", "3")
-    assert done.returncode == 0 and done.stdout.count(" is there") == 8 and not place.calls()
+    assert done.returncode == 0
+    assert done.stdout.count(" is there") == 8
+    assert not place.calls()
     for settings, folder in (({"K": "3"}, "clusters"), ({"LLM": "other"}, "start-fresh")):
         other = again("--seed", "3", **settings)
-        assert other.returncode == 2 and not place.calls()
+        assert other.returncode == 2
+        assert not place.calls()
         assert f"out/{folder} was made by another command" in other.stderr
     other = again("--seed", "4")
-    assert other.returncode == 2 and "out/start-brief was made by another" in other.stderr
+    assert other.returncode == 2
+    assert "out/start-brief was made by another" in other.stderr
 
     ties = place.run("--seed", "3", METHOD="ties", ALIGN_FLAGS="--a 1 --b 2", EVALS="",
                      MERGE_FLAGS="--options density=0.5")  # fmt: skip
@@ -252,7 +261,8 @@ def test_a_fresh_start_is_drawn_from_the_seed_as_torch_draws(tiny, tmp_path):
             assert torch.equal(found.pop(f"model.mm_projector.{place}.{name}"), tensor)
     assert not found
     config = json.loads((tmp_path / "start/config.json").read_text())
-    assert config["mm_projector_type"] == "mlp2x_gelu" and config["mm_hidden_size"] == 32
+    assert config["mm_projector_type"] == "mlp2x_gelu"
+    assert config["mm_hidden_size"] == 32
     draw(4)  # what a killed run does again
     with pytest.raises(InputError, match="is there and is another one"):
         draw(5)

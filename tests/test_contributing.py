@@ -47,7 +47,8 @@ def test_a_wrong_example_fails(tmp_path):
     method = tmp_path / "methods/majority_vote.py"
     method.write_text(method.read_text().replace("block.base + step", "block.base - step"))
     done = run(tmp_path, tmp_path / "test_majority_vote.py")
-    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout
+    assert done.returncode == 1
+    assert "1 failed, 1 passed" in done.stdout
 
 
 def test_what_the_text_names_is_there():

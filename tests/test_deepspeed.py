@@ -139,7 +139,8 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
             ("llava", flags(**full, **two, output_dir=tmp_path / "full-2")),
         ]
     )
-    assert "Warning" not in printed and "mismatch" not in printed
+    assert "Warning" not in printed
+    assert "mismatch" not in printed
     a, b = (load_file(tmp_path / f"full-{n}" / "model.safetensors") for n in (1, 2))
     projector = state.load(common["pretrain_mm_mlp_adapter"])
     start = {**load_file(tiny / "llm" / "model.safetensors"), **projector}
@@ -154,7 +155,8 @@ def test_two_ranks_equal_one_process(flags, tiny, tmp_path, stage):
         lora_parts, (tmp_path / "lora-start", tmp_path / "lora-1", whole, cut)
     )
     assert_moved_alike(b, a, start, NEAR)
-    assert b.keys() == resumed.keys() and all(torch.equal(b[key], resumed[key]) for key in b)
+    assert b.keys() == resumed.keys()
+    assert all(torch.equal(b[key], resumed[key]) for key in b)
 
     # The frozen language model (230 thousand parameters) is in no checkpoint.
     assert [c.name for c in (tmp_path / "plain-2").glob("checkpoint-*")] == ["checkpoint-6"]
@@ -228,6 +230,8 @@ def test_rows_of_start_and_end_token_on_two_ranks(flags, tiny, tmp_path, stage):
     )
     runs = (tmp_path / name / "mm_projector.bin" for name in ("start", "one", "two", "cut"))
     begun, one, both, resumed = (state.load(file)["model.embed_tokens.weight"] for file in runs)
-    assert both.shape == (2, 48) and torch.equal(both, resumed)
+    assert both.shape == (2, 48)
+    assert torch.equal(both, resumed)
     moved = (one - begun).norm()
-    assert moved > 0.01 and (both - one).norm() < 0.02 * moved
+    assert moved > 0.01
+    assert (both - one).norm() < 0.02 * moved

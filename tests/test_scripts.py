@@ -106,7 +106,8 @@ OURS = sorted(set(UPSTREAMS) - {"pretrain_xformers.sh"})
 
 
 def pairs(argv: list[str]) -> dict[str, str]:
-    assert len(argv) % 2 == 0 and all(flag.startswith("--") for flag in argv[::2])
+    assert len(argv) % 2 == 0
+    assert all(flag.startswith("--") for flag in argv[::2])
     return dict(zip(argv[::2], argv[1::2], strict=True))
 
 
@@ -149,7 +150,8 @@ def test_upstreams_command_line_parses(name):
     model_args, _, training_args = parsed(UPSTREAMS[name].split())
     assert training_args.lora_enable == ("lora" in name)
     assert model_args.tune_mm_mlp_adapter == ("pretrain" in name)
-    assert training_args.warmup_steps == 0.03 and training_args.eval_strategy == "no"
+    assert training_args.warmup_steps == 0.03
+    assert training_args.eval_strategy == "no"
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -171,8 +173,10 @@ def test_our_script_gives_upstreams_flags(name, argv_of):
 def test_pilots_scripts_parse_and_agree_on_the_model(argv_of, name, module, own):
     kinds = (ModelArguments, DataArguments, TrainingArguments, own)
     model_args, _, training_args, _ = parsed(argv_of(f"fed/{name}.sh", module=module), *kinds)
-    assert model_args.mm_projector_type == "pilot" and not model_args.pilot_tasks
-    assert training_args.lora_enable and training_args.lora_r == 64
+    assert model_args.mm_projector_type == "pilot"
+    assert not model_args.pilot_tasks
+    assert training_args.lora_enable
+    assert training_args.lora_r == 64
     plain = pairs(argv_of("v1_5/finetune_lora.sh"))
     for flag in ("version", "vision_tower", "mm_vision_select_layer", "image_aspect_ratio"):
         assert pairs(argv_of(f"fed/{name}.sh", module=module))[f"--{flag}"] == plain[f"--{flag}"]

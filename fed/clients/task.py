@@ -16,7 +16,7 @@ from llava.errors import InputError
 Log: TypeAlias = Callable[[int, dict[str, float]], None]
 
 
-class ClientFailed(InputError):
+class ClientError(InputError):
     """A client's work came to nothing. The message names the client, the round and the reason."""
 
 
@@ -51,7 +51,7 @@ class ClientTask:
         return self.folder / f"{self.name}.failed"
 
 
-Result: TypeAlias = Update | ClientFailed
+Result: TypeAlias = Update | ClientError
 
 
 def finished(tasks: Sequence[ClientTask]) -> dict[str, Update]:

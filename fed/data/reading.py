@@ -127,7 +127,7 @@ class Meta:
     """Objects by `id`, kept on the disk while the process lives (SQLite in a temporary file)."""
 
     def __init__(self, path: str) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="fedllava-meta-", suffix=".sqlite")
+        self._file = tempfile.NamedTemporaryFile(prefix="fedllava-meta-", suffix=".sqlite")  # noqa: SIM115
         self._base = sqlite3.connect(self._file.name)
         rows = ((_id(path, i, item), json.dumps(item)) for i, item in enumerate(stream_json(path)))
         try:

@@ -28,7 +28,7 @@ class JsonList:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = open(path, "x", encoding="utf-8")
+        self._file: TextIO = open(path, "x", encoding="utf-8")  # noqa: SIM115
         self._next = "[\n"
 
     def append(self, item: Any) -> None:

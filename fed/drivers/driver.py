@@ -106,7 +106,7 @@ class Driver(ABC):
     ) -> Iterator[tuple[ClientTask, Result]]:
         """Run tasks, in any order, and give each result when it is there.
 
-        A `ClientFailed` may be given for an update; any other exception ends the run. `go_on()` is
+        A `ClientError` may be given for an update; any other exception ends the run. `go_on()` is
         asked before a task is begun: when it says no, those at work are finished and no more begun.
         """
 

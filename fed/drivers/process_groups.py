@@ -24,7 +24,7 @@ GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _LEADER, _LOCK = "leader.pid", ".lock"
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run ends, and with it the process: nothing is to be made of how it ended."""
 
 
@@ -57,12 +57,12 @@ class ProcessGroups:
             None if it ended with exit code 0, else how it ended: the rest of a sentence.
 
         Raises:
-            Stopped: `close` was called.
+            StoppedError: `close` was called.
         """
         (folder / _LEADER).unlink(missing_ok=True)
         with open(log, "ab") as output, self._mutex:
             if self._closed:
-                raise Stopped
+                raise StoppedError
             try:
                 leader = subprocess.Popen(
                     command,
@@ -88,7 +88,7 @@ class ProcessGroups:
             with self._mutex:
                 self._leaders.discard(leader)
         if self._closed:
-            raise Stopped
+            raise StoppedError
         return f"did not end within {timeout:g} s" if code is None else _ending(code)
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ from fed.arguments import Arguments
 from fed.clients.clients_yaml import ClientSpec
 from fed.clients.slices import seed_of
 from fed.clients.store import ClientStore
-from fed.clients.task import ClientFailed, ClientTask, Result
+from fed.clients.task import ClientError, ClientTask, Result
 from fed.clients.update import Update
 from fed.drivers.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from fed.drivers.driver import Driver, Run, driver
@@ -149,7 +149,7 @@ class ScriptDriver(Driver):
         for left in reversed(range(1 + self.retries)):
             try:
                 return self._fit(task, groups)
-            except ClientFailed as error:
+            except ClientError as error:
                 failure = error
             if left:
                 print(f"client {task.name} is tried again", flush=True)
@@ -221,13 +221,13 @@ class ScriptDriver(Driver):
             words += ["--schedule_samples", *sizes, "--schedule_round", str(round)]
         return words
 
-    def _failure(self, task: ClientTask, how: str, log: Path, said_before: int) -> ClientFailed:
+    def _failure(self, task: ClientTask, how: str, log: Path, said_before: int) -> ClientError:
         """The failure in one sentence; the end of the log goes to the screen at once."""
         lines = "".join(f"  {task.name} | {line}\n" for line in _tail(log, said_before))
         command = shlex.join(task.client.command)
         text = f"client {task.name}, round {task.round}: `{command}` {how} (log: {log})"
         print(f"{text}\n{lines}", end="", file=sys.stderr, flush=True)
-        return ClientFailed(text)
+        return ClientError(text)
 
     def _report(self, task: ClientTask, history: list[dict], steps: int) -> None:
         """Hand the trainer's logs on, at the client's step counted over its rounds."""

@@ -23,7 +23,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """What is known before anything is merged."""
     full = {**methods.get(settings.method).defaults, **options}
-    license, note = card.inherited([card.license_of(expert) for expert in experts])
+    licence, note = card.inherited([card.license_of(expert) for expert in experts])
 
     def about(source: Source, fingerprint: str | None) -> dict[str, Any]:
         return {"path": source.given, "kind": source.kind, "fingerprint": fingerprint}
@@ -43,7 +43,7 @@ def facts_of(
         "form": form.name,
         "written": form.written,
         "fingerprints": form.fingerprints,
-        "license": license,
+        "license": licence,
         "licence_note": note,
         "command": settings.command(full),
         "versions": card.versions(),

@@ -45,7 +45,7 @@ class TensorFile:
             with open(source, "rb") as old, open(target, "wb") as new:
                 new.write(old.read(self.start))
                 new.truncate(os.path.getsize(source))
-        self._file = open(target, "r+b", buffering=0)
+        self._file = open(target, "r+b", buffering=0)  # noqa: SIM115
         self.left = set() if whole else self.header.keys() - {"__metadata__"}
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -168,9 +168,13 @@ def copy_beside(source: Path, folder: Path) -> None:
             part = any((path / name).is_file() for name in _PARTS)
             if part and not path.name.startswith((".", "checkpoint-")):
                 shutil.copytree(path, folder / path.name)
-        elif path.name in indices or path.name.startswith("LICENSE"):
-            shutil.copyfile(path, folder / path.name)
-        elif path.suffix in _BESIDE and path.name not in _NOT and not path.name.startswith("."):
+        elif (
+            path.name in indices
+            or path.name.startswith("LICENSE")
+            or path.suffix in _BESIDE
+            and path.name not in _NOT
+            and not path.name.startswith(".")
+        ):
             shutil.copyfile(path, folder / path.name)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from fed import state as states
 from fed.clients.slices import seed_of
 from fed.clients.task import (
-    ClientFailed,
+    ClientError,
     ClientTask,
     failures,
     finished,
@@ -194,7 +194,7 @@ class RoundLoop:
         began, seconds = time.perf_counter(), 0.0
         with contextlib.closing(self.driver.run(left, lambda: len(failed) <= limit)) as results:
             for task, result in results:
-                if isinstance(result, ClientFailed):
+                if isinstance(result, ClientError):
                     failed[task.name] = str(result)
                     keep_failure(task, str(result))
                     if len(failed) <= limit:
@@ -209,7 +209,7 @@ class RoundLoop:
         # Clients that are at work at once have more seconds than the clock.
         self._watch.add("training", min(seconds, time.perf_counter() - began))
         if len(failed) > limit:
-            raise ClientFailed(_why_stopped(failed, self.min_clients))
+            raise ClientError(_why_stopped(failed, self.min_clients))
         return updates, failed
 
     def _check(self, task: ClientTask, update: Update) -> None:

@@ -28,7 +28,7 @@ Picture = tuple["torch.Tensor", tuple[int, int]]
 """A picture as the tower wants it, and its (width, height) before."""
 
 
-class TooLong(InputError):
+class TooLongError(InputError):
     """A prompt that leaves no room for an answer."""
 
 
@@ -208,7 +208,7 @@ class Answerer:
             the ids, and how many tokens the answer may have: at least 1.
 
         Raises:
-            TooLong: there is no room for an answer.
+            TooLongError: there is no room for an answer.
             InputError: another number of image tokens, or half a character.
         """
         from llava.mm_utils import tokenizer_image_token
@@ -232,9 +232,11 @@ class Answerer:
         # A token is at least a byte of text, but for what a tokenizer puts before each piece.
         return len(prompt.encode(errors="replace")) + 2 * (1 + pictures) + pictures * most
 
-    def _too_long(self, found: str) -> TooLong:
+    def _too_long(self, found: str) -> TooLongError:
         most = self.context_length
-        return TooLong(f"the prompt has {found}; this model reads {most} tokens, answer included")
+        return TooLongError(
+            f"the prompt has {found}; this model reads {most} tokens, answer included"
+        )
 
 
 def _check_device(name: str) -> None:

@@ -23,7 +23,7 @@ from llava.errors import InputError
 from llava.eval.answer import (
     Answerer,
     Picture,
-    TooLong,
+    TooLongError,
     add_model_flags,
     end_mark,
     generation_options,
@@ -172,7 +172,7 @@ def _check(
                 prompt, pictures = _prompt(answerer, template, question), question.pictures
                 if answerer.at_most(prompt, len(pictures)) >= answerer.context_length:
                     answerer.tokens(prompt, [opened().size for opened in pictures])
-        except TooLong as error:
+        except TooLongError as error:
             too_long.append(str(error))
     if too_long:
         more = f" ({len(too_long)} such questions)" if len(too_long) > 1 else ""

@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from llava.errors import InputError
-from llava.eval.answer import Answerer, Picture, TooLong
+from llava.eval.answer import Answerer, Picture, TooLongError
 from llava.serve.generated import Generated
 from llava.serve.wire import GREEDY_BELOW
 
@@ -163,7 +163,7 @@ class Engine:
         sizes = [size for _, size in question.pictures]
         try:
             ids, room = self.answerer.tokens(question.prompt, sizes)
-        except TooLong as error:
+        except TooLongError as error:
             raise InputError(f"{error}. Clear the talk and start anew, or ask for less") from None
         embeds = embedded(self.answerer, ids[None], question.pictures)
         length = embeds.shape[1]

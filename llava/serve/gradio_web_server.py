@@ -37,7 +37,7 @@ def build(talk, log, runs: list[str], offers: list, model_list_mode: str, embed:
     from llava.serve.page.chat import chat_tab
     from llava.serve.page.compare import compare_tab
     from llava.serve.page.run import run_tab
-    from llava.serve.page.talk import Trouble
+    from llava.serve.page.talk import PageError
 
     at_start: list[str] = []
 
@@ -49,7 +49,7 @@ def build(talk, log, runs: list[str], offers: list, model_list_mode: str, embed:
                 at_start[:] = await talk.models()
                 if not at_start:
                     trouble = f"The controller at {talk.controller} knows no worker yet."
-            except Trouble as error:
+            except PageError as error:
                 at_start.clear()
                 trouble = str(error)
         asked = request.query_params.get("model")

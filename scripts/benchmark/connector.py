@@ -169,6 +169,7 @@ def main() -> None:
             f"| {slower / theory:.2f} | {peaks[system]:.0f} "
             f"| {peaks[system] / peaks['plain']:.2f} |"
         )
+    return None
 
 
 def arguments() -> argparse.Namespace:

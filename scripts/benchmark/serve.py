@@ -187,6 +187,7 @@ def main() -> None:
         found = subprocess.run([*command, "one by one"], **quiet, check=True)
         rows["generate, one by one"] = json.loads(found.stdout.splitlines()[-1])
     report(args, rows, ours["resident"])
+    return None
 
 
 def report(args: argparse.Namespace, rows: dict[str, dict], resident: list[float]) -> None:

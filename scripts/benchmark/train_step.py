@@ -329,6 +329,7 @@ def main() -> None:
         print(f"\n{mode}: the losses of five steps differ by at most {apart:.1e}\n", flush=True)
         if args.geometry == "playground" and apart > 1e-4:
             raise SystemExit("the losses differ: these are not the same steps")
+    return None
 
 
 def device_name(args: argparse.Namespace) -> str:

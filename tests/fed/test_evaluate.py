@@ -43,7 +43,8 @@ def test_loss_is_the_mean_over_labelled_tokens(trained):
     for batch_size in (1, 4, 64):
         measured = evaluate(session.model, EvaluationSet("x", dataset), collator, batch_size)
         assert measured["loss"] == pytest.approx(expected, rel=1e-4)
-        assert measured["samples"] == 6 and measured["domains"] == {}
+        assert measured["samples"] == 6
+        assert measured["domains"] == {}
 
 
 def test_exact_is_what_greedy_generation_says(trained):
@@ -64,7 +65,7 @@ def test_exact_is_what_greedy_generation_says(trained):
         )[0].tolist()
         right.setdefault(record["conversations"][1]["value"], []).append(said == wanted)
     flat = [r for group in right.values() for r in group]
-    assert 0 < sum(flat), "the model learnt nothing, so this would test nothing"
+    assert sum(flat) > 0, "the model learnt nothing, so this would test nothing"
     assert measured["exact"] == pytest.approx(sum(flat) / len(flat))
     for name, group in right.items():
         assert measured["domains"][name]["exact"] == pytest.approx(sum(group) / len(group))
@@ -110,4 +111,5 @@ def test_a_mixture_with_trained_routers_is_measured_as_without(tiny, tmp_path):
     model.config.output_router_logits = False
     expected = evaluate(model, held_out, collator, 4)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert found["exact"] == expected["exact"] and found["samples"] == 6
+    assert found["exact"] == expected["exact"]
+    assert found["samples"] == 6

@@ -48,7 +48,8 @@ def test_records_with_one_and_several_pictures_are_drawn(tiny, model, tmp_path, 
         tiny, model, tmp_path, records(tiny, "a-0.png", ["a-1.png", "a-2.png"], ["a-0.png"])
     )
     pixels = np.asarray(drawn.convert("RGB")).astype(int)
-    assert [len(texts) for texts in said] == [3, 3] and said[0] == said[1]
+    assert [len(texts) for texts in said] == [3, 3]
+    assert said[0] == said[1]
     for channel in range(3):  # of the three pictures' colours each is seen
         others = pixels[..., [c for c in range(3) if c != channel]].max(-1)
         assert (pixels[..., channel] > others + 80).sum() > 1000
@@ -66,7 +67,8 @@ def test_pictures_stand_side_by_side_as_high_as_the_first():
     red, blue = Image.new("RGB", (4, 6), (255, 0, 0)), Image.new("RGB", (8, 12), (0, 0, 255))
     row = gallery.beside([red, blue])
     assert row.size == (8, 6)
-    assert row.getpixel((3, 5)) == (255, 0, 0) and row.getpixel((4, 0)) == (0, 0, 255)
+    assert row.getpixel((3, 5)) == (255, 0, 0)
+    assert row.getpixel((4, 0)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,15 @@ def test_the_command_writes_everything(runs, capsys):
     names = [f"{name}={runs / name}" for name in ("alone", "fed", "pool")]
     main(["--runs", *names, "--output", str(out), "--title", "A title", "--note", "A note."])
     printed = capsys.readouterr().out
-    assert printed.startswith("# A title\n\nA note.\n") and "pool" in printed
+    assert printed.startswith("# A title\n\nA note.\n")
+    assert "pool" in printed
     assert (out / "report.md").read_text() == printed
     assert len(json.loads((out / "report.json").read_text())["rows"]) == 4
     for name in ("loss.png", "cosines.png"):
         with Image.open(out / name) as picture:
             colours = picture.convert("RGB").getcolors(1 << 24)
-            assert min(picture.size) > 200 and len(colours) > 20
+            assert min(picture.size) > 200
+            assert len(colours) > 20
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1"])

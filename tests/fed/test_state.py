@@ -27,7 +27,8 @@ def test_what_is_saved_is_loaded(tmp_path, suffix, dtype):
     state = some_state(dtype)
     fs.save(state, tmp_path / f"new/mm_projector{suffix}")
     loaded = fs.load(tmp_path / f"new/mm_projector{suffix}")
-    assert equal(state, loaded) and loaded[NAMES[0]].dtype == dtype
+    assert equal(state, loaded)
+    assert loaded[NAMES[0]].dtype == dtype
     assert [p.name for p in (tmp_path / "new").iterdir()] == [f"mm_projector{suffix}"]
 
 
@@ -41,7 +42,8 @@ def test_equal_states_give_equal_bytes(tmp_path, suffix):
     fs.save(state, tmp_path / f"one{suffix}")
     fs.save(other, tmp_path / f"another{suffix}")
     one, another = [(tmp_path / f"{n}{suffix}").read_bytes() for n in ("one", "another")]
-    assert one == another and len(one) < 4000
+    assert one == another
+    assert len(one) < 4000
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -77,7 +79,8 @@ def refusal(path):
     with pytest.raises(StateError) as caught:
         fs.load(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     return message
 
 

@@ -50,7 +50,8 @@ def test_a_run_leaves_a_checkpoint_and_its_record(flags, tiny, tmp_path):
     assert set(records[0]["seconds"]) == {"training", "aggregation", "evaluation", "other"}
     assert records[0]["cosines"][0][0] == pytest.approx(1)
     config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "llava_llama" and config["mm_projector_type"] == "mlp2x_gelu"
+    assert config["model_type"] == "llava_llama"
+    assert config["mm_projector_type"] == "mlp2x_gelu"
     assert set(state.load(out / "mm_projector.bin")) == {
         f"model.mm_projector.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")
     }
@@ -127,7 +128,8 @@ def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkey
     monkeypatch.setattr(RunLogger, "of_client", capture)
     run(flags, tmp_path / "run", tiny / "clients.yaml", fed_rounds=3)
     spanning, rates = rates["a"], {}
-    assert len(spanning) == 6 and spanning[0] == pytest.approx(1e-2)
+    assert len(spanning) == 6
+    assert spanning[0] == pytest.approx(1e-2)
     assert all(later < earlier for earlier, later in zip(spanning, spanning[1:], strict=False))
     run(flags, tmp_path / "round", tiny / "clients.yaml", fed_rounds=3, fed_lr_schedule="round")
     assert rates["a"][0::2] == pytest.approx([1e-2] * 3)
@@ -148,7 +150,8 @@ def test_a_part_of_the_clients_each_round(flags, tiny, tmp_path):
         flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=6, fed_clients_per_round=1
     )
     names = [list(record["clients"]) for record in records]
-    assert all(len(name) == 1 for name in names) and len({n[0] for n in names}) == 2
+    assert all(len(name) == 1 for name in names)
+    assert len({n[0] for n in names}) == 2
 
 
 def test_one_sample_and_empty_slices(flags, tiny, tmp_path):
@@ -201,7 +204,8 @@ def test_a_client_may_have_its_own_flags(flags, tiny, tmp_path):
         " per_device_train_batch_size: 3}",
     )
     rounds = run(flags, tmp_path / "x", clients, fed_method="local")
-    assert rounds[0]["clients"]["a"]["steps"] == 6 and rounds[0]["clients"]["b"]["steps"] == 3
+    assert rounds[0]["clients"]["a"]["steps"] == 6
+    assert rounds[0]["clients"]["b"]["steps"] == 3
     start = initial_projector(flags, tmp_path)
     moved = [
         float((state.load(tmp_path / "x/clients" / n / "mm_projector.bin")[k] - start[k]).norm())
@@ -441,7 +445,7 @@ def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
     assert x == y
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for a kill, where what matters is what is on the disk then."""
 
 
@@ -452,7 +456,7 @@ def stop_after(monkeypatch, turns: int) -> None:
 
     def counted(self, task):
         if len(done) == turns:
-            raise Stop
+            raise StopError
         done.append(task.name)
         return fit(self, task)
 
@@ -477,9 +481,10 @@ def test_a_run_cut_short_is_continued_by_no_other_run(
     flags, tiny, tmp_path, monkeypatch, turns, change
 ):
     common = {"fed_method": "fedcmp", "fed_rounds": 2}
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         stop_after(patch, turns)
-        run(flags, tmp_path / "x", tiny / "clients.yaml", **common)
+        with pytest.raises(StopError):
+            run(flags, tmp_path / "x", tiny / "clients.yaml", **common)
     entries = (tiny / "clients.yaml").read_text().replace("a.json", "DIR/a.json")
     entries = entries.replace("b.json", "DIR/b.json").replace("images", "DIR/images")
     _, a, b = entries.split("\n")[:3]

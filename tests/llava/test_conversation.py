@@ -122,7 +122,8 @@ def test_pictures_are_prepared_for_the_wire():
     sizes = [image.size for image in conv.get_images(return_pil=True)]
     assert sizes == [(1340, 134), (336, 336), (672, 672)]
     first = Image.open(io.BytesIO(base64.b64decode(conv.get_images()[0])))
-    assert first.format == "PNG" and first.size == (1340, 134)
+    assert first.format == "PNG"
+    assert first.size == (1340, 134)
     with pytest.raises(InputError, match="'Shear'"):
         conv.process_image(picture, "Shear")
 
@@ -152,7 +153,8 @@ def test_a_padded_picture_is_shrunk_as_its_square_was():
     square = expand2square(noise, (122, 116, 104)).resize((672, 672))
     found = get_template("v1").process_image(noise, "Pad", return_pil=True)
     difference = ImageChops.difference(found, square)
-    assert found.size == (672, 672) and max(high for _, high in difference.getextrema()) <= 1
+    assert found.size == (672, 672)
+    assert max(high for _, high in difference.getextrema()) <= 1
 
 
 def test_the_templates_own_examples_hold_no_pictures_to_send():

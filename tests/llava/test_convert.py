@@ -128,7 +128,8 @@ def test_logits_ids_pixels_and_prompt_are_the_same(pair):
     theirs, info = LlavaForConditionalGeneration.from_pretrained(
         hf, dtype=torch.float32, output_loading_info=True
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(hf, backend="pil")
 
     template = get_template(getattr(ours.config, "conversation_template", None) or "vicuna_v1")
@@ -183,7 +184,8 @@ def test_there_and_back_gives_the_same_tensors(pair, tmp_path):
         old = {n: t for n in Shards(source) if wanted(n) for t in [Shards(source)[n]]}
         assert set(back) == set(old)
         for name, tensor in old.items():
-            assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
+            assert back[name].dtype == tensor.dtype, name
+            assert torch.equal(back[name], tensor), name
         a, b = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back"))
         moved = {
             "mm_vision_tower",
@@ -247,7 +249,8 @@ def test_the_names_that_transformers_has_in_memory_are_read(changes, hf, full, t
     tensors = load_file(hf / "model.safetensors")
     for pattern, new in changes.items():
         tensors = {re.sub(pattern, new, name): tensor for name, tensor in tensors.items()}
-    assert "model.language_model.norm.weight" in tensors and "lm_head.weight" in tensors
+    assert "model.language_model.norm.weight" in tensors
+    assert "lm_head.weight" in tensors
     save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
     to_llava(str(tmp_path / "hf"), str(tmp_path / "back"))
     back, old = Shards(tmp_path / "back"), Shards(full)
@@ -265,7 +268,8 @@ def test_what_transformers_itself_saved_keeps_its_vocabulary(hf, full, tmp_path)
     tokenizer, ours, processor, _ = load_pretrained_model(
         str(tmp_path / "llava"), None, "any", device="cpu"
     )
-    assert ours.config.vocab_size == 1216 and tokenizer.pad_token == "<pad>"
+    assert ours.config.vocab_size == 1216
+    assert tokenizer.pad_token == "<pad>"
     assert ours.config.image_aspect_ratio == "pad"
     before = load_pretrained_model(str(full), None, "any", device="cpu")
     prompt = "USER: <image>\nWhat? ASSISTANT:"
@@ -289,7 +293,8 @@ def test_what_transformers_itself_saved_keeps_its_vocabulary(hf, full, tmp_path)
 def test_shards_are_written_and_read(full, hf, tmp_path):
     to_hf(str(full), str(tmp_path / "hf"), shard_bytes=40_000)
     files = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     whole = load_file(hf / "model.safetensors")
     assert index["weight_map"].keys() == whole.keys()
@@ -330,7 +335,8 @@ def test_the_tower_may_be_named_instead_of_written(hf, tmp_path, capsys):
     main(["--to", "llava", "--model-path", str(hf), "--output", str(tmp_path / "named"),
           "--vision-tower", str(TOWER), "--dtype", "bfloat16"])  # fmt: skip
     config = json.loads((tmp_path / "named" / "config.json").read_text())
-    assert config["mm_vision_tower"] == str(TOWER) and config["torch_dtype"] == "bfloat16"
+    assert config["mm_vision_tower"] == str(TOWER)
+    assert config["torch_dtype"] == "bfloat16"
     assert not (tmp_path / "named" / "vision_tower").exists()
     weights = Shards(tmp_path / "named")
     assert {weights[name].dtype for name in weights} == {torch.bfloat16}
@@ -391,7 +397,7 @@ def test_a_system_message_takes_the_place_of_the_templates_own():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu'.*cannot express"),
         ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),
@@ -414,7 +420,7 @@ def test_what_transformers_cannot_express_is_refused(changes, message, full, tmp
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"model_type": "llava_next"}, "model_type is 'llava_next'"),
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is \[-2, -1\]"),

@@ -92,7 +92,8 @@ def test_every_template_learns_the_answers_and_nothing_of_the_questions(key, tok
     ids, labels = tokenize(render(turns, template), tokenizer)
     learnt = tokenizer.decode(answers(ids, labels))
     masked = tokenizer.decode(ids[(labels == IGNORE_INDEX) & (ids >= 0)])
-    assert learnt.count("RRR") == len(turns) // 2 and "QQQ" not in learnt
+    assert learnt.count("RRR") == len(turns) // 2
+    assert "QQQ" not in learnt
     assert "RRR" not in masked
 
 
@@ -129,7 +130,8 @@ def test_plain_keeps_the_picture_and_learns_the_caption_with_its_line_end(tokeni
     )
     ids, labels = tokenize(render(turns, get_template("plain")), tokenizer)
     assert ids[:2].tolist() == [tokenizer.bos_token_id, IMAGE_TOKEN_INDEX]
-    assert labels[:2].tolist() == [IGNORE_INDEX] * 2 and labels[2:].equal(ids[2:])
+    assert labels[:2].tolist() == [IGNORE_INDEX] * 2
+    assert labels[2:].equal(ids[2:])
     assert tokenizer.decode(ids[2:]) == "caf\u00e9 \U0001f34e\n"
 
 
@@ -184,8 +186,8 @@ def test_text_is_cut_but_never_a_picture():
 # -- records and data sets -------------------------------------------------------------------------
 
 
-def record(image, *turns, id="r"):
-    made = {"id": id, "conversations": []}
+def record(image, *turns, name="r"):
+    made = {"id": name, "conversations": []}
     for i, text in enumerate(turns):
         made["conversations"].append({"from": ("human", "gpt")[i % 2], "value": text})
     return made if image is None else {**made, "image": image}
@@ -210,9 +212,9 @@ def data_args(tmp_path):
     )
 
 
-RED = record("red.png", "<image>\nWhat is it?", "red", id="a")
-BLUE = record("blue.png", "What is it?\n<image>", "blue it is", id="b")
-TEXT = record(None, "Hello?", "Hi.", id="c")
+RED = record("red.png", "<image>\nWhat is it?", "red", name="a")
+BLUE = record("blue.png", "What is it?\n<image>", "blue it is", name="b")
+TEXT = record(None, "Hello?", "Hi.", name="c")
 Q = {"from": "human", "value": "q"}
 
 
@@ -240,7 +242,8 @@ def test_files_that_are_no_data_are_refused(tmp_path):
 def test_items_and_their_batch(tokenizer, data_args):
     dataset = LazySupervisedDataset([RED, TEXT, BLUE], tokenizer, data_args)
     items = [dataset[i] for i in range(3)]
-    assert items[0]["images"][0].shape == (3, 32, 32) and "images" not in items[1]
+    assert items[0]["images"][0].shape == (3, 32, 32)
+    assert "images" not in items[1]
     assert (items[0]["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 1
     batch = DataCollatorForSupervisedDataset(tokenizer)(items)
     assert batch["images"].shape == (2, 3, 32, 32)
@@ -286,9 +289,11 @@ def test_lengths(tokenizer, data_args):
 def test_a_selection_shares_all_but_the_records(tokenizer, data_args):
     dataset = LazySupervisedDataset([RED, TEXT, BLUE], tokenizer, data_args)
     chosen = dataset.select([2, 0])
-    assert [r["id"] for r in chosen.records] == ["b", "a"] and len(dataset) == 3
+    assert [r["id"] for r in chosen.records] == ["b", "a"]
+    assert len(dataset) == 3
     assert chosen.pictures() == [*dataset.paths(2), *dataset.paths(0)]
-    assert chosen.tokenizer is dataset.tokenizer and chosen.data_args is dataset.data_args
+    assert chosen.tokenizer is dataset.tokenizer
+    assert chosen.data_args is dataset.data_args
     assert len(dataset.select([])) == 0
 
 
@@ -317,7 +322,8 @@ def test_tiled_pictures_come_with_their_sizes_and_as_many_tokens_as_the_model_ma
     tiles = 1 + math.prod(data_args.tiling.grid(size))
     assert items[0]["images"][0].shape == (tiles, 3, 32, 32)
     batch = DataCollatorForSupervisedDataset(tokenizer)(items)
-    assert batch["image_sizes"] == [size] and batch["images"].shape == (1, tiles, 3, 32, 32)
+    assert batch["image_sizes"] == [size]
+    assert batch["images"].shape == (1, tiles, 3, 32, 32)
     assert (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist() == [4 * tiles, 0]
 
 
@@ -331,7 +337,8 @@ def test_several_pictures_in_one_sample(tokenizer, data_args):
     two = record(["red.png", "blue.png"], "<image> or <image>, which is red?", "The first.")
     later = record(["red.png", "blue.png"], "<image>\nThis?", "red", "And <image>?", "blue")
     dataset = LazySupervisedDataset([two, TEXT, later], tokenizer, data_args)
-    assert dataset.check().samples == 3 and len(dataset.pictures()) == 2
+    assert dataset.check().samples == 3
+    assert len(dataset.pictures()) == 2
     batch = DataCollatorForSupervisedDataset(tokenizer)([dataset[i] for i in range(3)])
     assert batch["images"].shape[0] == 4
     assert batch["images"][0].equal(batch["images"][2])
@@ -355,7 +362,7 @@ def test_label_positions_are_those_whose_next_label_counts(tokenizer, data_args)
 
 
 def test_sound_data_pass_and_long_text_is_counted(tokenizer, data_args):
-    long = record("red.png", "<image>\nSay much.", "word " * MAX_LENGTH, id="long")
+    long = record("red.png", "<image>\nSay much.", "word " * MAX_LENGTH, name="long")
     dataset = LazySupervisedDataset([RED, long, TEXT, BLUE, long], tokenizer, data_args)
     assert dataset.check() == CheckReport(samples=5, truncated=2, skipped=0)
     item = DataCollatorForSupervisedDataset(tokenizer)([dataset[1]])
@@ -375,7 +382,7 @@ def test_a_text_that_just_fits_is_not_counted(tokenizer, data_args):
 
 
 @pytest.mark.parametrize(
-    "bad, reason",
+    ("bad", "reason"),
     [
         (record("red.png", "No mention.", "x"), "one picture, but its text says `<image>` 0 times"),
         (record("red.png", "<image> <image>", "x"), "says `<image>` 2 times"),
@@ -410,8 +417,8 @@ def test_bad_samples_are_named(tokenizer, data_args, bad, reason):
 @pytest.mark.parametrize("version", ["v0", "v1", "plain", "mpt", "llava_llama_2"])
 def test_samples_that_teach_nothing_are_left_out_and_counted(version, tokenizer, data_args):
     data_args.version = version
-    empty = [record("red.png", "<image>\nWhat is it?", text, id="empty") for text in ("", " \n")]
-    asked = record("red.png", "<image>\n" + "long " * MAX_LENGTH, "x", id="cut")
+    empty = [record("red.png", "<image>\nWhat is it?", text, name="empty") for text in ("", " \n")]
+    asked = record("red.png", "<image>\n" + "long " * MAX_LENGTH, "x", name="cut")
     given = [RED, *empty, BLUE] + ([asked] if version in ("v1", "mpt", "llava_llama_2") else [])
     dataset = LazySupervisedDataset(given, tokenizer, data_args)
     for i, item in enumerate(given):
@@ -425,7 +432,7 @@ def test_samples_that_teach_nothing_are_left_out_and_counted(version, tokenizer,
 
 def test_data_that_teach_nothing_are_an_error(tokenizer, data_args):
     empty = record("red.png", "<image>\nWhat is it?", "")
-    asked = record("red.png", "<image>\n" + "long " * MAX_LENGTH, "x", id="cut")
+    asked = record("red.png", "<image>\n" + "long " * MAX_LENGTH, "x", name="cut")
     with pytest.raises(InputError, match="^the given records: there is nothing to learn") as caught:
         LazySupervisedDataset([empty, asked, empty], tokenizer, data_args).check()
     assert "of 3 records, 2 have an empty answer, and of 1 model_max_length 256" in str(
@@ -443,8 +450,8 @@ def test_one_answer_of_two_is_enough(tokenizer, data_args):
 
 
 def test_half_an_emoji_is_named(tmp_path, tokenizer, data_args):
-    whole = record("red.png", "<image>", "\U0001f353 strawberry", id="whole")
-    half = record("red.png", "<image>", "strawberry \ud83c", id="half")
+    whole = record("red.png", "<image>", "\U0001f353 strawberry", name="whole")
+    half = record("red.png", "<image>", "strawberry \ud83c", name="half")
     path = tmp_path / "data.json"
     path.write_text(json.dumps([whole, half]))
     message = r"record 1 \(id 'half'\) has half a character in 'strawberry \\ud83c'"
@@ -489,8 +496,8 @@ def test_plain_needs_pictures_and_text_runs_have_none(tokenizer, data_args):
 def test_bad_pictures_are_skipped_and_counted_on_demand(tmp_path, tokenizer, data_args):
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 1000)
-    cut = record("cut.png", "<image>", "x", id="cut")
-    gone = record("gone.png", "<image>", "long " * MAX_LENGTH, id="gone")
+    cut = record("cut.png", "<image>", "x", name="cut")
+    gone = record("gone.png", "<image>", "long " * MAX_LENGTH, name="gone")
     given = [RED, cut, gone, TEXT, cut]
     with pytest.raises(
         InputError, match=r"record 1 \(id 'cut'\): picture .*cut.png cannot be read"
@@ -499,7 +506,8 @@ def test_bad_pictures_are_skipped_and_counted_on_demand(tmp_path, tokenizer, dat
     data_args.skip_bad_images = True
     dataset = LazySupervisedDataset(given, tokenizer, data_args)
     assert dataset.check() == CheckReport(samples=2, truncated=0, skipped=3)
-    assert dataset.records == [RED, TEXT] and len(given) == 5
+    assert dataset.records == [RED, TEXT]
+    assert len(given) == 5
     with pytest.raises(InputError, match="no record is left"):
         LazySupervisedDataset([cut, gone], tokenizer, data_args).check()
 
@@ -511,10 +519,11 @@ def test_deep_pictures_are_learnt_from_or_left_out_by_name(tmp_path, tokenizer, 
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
     Image.new("1", (1, LONGEST_SIDE + 1)).save(tmp_path / "long.png")
     names = ("plain.png", "deep.png", "float.tif", "long.png")
-    given = [record(name, "<image>", "x", id=name) for name in names]
+    given = [record(name, "<image>", "x", name=name) for name in names]
     dataset = LazySupervisedDataset(given, tokenizer, data_args)
     plain, deep = (dataset[i]["images"][0] for i in range(2))
-    assert torch.allclose(plain, deep, atol=4 / 255) and plain.std() > 0.1
+    assert torch.allclose(plain, deep, atol=4 / 255)
+    assert plain.std() > 0.1
     with pytest.raises(InputError, match=r"record 2 \(id 'float.tif'\): picture .*from 0 to 255"):
         dataset.check()
     data_args.skip_bad_images = True
@@ -531,7 +540,8 @@ def test_cached_features_stand_in_for_the_picture(tmp_path, tokenizer, data_args
     cache = FeatureCache(encode, preprocess, "key", limit_bytes=10**6)
     dataset = LazySupervisedDataset([RED, BLUE], tokenizer, data_args, feature_cache=cache)
     cache.prefetch(dataset.pictures()[:1])
-    assert dataset[0]["images"][0].shape == (4, 3) and dataset[1]["images"][0].shape == (3, 32, 32)
+    assert dataset[0]["images"][0].shape == (4, 3)
+    assert dataset[1]["images"][0].shape == (3, 32, 32)
     images = DataCollatorForSupervisedDataset(tokenizer)([dataset[0], dataset[1]])["images"]
     assert [image.ndim for image in images] == [2, 3]
     # What lies in the cache has been decoded; the check reads only the others.

@@ -56,11 +56,13 @@ def make(directory, tower=None, limit=10**6, key="k"):
 def test_features_are_computed_once_and_are_the_towers(pictures, directory):
     tower = Tower()
     cache = make(directory, tower)
-    assert cache.get(pictures[0]) is None and pictures[0] not in cache
+    assert cache.get(pictures[0]) is None
+    assert pictures[0] not in cache
     cache.prefetch([*pictures, pictures[0]], batch_size=2)
     assert tower.batches == [2, 2, 2]  # the last one filled up
     for path in pictures:
-        assert cache.get(path).equal(Tower()(preprocess(path)[None])[0]) and path in cache
+        assert cache.get(path).equal(Tower()(preprocess(path)[None])[0])
+        assert path in cache
     cache.prefetch(pictures, batch_size=2)
     assert len(tower.batches) == 3
 
@@ -71,7 +73,8 @@ def test_the_dtype_is_the_towers_and_nothing_needs_a_gradient(pictures, director
     cache = make(directory, lambda pixels: Tower(dtype)(pixels) * weight.to(dtype))
     cache.prefetch(pictures[:1])
     features = cache.get(pictures[0])
-    assert features.dtype == dtype and not features.requires_grad
+    assert features.dtype == dtype
+    assert not features.requires_grad
     assert (features.float() @ weight).requires_grad  # a projector can learn from it
 
 
@@ -102,7 +105,8 @@ def test_what_cannot_be_read_is_left_out(tmp_path, pictures, directory):
     bad.write_text("no picture")
     cache = make(directory)
     cache.prefetch([str(bad), str(tmp_path / "gone.png"), pictures[0]])
-    assert cache.get(str(bad)) is None and cache.get(str(tmp_path / "gone.png")) is None
+    assert cache.get(str(bad)) is None
+    assert cache.get(str(tmp_path / "gone.png")) is None
     assert cache.get(pictures[0]) is not None
 
 
@@ -117,7 +121,7 @@ def test_at_its_limit_it_says_so_once_and_keeps_what_it_has(pictures, directory)
     probe.prefetch(pictures[:1])
     size = probe._store.used
     cache = make(directory, limit=3 * size)
-    with pytest.warns(UserWarning, match="limit") as said:
+    with pytest.warns(UserWarning, match="limit") as said:  # noqa: PT031 (one for both)
         cache.prefetch(pictures, batch_size=2)
         cache.prefetch(pictures, batch_size=2)
     assert len(said) == 1
@@ -132,7 +136,8 @@ def test_the_disk_serves_later_processes_under_the_same_key_only(tmp_path, pictu
     tower = Tower()
     later = make(tmp_path / "cache", tower)
     later.prefetch(pictures)
-    assert tower.batches == [] and later.get(pictures[3]).shape == (4, 3)
+    assert tower.batches == []
+    assert later.get(pictures[3]).shape == (4, 3)
     other = make(tmp_path / "cache", tower, key="other tower")
     assert other.get(pictures[3]) is None
 
@@ -166,7 +171,8 @@ def test_several_processes_share_a_folder(tmp_path, pictures):
     with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
         runs = [pool.submit(fill, tmp_path / "cache", pictures) for _ in range(3)]
         sums = [run.result() for run in runs]
-    assert sums[0] == sums[1] == sums[2] and all(sums[0])
+    assert sums[0] == sums[1] == sums[2]
+    assert all(sums[0])
     assert len(list((tmp_path / "cache").rglob("*"))) == 1 + 5 + len(
         {file.parent for file in (tmp_path / "cache").rglob("*.safetensors")}
     )

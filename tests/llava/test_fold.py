@@ -50,7 +50,8 @@ def test_a_folder_is_folded_into_one_that_upstream_knows(
     main(words)
     assert "relative error of the tokens: 0." in capsys.readouterr().out
     config = json.loads((tmp_path / "folded/config.json").read_text())
-    assert config["mm_projector_type"] == "mlp2x_gelu" and "mm_pilot" not in config
+    assert config["mm_projector_type"] == "mlp2x_gelu"
+    assert "mm_pilot" not in config
     _, model, processor, _ = load_pretrained_model(
         str(tmp_path / "folded"), str(tiny / "llm"), "x", device="cpu"
     )

@@ -188,7 +188,8 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(model, chan
 def test_the_frozen_tower_goes_along_to_another_device_and_keeps_its_type(model):
     moved = copy.deepcopy(model)
     moved.half()
-    assert moved.get_vision_tower().dtype == torch.float32 and moved.dtype == torch.float16
+    assert moved.get_vision_tower().dtype == torch.float32
+    assert moved.dtype == torch.float16
     moved.to("meta")
     assert moved.get_vision_tower().device.type == moved.device.type == "meta"
 
@@ -205,7 +206,8 @@ def test_attention_weights_are_there_when_they_are_asked_for(model):
     for inputs in ({"images": pixels}, {}):
         made = asked.generate(ids.clamp_min(3) if not inputs else ids, output_attentions=True,
                               pad_token_id=0, **inputs, **more)  # fmt: skip
-        assert len(made.attentions) == 2 and made.attentions[0][0].ndim == 4
+        assert len(made.attentions) == 2
+        assert made.attentions[0][0].ndim == 4
 
 
 def test_attention_is_as_before_once_its_weights_were_shown(model):

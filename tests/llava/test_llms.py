@@ -144,7 +144,8 @@ def test_saved_and_loaded_it_gives_the_same(model, folder, tmp_path):
     _, loaded, processor, _ = load_pretrained_model(
         str(tmp_path / "full"), None, "any", device="cpu"
     )
-    assert type(loaded) is type(model) and processor is not None
+    assert type(loaded) is type(model)
+    assert processor is not None
     assert torch.equal(loaded(ids, images=pixels).logits, model(ids, images=pixels).logits)
 
 
@@ -207,7 +208,8 @@ def test_a_mixture_whose_routers_are_trained(kind, more):
     torch.testing.assert_close(found.loss, plain + 0.5 * found.aux_loss)
     found.loss.backward()
     routers = [p.grad for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")]
-    assert len(routers) == 2 and all(grad.abs().max() > 0 for grad in routers)
+    assert len(routers) == 2
+    assert all(grad.abs().max() > 0 for grad in routers)
     # Without a loss there is no use for it; a batch whose mask has padding fails on it in the base.
     options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     left = torch.tensor([[0, 0, 1], [1, 1, 1]])
@@ -247,7 +249,8 @@ def test_siglip_has_no_class_token_to_drop(siglip, tiny):
     with torch.no_grad():
         states = reference(pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(tower(pixels), states[-2], rtol=1e-5, atol=1e-5)
-    assert tower.num_patches == PATCHES and tower.image_processor.size["height"] == 16
+    assert tower.num_patches == PATCHES
+    assert tower.image_processor.size["height"] == 16
     ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30]])
     assert model(ids, images=pixels[:1]).logits.shape[1] == 2 + PATCHES
 

@@ -100,7 +100,8 @@ def test_a_run_and_each_of_its_checkpoints_leave_upstreams_three_parts(lora_flag
     assert differing(parts(out), parts(checkpoints[-1])) == set()
 
     config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "llava_llama" and config["mm_projector_lr"] == 1e-3
+    assert config["model_type"] == "llava_llama"
+    assert config["mm_projector_lr"] == 1e-3
     adapter = json.loads((out / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (4, 8, 0.05)
     assert adapter["target_modules"] == sorted({name.rpartition(".")[2] for name in LAYERS})
@@ -108,7 +109,8 @@ def test_a_run_and_each_of_its_checkpoints_leave_upstreams_three_parts(lora_flag
     assert not {"exclude_modules", "use_dora", "lora_bias", "peft_version"} & adapter.keys()
 
     validation = losses(out, "eval_loss")
-    assert len(validation) == 2 and validation[1] < validation[0]
+    assert len(validation) == 2
+    assert validation[1] < validation[0]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -46,7 +46,9 @@ def test_padding_shows_the_whole_picture_and_square_cuts_its_centre(processor):
     cut = image_pixels(image, processor, SimpleNamespace())
     assert padded.shape == cut.shape == (3, 32, 32)
     black, white = cut.min(), padded.max()
-    assert (cut == cut[:, :1, :1]).all() and white > 1.5 and black < -1.4
+    assert (cut == cut[:, :1, :1]).all()
+    assert white > 1.5
+    assert black < -1.4
     # The rows above the picture hold the mean colour, which is about 0 after normalisation.
     assert padded[:, 0].abs().max() < 0.02
 
@@ -78,7 +80,8 @@ def test_the_first_bos_is_kept_and_pictures_are_minus_200(tokenizer):
     assert tokenizer_image_token("<image>\nHi", tokenizer)[:2] == [1, -200]
     assert tokenizer_image_token("", tokenizer) == [1]
     tensor = tokenizer_image_token("<image>", tokenizer, return_tensors="pt")
-    assert tensor.dtype == torch.long and tensor.tolist() == [1, IMAGE_TOKEN_INDEX]
+    assert tensor.dtype == torch.long
+    assert tensor.tolist() == [1, IMAGE_TOKEN_INDEX]
     assert tokenizer_image_token("<image>", tokenizer, image_token_index=7) == [1, 7]
     with pytest.raises(InputError, match="'tf'"):
         tokenizer_image_token("x", tokenizer, return_tensors="tf")
@@ -139,7 +142,7 @@ def test_image_tokens_are_repeated_and_never_learnt():
         expand_image_tokens(ids, None, [3])
 
 
-@pytest.mark.parametrize("path, name", GOLDEN["model_name"].items())
+@pytest.mark.parametrize(("path", "name"), GOLDEN["model_name"].items())
 def test_model_names(path, name):
     assert get_model_name_from_path(path) == name
 

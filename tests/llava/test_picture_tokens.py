@@ -77,7 +77,8 @@ def test_they_train_and_are_loaded(marked, llm, tmp_path, patch):
     model, ids = load(tmp_path / "out", llm)
     weight = model.get_input_embeddings().weight.detach()
     start = Shards(llm)[ROWS]
-    assert ids == [len(start) + patch, len(start) + patch + 1] and len(weight) == ids[1] + 1
+    assert ids == [len(start) + patch, len(start) + patch + 1]
+    assert len(weight) == ids[1] + 1
     assert torch.equal(weight[ids], saved[ROWS])
     assert (weight[ids] - start.mean(0)).abs().amax(1).min() > 1e-3
     assert torch.equal(weight[: len(start)], start)  # nothing else of it has moved

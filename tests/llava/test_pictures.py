@@ -49,7 +49,8 @@ def tiff(values, bits: int, sample_format: int, order: str = "<", photometric: i
 def levels(data: bytes) -> np.ndarray:
     """The grey levels of what is opened, which are the same in the three colours."""
     pixels = np.asarray(open_image(data))
-    assert pixels.dtype == np.uint8 and (pixels == pixels[..., :1]).all()
+    assert pixels.dtype == np.uint8
+    assert (pixels == pixels[..., :1]).all()
     return pixels[..., 0].astype(int)
 
 
@@ -63,8 +64,10 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
     image.convert(mode).save(path)
     opened = open_image(path)
-    assert opened.mode == "RGB" and opened.size == (6, 4)
-    assert opened.getpixel((0, 0)) == (255, 255, 255) and opened.getpixel((5, 3)) == (0, 0, 0)
+    assert opened.mode == "RGB"
+    assert opened.size == (6, 4)
+    assert opened.getpixel((0, 0)) == (255, 255, 255)
+    assert opened.getpixel((5, 3)) == (0, 0, 0)
 
 
 SIXTEEN, FLOAT = (RAMP * 257).astype(np.uint16), (RAMP / 255).astype(np.float32)
@@ -186,9 +189,11 @@ def test_files_bytes_and_base64_are_turned_alike(tmp_path, corner, kind, orienta
     assert opened.size == ((96, 48) if orientation < 5 else (48, 96))
     where = int(place[across] * opened.width), int(place[down] * opened.height)
     red, _, blue = opened.getpixel(where)
-    assert red > 200 and blue < 60
+    assert red > 200
+    assert blue < 60
     for other in (open_image(data), load_image_from_base64(base64.b64encode(data).decode())):
-        assert other.mode == "RGB" and other.tobytes() == opened.tobytes()
+        assert other.mode == "RGB"
+        assert other.tobytes() == opened.tobytes()
         assert other.size == opened.size
     assert image_size(tmp_path / "picture") == image_size(data) == opened.size
 
@@ -266,7 +271,8 @@ def test_pictures_from_an_address(site, tmp_path, monkeypatch):
     Image.new("L", (6, 4)).save(tmp_path / "me.png")
     (tmp_path / "page.html").write_text("<p>no picture")
     picture = load_image(f"{site}/me.png")
-    assert picture.size == (6, 4) and picture.mode == "RGB"
+    assert picture.size == (6, 4)
+    assert picture.mode == "RGB"
     for page, reason in {
         "none.png": "HTTP Error 404",
         "hidden": "HTTP Error 403",

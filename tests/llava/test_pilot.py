@@ -168,9 +168,11 @@ def test_groups_say_what_trains_and_everything_is_in_just_one(stage):
     connector = make(stage=stage)
     groups = connector.groups()
     assert sorted(sum(groups.values(), [])) == sorted(connector.state_dict())
-    assert groups["task"] == ["0.weight", "0.bias", "2.weight", "2.bias"] and not groups["shared"]
+    assert groups["task"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert not groups["shared"]
     mine = CLIENT_PARTS[:1] if stage == 1 else CLIENT_PARTS[1:]
-    assert groups["client"] and all(name.startswith(mine) for name in groups["client"])
+    assert groups["client"]
+    assert all(name.startswith(mine) for name in groups["client"])
     connector.train_groups("task", "client")
     trained = {n for n, p in connector.named_parameters() if p.requires_grad}
     assert trained == {*groups["task"], *groups["client"]}
@@ -246,7 +248,8 @@ def test_a_projector_only_run_leaves_what_upstream_reads_and_comes_back_whole(
     for name in others:  # frozen copies of the start
         assert torch.equal(found[name], before[_base_name(name)])
     settings = json.loads((tmp_path / "out/config.json").read_text())["mm_pilot"]
-    assert settings["tasks"] == TASKS and settings["stage"] == stage
+    assert settings["tasks"] == TASKS
+    assert settings["stage"] == stage
     _, model, _, _ = load_pretrained_model(
         str(tmp_path / "out"), str(tiny / "llm"), "llava", device="cpu"
     )

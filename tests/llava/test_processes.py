@@ -50,16 +50,21 @@ def recycled(name: str) -> str:
 
 def test_who_is_gone(alive, dead):
     name = name_of(alive.pid)
-    assert is_gone(dead) and not is_gone(elsewhere(dead))
-    assert not is_gone(name) and not is_gone(elsewhere(name))
-    assert not is_gone(name_of()) and is_gone(recycled(name))
+    assert is_gone(dead)
+    assert not is_gone(elsewhere(dead))
+    assert not is_gone(name)
+    assert not is_gone(elsewhere(name))
+    assert not is_gone(name_of())
+    assert is_gone(recycled(name))
 
 
 def test_whose_group_may_be_signalled(alive, dead):
     name = name_of(alive.pid)
     assert group_of(name) == alive.pid
-    assert group_of(elsewhere(name)) is None and group_of(recycled(name)) is None
-    assert group_of(str(alive.pid)) is None and group_of("") is None
+    assert group_of(elsewhere(name)) is None
+    assert group_of(recycled(name)) is None
+    assert group_of(str(alive.pid)) is None
+    assert group_of("") is None
     assert group_of(dead) == int(dead.split(".")[1])  # its group may live on
 
 
@@ -100,6 +105,7 @@ def test_two_processes_and_two_hosts_never_write_to_one_name(tmp_path, monkeypat
     path = tmp_path / "x"
     mine = own_name(path)
     with atomic_write(path), new_folder(tmp_path / "y"):
-        assert mine.exists() and own_name(tmp_path / "y").is_dir()
+        assert mine.exists()
+        assert own_name(tmp_path / "y").is_dir()
     monkeypatch.setattr("llava.processes.host", lambda: "another-host-123abc")
     assert own_name(path) != mine

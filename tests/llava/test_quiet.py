@@ -41,8 +41,8 @@ def test_all_is_as_before_after_an_error_too():
             assert state() == QUIET
         assert state() == QUIET
     assert state() == LOUD
-    with pytest.raises(OSError), quiet():
-        raise OSError
+    with pytest.raises(OSError, match="full"), quiet():
+        raise OSError("full")
     assert state() == LOUD
 
 

@@ -17,7 +17,8 @@ def sampler(lengths, **kwargs):
 def test_the_orders_are_upstreams():
     torch.manual_seed(MODALITY["torch_seed"])
     grouped = sampler(MODALITY["lengths"], group_by_modality=True)
-    assert list(grouped) == MODALITY["indices"] and len(grouped) == len(MODALITY["lengths"])
+    assert list(grouped) == MODALITY["indices"]
+    assert len(grouped) == len(MODALITY["lengths"])
     torch.manual_seed(MODALITY["torch_seed"])
     assert list(sampler(GOLDEN["length_sampler"]["lengths"])) == GOLDEN["length_sampler"]["indices"]
 

@@ -122,7 +122,9 @@ def test_what_is_in_a_file_or_a_folder_decides_not_where_it_lies(tmp_path):
         (tmp_path / name / "one").write_text("1")
         (tmp_path / name / "two").write_text("2")
     x, y = tmp_path / "x", tmp_path / "y"
-    assert fingerprint(x) == fingerprint(y) and fingerprint(x / "one") == fingerprint(y / "one")
+    assert fingerprint(x) == fingerprint(y)
+    assert fingerprint(x / "one") == fingerprint(y / "one")
     (y / "two").write_text("3")
     assert fingerprint(x) != fingerprint(y)
-    assert fingerprint("org/model") == "org/model" and fingerprint(None) is None
+    assert fingerprint("org/model") == "org/model"
+    assert fingerprint(None) is None

@@ -118,4 +118,5 @@ def test_thin_pictures_take_little_memory():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(grown) == 3 and max(grown) < 200, done.stdout
+    assert len(grown) == 3, done.stdout
+    assert max(grown) < 200, done.stdout

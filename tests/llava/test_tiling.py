@@ -71,7 +71,8 @@ def test_tokens_lie_in_the_rows_of_the_picture():
     out = tiling.arrange(tokens, size, torch.tensor([9.0, 9.0]))
     assert (out[:4] == -1).all()
     rows = out[4:].reshape(-1, 7, 2)
-    assert (rows[:, -1] == 9).all() and torch.equal(rows[:, :-1], places)
+    assert (rows[:, -1] == 9).all()
+    assert torch.equal(rows[:, :-1], places)
     out = tiling.arrange(tokens, (6, 2), torch.tensor([9.0, 9.0]))
     assert torch.equal(out[4:].reshape(-1, 7, 2)[:, :-1], places[1:3])
     spatial = Tiling(((6, 4),), 2, 2, "spatial").arrange(tokens, size, None)
@@ -82,9 +83,11 @@ def test_a_picture_is_scaled_centred_and_cut():
     image = Image.new("RGB", (30, 10), (200, 0, 0))
     padded = resize_and_pad_image(image, (60, 40))
     assert padded.size == (60, 40)
-    assert padded.getpixel((30, 5)) == (0, 0, 0) and padded.getpixel((30, 20)) == (200, 0, 0)
+    assert padded.getpixel((30, 5)) == (0, 0, 0)
+    assert padded.getpixel((30, 20)) == (200, 0, 0)
     tiles = divide_to_patches(padded, 20)
-    assert len(tiles) == 6 and tiles[3].getpixel((0, 0)) == padded.getpixel((0, 20))
+    assert len(tiles) == 6
+    assert tiles[3].getpixel((0, 0)) == padded.getpixel((0, 20))
 
 
 def test_the_size_is_that_of_the_upright_picture(tmp_path):

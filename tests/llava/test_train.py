@@ -109,7 +109,8 @@ def test_validation_loss(flags, tiny, tmp_path):
                      evaluation_strategy="steps", eval_steps=3))  # fmt: skip
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
 
 
 def test_several_epochs_give_the_same_with_and_without_the_feature_cache(flags, tiny, tmp_path):
@@ -133,7 +134,8 @@ def test_full_fine_tuning_saves_a_folder_that_loads_and_answers(flags, tiny, tmp
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]
     _, model, processor, context = load_pretrained_model(str(out), None, "any", device="cpu")
-    assert processor.crop_size["height"] == 16 and context == 2048
+    assert processor.crop_size["height"] == 16
+    assert context == 2048
     names = set(model.state_dict())
     assert "model.mm_projector.2.bias" in names
     assert not any("vision_tower" in name for name in names)
@@ -311,8 +313,10 @@ def test_upstreams_command_line_parses_verbatim():
     assert {"--evaluation_strategy", "--warmup_ratio", "--lazy_preprocess", "--tf32"} <= set(argv)
     at = argv.index("--deepspeed")
     model_args, data_args, training_args = parse(argv[:at] + argv[at + 2 :])
-    assert model_args.tune_mm_mlp_adapter and model_args.mm_projector_type == "mlp2x_gelu"
-    assert training_args.warmup_steps == 0.03 and training_args.eval_strategy == "no"
+    assert model_args.tune_mm_mlp_adapter
+    assert model_args.mm_projector_type == "mlp2x_gelu"
+    assert training_args.warmup_steps == 0.03
+    assert training_args.eval_strategy == "no"
     assert training_args.get_warmup_steps(1000) == 30
     assert data_args.image_aspect_ratio == "square"
 
@@ -333,7 +337,8 @@ def test_a_process_takes_one_gpu(capsys):
     args._n_gpu = 4  # what transformers counts when there is no launcher
     _check(args)
     assert "1 of 4 GPUs" in capsys.readouterr().out
-    assert args.n_gpu == 1 and args.train_batch_size == 3
+    assert args.n_gpu == 1
+    assert args.train_batch_size == 3
     assert args.parallel_mode == ParallelMode.NOT_PARALLEL
 
 
@@ -374,7 +379,8 @@ def test_deepspeed_without_its_package_is_one_sentence(tmp_path):
         f"sys.argv = ['train', '--deepspeed', '{file}']; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
     assert "error: --deepspeed needs the package deepspeed: pip install 'fedllava[train]'" in (
         done.stderr
     )
@@ -403,7 +409,8 @@ def test_upstreams_names_are_there():
 
     for name in llava.train.train.__all__:
         assert callable(getattr(llava.train.train, name))
-    assert llava.train.llava_trainer.LengthGroupedSampler and llava.train.train_xformers.main
+    assert llava.train.llava_trainer.LengthGroupedSampler
+    assert llava.train.train_xformers.main
 
 
 def test_added_tokens_start_as_the_mean_of_the_others(tiny):
@@ -420,8 +427,10 @@ def test_added_tokens_start_as_the_mean_of_the_others(tiny):
 def test_upstreams_defaults():
     model_args, _, training_args = parse(["--output_dir", "x"], ModelArguments, *parse_rest())
     assert (model_args.mm_projector_type, model_args.mm_vision_select_layer) == ("linear", -1)
-    assert training_args.model_max_length == 512 and training_args.lora_r == 64
-    assert training_args.optim == "adamw_torch" and not training_args.remove_unused_columns
+    assert training_args.model_max_length == 512
+    assert training_args.lora_r == 64
+    assert training_args.optim == "adamw_torch"
+    assert not training_args.remove_unused_columns
 
 
 def parse_rest() -> tuple[type, type]:
@@ -433,7 +442,8 @@ def parse_rest() -> tuple[type, type]:
 def test_attention_falls_back_with_a_word(capsys):
     assert choose_attention("flash_attention_2", "cpu") == "sdpa"
     assert "sdpa" in capsys.readouterr().err
-    assert choose_attention(None, "cpu") == "sdpa" and choose_attention("eager", "cpu") == "eager"
+    assert choose_attention(None, "cpu") == "sdpa"
+    assert choose_attention("eager", "cpu") == "eager"
 
 
 def test_data_that_teach_nothing_are_refused_or_left_out(flags, tiny, tmp_path, capfd):

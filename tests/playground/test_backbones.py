@@ -42,8 +42,8 @@ def test_every_tensor_is_found_and_used(kind, folder):
 def test_names_on_disk_are_the_classic_ones(folder, prefixes):
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert all(name.startswith(prefixes) for name in file.keys())
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+        assert all(name.startswith(prefixes) for name in file.keys())  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
 def test_small_enough_for_a_repository():
@@ -74,7 +74,8 @@ def test_both_pairs_have_the_same_tokenizer():
 
 def test_tokenizer_is_llamas(tokenizer):
     specials = (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert type(tokenizer).__name__.startswith("LlamaTokenizer") and specials == (0, 1, 2)
+    assert type(tokenizer).__name__.startswith("LlamaTokenizer")
+    assert specials == (0, 1, 2)
     assert tokenizer("red apple\n").input_ids[0] == 1
     assert tokenizer("red apple\n").input_ids[-1] == 13, "the newline is one byte token, as Llama's"
 
@@ -84,7 +85,8 @@ def test_tokenizer_is_llamas(tokenizer):
 )
 def test_tokenizer_loses_nothing(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert 0 not in ids and tokenizer.decode(ids).removeprefix(" ") == text
+    assert 0 not in ids
+    assert tokenizer.decode(ids).removeprefix(" ") == text
 
 
 def test_an_answer_is_tokenised_alike_alone_and_after_its_prompt(tokenizer):

@@ -45,7 +45,9 @@ def test_every_picture_is_private_or_held_out_or_unseen(data):
     unseen = images(records(data, "unseen.json"))
     on_disk = {p.relative_to(data / "images").as_posix() for p in data.glob("images/*/*.webp")}
     assert (len(private), len(held), len(unseen)) == (4362, 1454, 304)
-    assert not (private & held or private & unseen or held & unseen)
+    assert not (private & held)
+    assert not (private & unseen)
+    assert not (held & unseen)
     assert private | held | unseen == on_disk
     assert images(records(data, "clients/style/*.json")) == private
 
@@ -57,8 +59,11 @@ def test_split_goes_by_concept_and_style(data):
     private = Counter(concept(r) for r in records(data, "clients/topic/*.json"))
     held = Counter(concept(r) for r in records(data, *HELD_OUT))
     unseen = Counter(concept(r) for r in records(data, "unseen.json"))
-    assert set(private) == set(held) and set(private.values()) == {3} and set(held.values()) == {1}
-    assert not set(unseen) & set(private) and set(unseen.values()) == {4}
+    assert set(private) == set(held)
+    assert set(private.values()) == {3}
+    assert set(held.values()) == {1}
+    assert not set(unseen) & set(private)
+    assert set(unseen.values()) == {4}
     dev, test = (records(data, f"heldout_{part}.json") for part in ("dev", "test"))
     assert abs(len(dev) - len(test)) <= 8 * 4
     assert {r["style"] for r in dev} == {r["style"] for r in test} == set(STYLES)
@@ -70,8 +75,10 @@ def test_records_are_llava_records(data):
     for row in records(data, *(f"clients/{p}" for p in plain), *HELD_OUT, "unseen.json"):
         human, gpt = row["conversations"]
         assert human == {"from": "human", "value": "<image>\nWhat is this?"}
-        assert gpt["from"] == "gpt" and 1 <= len(gpt["value"].split()) <= 6
-        assert gpt["value"] == gpt["value"].lower().strip() and gpt["value"].isascii()
+        assert gpt["from"] == "gpt"
+        assert 1 <= len(gpt["value"].split()) <= 6
+        assert gpt["value"] == gpt["value"].lower().strip()
+        assert gpt["value"].isascii()
         assert row["image"].split("/")[0] == row["style"]
         code = Path(row["image"]).stem
         assert names.setdefault(gpt["value"], code) == code, "two concepts share a name"
@@ -93,7 +100,8 @@ def test_scenario_names_every_client_file(data, scenario, count):
         assert client["image_folder"] == "../data/emoji/images"
         inside = client["data_path"].removeprefix("../data/emoji/")
         rows = records(data, inside)
-        assert rows and {r[scenario] for r in rows} == {client["name"]}
+        assert rows
+        assert {r[scenario] for r in rows} == {client["name"]}
 
 
 def test_unpack_is_idempotent_and_replaces_another_version(data, tmp_path):
@@ -101,7 +109,8 @@ def test_unpack_is_idempotent_and_replaces_another_version(data, tmp_path):
     archive, target = tmp_path / "a.tar.xz", tmp_path / "out"
     build = script("build_data")
     build.pack({"one.json": b"[]"}, archive)
-    assert unpack(archive, target, None) and not unpack(archive, target, None)
+    assert unpack(archive, target, None)
+    assert not unpack(archive, target, None)
     build.pack({"two.json": b"[]"}, archive)
     assert unpack(archive, target, None)
     assert {p.name for p in target.iterdir()} == {"two.json", ".sha256"}
@@ -119,7 +128,8 @@ def test_unpack_refuses_links_and_paths_that_lead_outside(tmp_path, name):
         tar.addfile(member, io.BytesIO(b"x"))
     with pytest.raises(ValueError, match="no plain file or folder inside"):
         script("unpack_data").unpack(archive, tmp_path / "out", None)
-    assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "outside.txt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_building_is_deterministic(tmp_path):
@@ -159,7 +169,8 @@ def test_the_further_cuts_share_out_the_same_pictures(data):
         if cut == "caption":
             assert max(sizes) - min(sizes) <= 1
         else:
-            assert min(sizes) >= 16 and max(sizes) > 10 * min(sizes)
+            assert min(sizes) >= 16
+            assert max(sizes) > 10 * min(sizes)
     one, other = (records(data, f"clients/{cut}/01.json") for cut in ("skew", "skew-dev"))
     assert images(one) != images(other)
 
@@ -179,7 +190,8 @@ def test_mixed_clients_share_out_all_pictures_and_know_whose_a_picture_is(data):
 def test_the_common_part_is_a_tenth_of_all(data):
     private = images(records(data, "clients/topic/*.json"))
     common = images(records(data, "clients/common/*.json"))
-    assert len(common) == len(private) // 10 and set(common) < set(private)
+    assert len(common) == len(private) // 10
+    assert set(common) < set(private)
 
 
 def test_a_skewed_client_has_few_of_the_kinds(data):
@@ -203,7 +215,8 @@ def test_each_source_describes_in_its_own_way(data):
         if row["source"] == "name":
             assert text == name
         elif row["source"] == "short":
-            assert name.endswith(text) and " " not in text
+            assert name.endswith(text)
+            assert " " not in text
         elif row["source"] == "keyword":
             assert text in keywords or text == name
             assert set(text.split()) <= words
@@ -215,7 +228,8 @@ def test_each_source_describes_in_its_own_way(data):
         rows = records(data, f"heldout_{part}_caption.json")
         assert images(rows) == held
         sources = Counter(r["source"] for r in rows)
-        assert abs(2 * sources.pop("name") - len(rows)) <= 1 and len(sources) == 3
+        assert abs(2 * sources.pop("name") - len(rows)) <= 1
+        assert len(sources) == 3
         assert max(sources.values()) - min(sources.values()) <= 1
 
 
@@ -225,4 +239,5 @@ def test_captions_are_plain_words_that_the_tokenizer_holds(data):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "playground/backbones/llm")
     for row in records(data, "clients/caption/*.json"):
         ids = tokenizer(row["conversations"][1]["value"]).input_ids
-        assert tokenizer.unk_token_id not in ids and len(ids) < 64
+        assert tokenizer.unk_token_id not in ids
+        assert len(ids) < 64

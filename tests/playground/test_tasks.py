@@ -75,7 +75,8 @@ def test_yaml_names_nine_clients_of_equal_disjoint_shares(data, scenario):
         inside = client["data_path"].removeprefix("../data/tasks/")
         assert inside == f"clients/{scenario}/{client['name']}.json"
         rows = read(data, inside)
-        assert len(rows) == 160 and {r["task"] for r in rows} == {client["task"]}
+        assert len(rows) == 160
+        assert {r["task"] for r in rows} == {client["task"]}
         seen.update(r["image"] for r in rows)
         names.append(client["name"])
     assert names == [f"{task}-{i}" for task in SCENARIOS[scenario] for i in (1, 2, 3)]
@@ -106,8 +107,10 @@ def test_held_out_pictures_are_in_no_clients_data(data, scenario):
 def test_records_are_llava_records_and_their_pictures_open(data):
     for record in everything(data) + read(data, "public.json"):
         human, gpt = record["conversations"]
-        assert (human["from"], gpt["from"]) == ("human", "gpt") and gpt["value"]
-        assert human["value"].startswith("<image>\n") and human["value"].count("<image>") == 1
+        assert (human["from"], gpt["from"]) == ("human", "gpt")
+        assert gpt["value"]
+        assert human["value"].startswith("<image>\n")
+        assert human["value"].count("<image>") == 1
         with Image.open(data / "images" / record["image"]) as picture:
             picture.load()
             assert (picture.size, picture.mode) == ((64, 64), "RGB")
@@ -118,10 +121,12 @@ def test_public_and_private_share_no_concept_word_or_shape(data, known):
         {r["id"].split("-", 1)[1] for rows in half for r in rows}
         for half in (known.public, known.private)
     )
-    assert len(public) == len(private) == 727 and not public & private
+    assert len(public) == len(private) == 727
+    assert not public & private
     assert not set(known.public_words) & set(known.private_words)
     plain = read(data, "public.json")
-    assert len(plain) == 1500 and {code(r["image"]) for r in plain} <= public
+    assert len(plain) == 1500
+    assert {code(r["image"]) for r in plain} <= public
     for record in everything(data):
         if record["task"] in ("caption", "category"):
             assert code(record["image"]) in private
@@ -153,14 +158,17 @@ def test_the_concepts_of_development_and_test_differ(data):
             }
             for part in PARTS
         )
-        assert dev and test and not dev & test
+        assert dev
+        assert test
+        assert not dev & test
 
 
 def test_a_box_holds_the_drawing_that_was_asked_for(unpacked):
     emoji, data = unpacked
     records = [r for r in everything(data) if r["task"] == "grounding"]
     boxes = Counter(map(answer, records))
-    assert len(boxes) == 9 and min(boxes.values()) > 0.7 * len(records) / 9
+    assert len(boxes) == 9
+    assert min(boxes.values()) > 0.7 * len(records) / 9
     plain = read(emoji, "clients/topic/*.json") + read(emoji, "heldout_dev.json")
     names = {r["image"]: answer(r) for r in plain + read(emoji, "heldout_test.json")}
     for record in records:
@@ -199,7 +207,10 @@ def test_a_word_is_dark_on_pale_and_inside_the_picture():
             picture = np.asarray(tasks.written(word, white, random.Random(seed)).convert("L"))
             ink = picture < 150
             columns, rows = np.flatnonzero(ink.any(0)), np.flatnonzero(ink.any(1))
-            assert columns[0] > 0 and columns[-1] < 63 and rows[0] > 0 and rows[-1] < 63
+            assert columns[0] > 0
+            assert columns[-1] < 63
+            assert rows[0] > 0
+            assert rows[-1] < 63
             assert columns[-1] - columns[0] > 32, "large letters"
     pale = np.asarray(tasks.written("ice", Image.new("RGB", (64, 64)), random.Random(0)))
     assert np.median(pale) > 180, "the emoji behind, however dark, is pale"
@@ -219,9 +230,11 @@ def test_the_archive_brings_its_licence(data):
     licence = (ROOT / "playground/data/licenses/MIT-easy-VQA.txt").read_bytes()
     with tarfile.open(ROOT / "playground/data/easy_vqa.tar.xz") as tar:
         assert tar.extractfile("LICENSE").read() == licence
-    assert b"Victor Zhou" in licence and b"Permission is hereby granted" in licence
+    assert b"Victor Zhou" in licence
+    assert b"Permission is hereby granted" in licence
     said = (ROOT / "playground/data/licenses/ATTRIBUTION.md").read_text()
-    assert "easy_vqa.tar.xz" in said and "MIT-easy-VQA.txt" in said
+    assert "easy_vqa.tar.xz" in said
+    assert "MIT-easy-VQA.txt" in said
     assert (ROOT / "playground/data/easy_vqa.tar.xz").stat().st_size < 6e5
 
 
@@ -235,4 +248,5 @@ def test_what_the_demos_page_offers_is_held_out(unpacked):
         for record in json.loads(path.read_text())
     }
     offered = json.loads(PLAYGROUND.read_text())
-    assert 3 <= len(offered) <= 6 and {x["image"].removeprefix("data/") for x in offered} <= held
+    assert 3 <= len(offered) <= 6
+    assert {x["image"].removeprefix("data/") for x in offered} <= held

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava.serve.page.talk import Talk, Trouble
+from llava.serve.page.talk import PageError, Talk
 from llava.serve.page.turns import Turn, images_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ async def overlays(talk: Talk, turns: list[Turn]) -> list[tuple[Image.Image, str
     from llava.pictures import load_image_from_base64
 
     if not turns or not turns[-1].answer or not images_of(turns):
-        raise Trouble("There is no answer about a picture yet.")
+        raise PageError("There is no answer about a picture yet.")
     conversation, images = turns[-1].conversation, images_of(turns)
     worker, answer = await talk.worker(turns[-1].model), conversation.messages[-1][1]
     grids, fit = await talk.attention(worker, conversation.get_prompt(), answer, images)

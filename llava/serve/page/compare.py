@@ -15,7 +15,7 @@ from llava.serve.page.controls import (
     told,
     turn_of,
 )
-from llava.serve.page.talk import Talk, Trouble
+from llava.serve.page.talk import PageError, Talk
 from llava.serve.page.turns import Turn, fill, shown
 from llava.serve.page.votes import Log
 
@@ -53,7 +53,7 @@ def compare_tab(talk: Talk, log: Log, offers: list[dict]):
     async def send(message, order, talks, hide, preprocess, *parameters):
         with told():
             if not 2 <= len(order) <= MOST:
-                raise Trouble(f"Choose two to {MOST} models to compare.")
+                raise PageError(f"Choose two to {MOST} models to compare.")
         turn = await turn_of(message, preprocess)
         if hide and not any(talks.values()):
             order = random.sample(order, len(order))

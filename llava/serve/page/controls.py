@@ -8,7 +8,7 @@ import html
 from collections.abc import Iterator
 
 from llava.errors import InputError
-from llava.serve.page.talk import Options, Trouble
+from llava.serve.page.talk import Options, PageError
 from llava.serve.page.turns import PREPROCESS, Turn
 from llava.serve.wire import MOST_CHARACTERS, MOST_NEW_TOKENS
 
@@ -70,11 +70,11 @@ async def turn_of(message: dict | None, preprocess: str) -> Turn:
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Trouble becomes a message on the page that stays until it is closed."""
+    """PageError becomes a message on the page that stays until it is closed."""
     import gradio as gr
 
     try:
         yield
-    except (Trouble, InputError) as error:
+    except (PageError, InputError) as error:
         text = html.escape(str(error))
         raise gr.Error(text, duration=None, title="", print_exception=False) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError, reason
-from llava.serve.page.talk import Trouble
+from llava.serve.page.talk import PageError
 from llava.serve.page.turns import open_picture
 
 PLAYGROUND = Path(__file__).parents[3] / "playground/examples.json"
@@ -35,7 +35,7 @@ def read(path: str | None) -> list[dict[str, Any]]:
     for place, record in enumerate(records, 1):
         try:
             messages.append(_message(record, file.parent))
-        except Trouble as error:
+        except PageError as error:
             if path is not None:
                 raise InputError(f"--examples {file}, example {place}: {error}") from None
     return messages
@@ -46,7 +46,7 @@ def _message(record: Any, folder: Path) -> dict[str, Any]:
     text, images = of.get("text", ""), of.get("image", [])
     images = images if isinstance(images, list) else [images]
     if not (text or images) or not all(isinstance(each, str) for each in (text, *images)):
-        raise Trouble('{"image": FILE or [FILE, …], "text": QUESTION} is expected')
+        raise PageError('{"image": FILE or [FILE, …], "text": QUESTION} is expected')
     files = [str(folder / image) for image in images]
     for file in files:
         open_picture(file)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.serve.page.talk import Trouble
+from llava.serve.page.talk import PageError
 
 Rows = list[dict[str, Any]]
 
@@ -26,11 +26,11 @@ def stamp(folder: str | Path) -> tuple:
 
 
 def read(folder: str | Path) -> tuple[list[dict], dict | None]:
-    """The finished rounds of a run, and the facts of a merge; `Trouble` where there is neither."""
+    """The finished rounds of a run, and the facts of a merge; `PageError` if neither is there."""
     folder = Path(folder)
     rounds, merge = _text(folder / "rounds.jsonl"), _text(folder / "merge.json")
     if rounds is None and merge is None:
-        raise Trouble(
+        raise PageError(
             f"{folder} has neither rounds.jsonl nor merge.json: it is no run and no merge, "
             "or no round is finished yet."
         )
@@ -38,7 +38,7 @@ def read(folder: str | Path) -> tuple[list[dict], dict | None]:
         *lines, last = (rounds or "").split("\n")  # `last` is empty, or still being written
         return [json.loads(line) for line in lines if line], merge and json.loads(merge)
     except ValueError as error:
-        raise Trouble(f"The records in {folder} are not JSON ({error}).") from None
+        raise PageError(f"The records in {folder} are not JSON ({error}).") from None
 
 
 def _text(path: Path) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.serve.page import records
-from llava.serve.page.talk import Talk, Trouble
+from llava.serve.page.talk import PageError, Talk
 
 EVERY = 2.0  # seconds between looks at the records
 
@@ -37,7 +37,7 @@ def run_tab(talk: Talk, folders: Sequence[str]):
             workers = [talk.worker(model) for model in await talk.models()]
             told = await asyncio.gather(*workers, return_exceptions=True)
             found += [Path(w.runs) for w in told if not isinstance(w, BaseException) and w.runs]
-        except Trouble:
+        except PageError:
             pass  # the chat's tab says it
         known.update({str(folder): folder for folder in found})
         return gr.update(choices=list(known), value=next(iter(known), None))
@@ -79,7 +79,7 @@ def seen_in(folder: Path) -> list:
     """Updates of the text, the plots and the table; what is wrong is said in the text."""
     try:
         return _shown(*records.read(folder))
-    except Trouble as error:
+    except PageError as error:
         text = html.escape(str(error))
     except (KeyError, TypeError, AttributeError, ValueError):
         text = f"The records in {html.escape(str(folder))} are not as `fed` writes them."

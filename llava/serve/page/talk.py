@@ -14,7 +14,7 @@ CONNECT = 10.0  # seconds
 SILENCE = 300.0  # seconds that a worker may be silent: a long queue, a large model on a CPU
 
 
-class Trouble(Exception):
+class PageError(Exception):
     """What a person is to be told."""
 
 
@@ -52,10 +52,10 @@ class Talk:
     async def worker(self, model: str | None) -> Worker:
         """One that serves `model`."""
         if not model:
-            raise Trouble("Choose a model first.")
+            raise PageError("Choose a model first.")
         address = (await self._ask_controller("get_worker_address", {"model": model}))["address"]
         if not address:
-            raise Trouble(
+            raise PageError(
                 f"No worker serves {model} now. Choose another model, or start a worker for it "
                 "(python -m llava.serve.model_worker)."
             )
@@ -85,7 +85,7 @@ class Talk:
                 async for piece in got.aiter_bytes():
                     for said in reader.feed(piece):
                         if code := said["error_code"]:
-                            raise Trouble(_in_words(worker.model, code, said["text"]))
+                            raise PageError(_in_words(worker.model, code, said["text"]))
                         yield said["text"][len(prompt) :].strip()
 
     async def attention(
@@ -96,9 +96,9 @@ class Talk:
         with _worker_trouble(worker.model, worker.address):
             said = await _post(f"{worker.address}/worker_attention", body, SILENCE, missing={})
         if not said:
-            raise Trouble(f"The worker of {worker.model} cannot say what the model looked at.")
+            raise PageError(f"The worker of {worker.model} cannot say what the model looked at.")
         if said["error_code"]:
-            raise Trouble(_in_words(worker.model, said["error_code"], said["text"]))
+            raise PageError(_in_words(worker.model, said["error_code"], said["text"]))
         return said["grids"], said["fit"]
 
     async def _ask_controller(self, path: str, body: dict | None = None) -> Any:
@@ -107,7 +107,7 @@ class Talk:
         try:
             return await _post(f"{self.controller}/{path}", body or {}, 3 * CONNECT)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-            raise Trouble(
+            raise PageError(
                 f"The controller at {self.controller} does not answer. Start it (python -m "
                 "llava.serve.controller), or give this page its address with --controller-url."
             ) from None
@@ -145,7 +145,7 @@ def _worker_trouble(model: str, address: str, begun=lambda: False):
             text = f"{who} stopped in the middle of the answer."
         else:
             text = f"{who} does not answer."
-        raise Trouble(f"{text} Ask again once it runs again.") from None
+        raise PageError(f"{text} Ask again once it runs again.") from None
 
 
 def _in_words(model: str, code: int, text: str) -> str:

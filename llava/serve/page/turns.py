@@ -14,7 +14,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, MOST_PIXELS
 from llava.conversation import Conversation, get_template
 from llava.errors import InputError
 from llava.eval.answer import end_mark
-from llava.serve.page.talk import Options, Talk, Trouble, Worker
+from llava.serve.page.talk import Options, PageError, Talk, Worker
 from llava.texts import half_character
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ class Turn:
 
     @classmethod
     def of(cls, message: Mapping[str, Any], preprocess: str) -> Turn:
-        """What a MultimodalTextbox holds; `Trouble` for what cannot be sent."""
+        """What a MultimodalTextbox holds; `PageError` for what cannot be sent."""
         text, files = message["text"].strip(), list(message["files"])
         if not text and not files:
-            raise Trouble("Type a question, or add a picture.")
+            raise PageError("Type a question, or add a picture.")
         if half_character(text) is not None:
-            raise Trouble("There is half an emoji in the question, which is no text.")
+            raise PageError("There is half an emoji in the question, which is no text.")
         return cls(text, files, [_sent(file, preprocess) for file in files])
 
 
@@ -60,13 +60,13 @@ def _sent(file: str, preprocess: str) -> str:
 
 
 def open_picture(path: str) -> Image.Image:
-    """The picture uploaded to `path`, upright and RGB; `Trouble` in words if it is none."""
+    """The picture uploaded to `path`, upright and RGB; `PageError` in words if it is none."""
     from llava.pictures import open_image
 
     try:
         return open_image(path, Path(path).name, MOST_PIXELS)
     except InputError as error:
-        raise Trouble(f"{error}.") from None
+        raise PageError(f"{error}.") from None
 
 
 def conversation_of(turns: list[Turn], worker: Worker) -> Conversation:
@@ -127,7 +127,7 @@ async def _fill(
     try:
         worker = await talk.worker(model)
         if images_of(turns) and not worker.multimodal:
-            raise Trouble(f"{model} is a language model: it cannot see pictures.")
+            raise PageError(f"{model} is a language model: it cannot see pictures.")
         turn.conversation = conversation_of(turns, worker)
         stop, prompt = end_mark(turn.conversation), turn.conversation.get_prompt()
         answer = talk.answer(worker, prompt, stop, images_of(turns), options)
@@ -137,7 +137,7 @@ async def _fill(
                 news.set()
         if not turn.answer:
             turn.trouble = f"{model} ended its answer before the first word."
-    except (Trouble, InputError) as error:
+    except (PageError, InputError) as error:
         turn.trouble = str(error)
     finally:
         turn.done = True

@@ -11,7 +11,8 @@ import pytest
 def test_examples_in_docstrings():
     from fed.data import styles
 
-    assert doctest.testmod(styles).attempted == 2 and not doctest.testmod(styles).failed
+    assert doctest.testmod(styles).attempted == 2
+    assert not doctest.testmod(styles).failed
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,8 @@ def test_dealing_is_even_and_skips_who_is_left_out():
 
     used = np.arange(100) % 10 != 3
     codes = deal(used, ["a", "b", "c", "d"], seed=1).codes
-    assert np.bincount(codes[used]).tolist() == [23, 23, 22, 22] and (codes[~used] == -1).all()
+    assert np.bincount(codes[used]).tolist() == [23, 23, 22, 22]
+    assert (codes[~used] == -1).all()
     assert (codes == deal(used, ["a", "b", "c", "d"], seed=1).codes).all()
     assert (codes != deal(used, ["a", "b", "c", "d"], seed=2).codes).any()
 
@@ -93,5 +95,6 @@ def test_minimum_is_of_what_is_left_after_holding_out():
     assert cut.clients == ["a"]
     assert cut.owner.tolist() == [HELD_OUT, 0, 0, 0, 0] + [LEFT_OUT] * 5
     cut = by_value(column, held, minimum=3)
-    assert cut.clients == ["a", "other"] and cut.domains == ["a", "other", "other"]
+    assert cut.clients == ["a", "other"]
+    assert cut.domains == ["a", "other", "other"]
     assert cut.owner.tolist() == [-2, 0, 0, 0, 0, -2, 1, 1, -2, -1]

@@ -152,7 +152,8 @@ def test_an_empty_caption_of_a_style_is_left_out_or_refused(make, tmp_path):
     with pytest.raises(InputError, match="record 1 .*: no text for style s"):
         make("style", *flags, "--styles", "s=short")
     report = make("style", *flags, "--styles", "s=short", "--skip-bad")
-    assert "| s | 2 |" in report and "Left out for a fault: 1 samples." in report
+    assert "| s | 2 |" in report
+    assert "Left out for a fault: 1 samples." in report
 
 
 def test_missing_and_broken_pictures_of_a_json(make, tmp_path, tiny):
@@ -165,11 +166,13 @@ def test_missing_and_broken_pictures_of_a_json(make, tmp_path, tiny):
     assert "| 00000 | 8 |" in make("source", *of_json(folder), *key, "--skip-bad")
     (tmp_path / "out").rename(tmp_path / "first")
     report = make("source", *of_json(folder), *key, "--skip-bad", "--decode")
-    assert "| 00000 | 7 |" in report and "Left out for a fault: 2 samples." in report
+    assert "| 00000 | 7 |" in report
+    assert "Left out for a fault: 2 samples." in report
     (tmp_path / "out").rename(tmp_path / "second")
     tower = ["--tower", tiny / "vision_tower", "--clusters", 2]
     report = make("cluster", *of_json(folder), *tower, "--skip-bad")
-    assert "Left out for a fault: 2 samples." in report and "000000004.jpg cannot be read" in report
+    assert "Left out for a fault: 2 samples." in report
+    assert "000000004.jpg cannot be read" in report
 
 
 def test_meta_that_lacks_a_record_or_ids(make, tmp_path):
@@ -209,7 +212,8 @@ def test_bad_members_of_shards_are_counted_and_named(make, tmp_path):
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     report = make("source", "--input", tmp_path / "a.tar", "--key", "shard")
-    assert "| a | 2 |" in report and "Left out for a fault: 11 samples." in report
+    assert "| a | 2 |" in report
+    assert "Left out for a fault: 11 samples." in report
     for key, why in {
         "alone": "no caption: `txt` is missing or empty",
         "silent": "no picture",
@@ -236,7 +240,8 @@ def test_samples_of_shards_without_the_key_are_counted_unless_none_has_it(make, 
     with pytest.raises(InputError, match="a: has no `topic`; it has answer, shard, txt, url"):
         make("source", *flags, "topic")
     report = make("source", *flags, "url-host")
-    assert "| x | 1 |" in report and "Left out for a fault: 2 samples." in report
+    assert "| x | 1 |" in report
+    assert "Left out for a fault: 2 samples." in report
     assert "a.tar: b: has no `url`; it has answer, shard, txt" in report
     assert "a.tar: c: `url` is 'nothing', an address is expected" in report
 

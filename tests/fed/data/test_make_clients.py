@@ -54,21 +54,22 @@ def heldout(folder: Path) -> list[dict]:
 def test_sources_rare_ones_pooled(make, data):
     folder = make("source", "--key", "url-host", "--heldout", 0.1, "--minimum-size", 8, data=data)
     found = clients(folder)
-    assert list(found)[0] == "shop.example" and list(found)[-1] == "other"
+    assert list(found)[0] == "shop.example"
+    assert list(found)[-1] == "other"
     images = [row["image"] for rows in [*found.values(), heldout(folder)] for row in rows]
-    assert len(images) == len(set(images)) == 60 and len(heldout(folder)) == 6
+    assert len(images) == len(set(images)) == 60
+    assert len(heldout(folder)) == 6
     assert {row["domain"] for row in heldout(folder)} <= set(found)
     report = (folder / "clients.md").read_text()
-    assert (
-        f"| shop.example | {len(found['shop.example'])} |" in report
-        and "| held out | 6 |" in report
-    )
+    assert f"| shop.example | {len(found['shop.example'])} |" in report
+    assert "| held out | 6 |" in report
 
 
 def test_rare_sources_dropped_and_sources_limited(make):
     folder = make("source", "--key", "url-host", "--clients", 2, "--rare", "drop")
     found = clients(folder)
-    assert len(found) == 2 and sum(map(len, found.values())) < 60
+    assert len(found) == 2
+    assert sum(map(len, found.values())) < 60
     assert not (folder / "heldout.json").exists()
     assert "Dropped as rare: " in (folder / "clients.md").read_text()
 
@@ -146,10 +147,12 @@ def test_dirichlet_of_a_product(make):
     folder = make("dirichlet", *flags)
     found = clients(folder)
     assert list(found) == [f"client-{i}" for i in range(5)]
-    assert sum(map(len, found.values())) == 54 and min(map(len, found.values())) >= 1
+    assert sum(map(len, found.values())) == 54
+    assert min(map(len, found.values())) >= 1
     assert all(re.fullmatch(r"[a-z.]+ x [ab]", row["domain"]) for row in heldout(folder))
     again = make("dirichlet", *flags, output="again")
-    assert clients(again) == found and heldout(again) == heldout(folder)
+    assert clients(again) == found
+    assert heldout(again) == heldout(folder)
     assert clients(make("dirichlet", *flags, "--seed", 5, output="other")) != found
 
 
@@ -171,7 +174,8 @@ def test_clusters_are_of_like_pictures_and_repeat(make, tiny, data):
     assert set(found) == {"cluster-0", "cluster-1", "cluster-2"}
     for name, rows in found.items():
         rows = rows + [row for row in heldout(folder) if row["domain"] == name]
-        assert len({colour(row) for row in rows}) == 1 and len(rows) == 20
+        assert len({colour(row) for row in rows}) == 1
+        assert len(rows) == 20
     means = ["--centroids", folder / "centroids.safetensors"]
     again = make("cluster", *tower, *means, "--heldout", 6, "--seed", 1, data=data, output="2")
     assert clients(again) == found
@@ -204,8 +208,11 @@ def test_the_head_says_how_it_was_made(make):
     folder = make("source", "--key", "image-folder", "--seed", 3)
     head = (folder / "clients.yaml").read_text().splitlines()[:4]
     assert head[0].startswith("# Made by: python -m fed.data source --input ")
-    assert head[0].endswith("--key image-folder --seed 3") and head[1] == "# Seed: 3"
-    assert head[2].endswith(" bytes") and "558k.json, " in head[2] and "meta.json, " in head[3]
+    assert head[0].endswith("--key image-folder --seed 3")
+    assert head[1] == "# Seed: 3"
+    assert head[2].endswith(" bytes")
+    assert "558k.json, " in head[2]
+    assert "meta.json, " in head[3]
 
 
 def commands() -> list[list[str]]:

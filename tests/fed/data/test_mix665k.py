@@ -71,9 +71,11 @@ def test_nine_clients_of_three_tasks_in_equal_shares(make, mix):
 
 def test_the_report_counts_what_is_in_no_client_by_task(make):
     report = (make("--tasks", "gqa", "textcaps", "--heldout", 2) / "clients.md").read_text()
-    assert "| gqa-1 | 2 | 16.7% | gqa 100% |" in report and "| held out | 4 | " in report
+    assert "| gqa-1 | 2 | 16.7% | gqa 100% |" in report
+    assert "| held out | 4 | " in report
     assert "Dropped beyond equal shares: 5 samples." in report  # of 10 and 7 in 6 times 2
-    assert "Left out" not in report and "as rare" not in report
+    assert "Left out" not in report
+    assert "as rare" not in report
     for task, (count, *_) in MIX.items():
         line = f"Dropped as of another task, {task}: {count} samples."
         assert (line in report) == (task not in ("gqa", "textcaps"))
@@ -253,8 +255,10 @@ def test_the_commands_of_the_readme_run_and_end_in_flags_for_pilot(
             printed.append(" ".join(capsys.readouterr().out.splitlines()[-3:]))
         else:
             assert (first, script) == ("bash", "scripts/fed/finetune_pilot.sh")
-            assert (ROOT / script).is_file() and printed[0] in " ".join(argv)
-    assert len(printed) == 2 and len(commands) == 3
+            assert (ROOT / script).is_file()
+            assert printed[0] in " ".join(argv)
+    assert len(printed) == 2
+    assert len(commands) == 3
     for output in ("data/mix-pilot", "data/mix-grounding"):
         assert len(clients(tmp_path / output)) == 9
         assert len(heldout(tmp_path / output)) == 3

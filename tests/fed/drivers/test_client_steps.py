@@ -43,7 +43,8 @@ def test_fedprox_adds_the_pull_to_the_start():
     rule = methods.get("fedprox").rule({"mu": 0.5})(one(1.0, 2.0), {}, {})
     assert rule.step(one(9.0, 9.0), one(1.0, 2.0))["w"].tolist() == pytest.approx([0, 0])
     assert rule.step(one(9.0, 9.0), one(3.0, 1.0))["w"].tolist() == pytest.approx([1, -0.5])
-    assert rule.end() == ({}, {}) and rule.running == {}
+    assert rule.end() == ({}, {})
+    assert rule.running == {}
     assert methods.get("fedprox").rule({"mu": 0})(one(1.0), {}, {}).step({}, one(2.0)) == {}
     by_default = methods.get("fedprox").rule({})(one(1.0), {}, {})
     assert by_default.step({}, one(2.0))["w"].item() == pytest.approx(0.01)
@@ -170,7 +171,8 @@ def optimum():
 
 def test_scaffold_ends_at_the_common_optimum_where_fedavg_does_not():
     off = {name: (play(name, 400)[0] - optimum()).norm() for name in ("fedavg", "scaffold")}
-    assert off["fedavg"] > 0.05 and off["scaffold"] < 1e-5
+    assert off["fedavg"] > 0.05
+    assert off["scaffold"] < 1e-5
 
 
 def test_scaffold_ends_there_with_some_clients_a_round_and_one_that_comes_late():
@@ -187,13 +189,15 @@ def test_scaffold_ends_there_with_some_clients_a_round_and_one_that_comes_late()
     _, memory, kept = play("scaffold", 3, take=some)
     assert set(kept) == {0, 1}
     mean = (kept[0]["w"] + kept[1]["w"]) / 3
-    assert torch.allclose(memory["w.for_clients"], mean, atol=1e-5) and mean.norm() > 0.1
+    assert torch.allclose(memory["w.for_clients"], mean, atol=1e-5)
+    assert mean.norm() > 0.1
 
 
 def test_absent_clients_keep_what_they_had():
     _, _, once = play("scaffold", 1)
     _, _, twice = play("scaffold", 2, take=lambda round: range(3) if round == 0 else [1])
-    assert torch.equal(once[0]["w"], twice[0]["w"]) and torch.equal(once[2]["w"], twice[2]["w"])
+    assert torch.equal(once[0]["w"], twice[0]["w"])
+    assert torch.equal(once[2]["w"], twice[2]["w"])
     assert not torch.equal(once[1]["w"], twice[1]["w"])
 
 
@@ -202,7 +206,8 @@ def test_where_clients_are_alike_scaffold_is_fedavg(clients):
     same = [(OPTIMA[0], SLOPES[0])] * clients
     runs = [play(n, 6, take=lambda r: range(clients), clients=same) for n in ("scaffold", "fedavg")]
     a, b = (run[0] for run in runs)
-    assert torch.allclose(a, b, atol=1e-6) and not torch.equal(b, torch.zeros(2).double())
+    assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.equal(b, torch.zeros(2).double())
 
 
 def test_the_mean_gradient_is_the_papers_option_two_for_plain_sgd():
@@ -220,7 +225,8 @@ def test_a_larger_mu_keeps_clients_nearer_and_zero_is_fedavg():
     start = torch.zeros(2).double()
     moved = [(play("fedprox", 1, mu=mu)[0] - start).norm() for mu in (0.0, 0.1, 1.0, 5.0)]
     assert moved[0].item() == pytest.approx((play("fedavg", 1)[0] - start).norm().item())
-    assert all(a > b for a, b in zip(moved, moved[1:], strict=False)) and moved[3] > 0
+    assert all(a > b for a, b in zip(moved, moved[1:], strict=False))
+    assert moved[3] > 0
 
 
 # -- in LLaVA's own trainer -----------------------------------------------------------------------
@@ -274,7 +280,8 @@ def test_one_step_by_hand_with_accumulated_batches(bench):
     """Twelve samples in two halves that make one step: all gradients in it, the addition once."""
     b = bench(per_device_train_batch_size=6, gradient_accumulation_steps=2)
     plain = b.turn()
-    assert plain.metrics["steps"] == 1 and plain.extras == plain.kept == {}
+    assert plain.metrics["steps"] == 1
+    assert plain.extras == plain.kept == {}
     common, own = normal(b.start, 1), normal(b.start, 2)
     turn = b.turn("scaffold", common, own)
     gradient = {n: (b.start[n] - t) / 0.1 for n, t in plain.state.items()}
@@ -283,7 +290,8 @@ def test_one_step_by_hand_with_accumulated_batches(bench):
     assert max(float(g.abs().max()) for g in gradient.values()) > 1e-2
     assert same(turn.extras, {n: gradient[n] - own[n] for n in own}, atol=1e-6)
     by_hand = {n: t - 0.1 * (common[n] - own[n]) for n, t in plain.state.items()}
-    assert same(turn.state, by_hand, atol=1e-7) and not same(turn.state, plain.state, atol=1e-5)
+    assert same(turn.state, by_hand, atol=1e-7)
+    assert not same(turn.state, plain.state, atol=1e-5)
     # The first step of FedProx starts where the pull is to.
     prox = b.turn("fedprox", mu=5.0)
     assert all(torch.equal(prox.state[n], t) for n, t in plain.state.items())
@@ -297,7 +305,8 @@ def test_two_steps_of_fedprox_by_hand(bench):
     first = b.turn().state
     # The second step's own gradients are taken at the same weights.
     by_hand = {n: t - 0.1 * 2 * (first[n] - b.start[n]) for n, t in plain.state.items()}
-    assert same(prox.state, by_hand, atol=1e-7) and not same(prox.state, plain.state, atol=1e-5)
+    assert same(prox.state, by_hand, atol=1e-7)
+    assert not same(prox.state, plain.state, atol=1e-5)
 
 
 def test_option_two_holds_in_the_trainer_with_clipping(bench):
@@ -315,7 +324,8 @@ def test_option_two_holds_in_the_trainer_with_clipping(bench):
 def test_lora_and_what_trains_beside_it(bench):
     b = bench(tune_mm_mlp_adapter=False, lora_enable=True, lora_r=4, lora_dropout=0.0)
     common, own = normal(b.start, 1), normal(b.start, 2)
-    assert any("lora_A" in n for n in common) and any("mm_projector" in n for n in common)
+    assert any("lora_A" in n for n in common)
+    assert any("mm_projector" in n for n in common)
     turn = b.turn("scaffold", common, own)
     option_two = {n: own[n] - common[n] + (b.start[n] - y) / 0.6 for n, y in turn.state.items()}
     assert same(turn.kept, option_two, atol=1e-6)
@@ -346,14 +356,16 @@ def test_frozen_tensors_and_missing_gradients_and_skipped_steps():
     parameters["a"].grad = torch.full((2,), 3.0)
     steps = ClientSteps(Seen, parameters, {}, {})
     steps.on_pre_optimizer_step(Args, None, None)
-    assert steps.rule.seen == ["a"] and parameters["frozen"].grad is None
+    assert steps.rule.seen == ["a"]
+    assert parameters["frozen"].grad is None
     assert parameters["a"].grad.tolist() == pytest.approx([4, 4])
     assert parameters["b"].grad.tolist() == pytest.approx([1, 1])
     Args.fp16 = True  # what the scaler of the loss is to leave out is no step
     parameters["b"].grad[0] = math.inf
     steps.rule.seen = None
     steps.on_pre_optimizer_step(Args, None, None)
-    assert steps.rule.seen is None and parameters["a"].grad.tolist() == pytest.approx([4, 4])
+    assert steps.rule.seen is None
+    assert parameters["a"].grad.tolist() == pytest.approx([4, 4])
 
 
 def test_mu_zero_is_fedavg_to_the_bit_and_a_large_mu_stays_near(flags, tiny, tmp_path):
@@ -376,7 +388,8 @@ def test_mu_zero_is_fedavg_to_the_bit_and_a_large_mu_stays_near(flags, tiny, tmp
         ends[name] = result(tmp_path / name)
     assert ends["zero"] == ends["fedavg"] != ends["small"]
     start = RoundState.load(tmp_path / "zero/fed/state.safetensors")
-    assert start.memory == {} and start.kept == {}
+    assert start.memory == {}
+    assert start.kept == {}
     first = Bench(flags, tiny, tmp_path / "bench").start
     moved = {
         name: sum(float((t - first[n]).square().sum()) for n, t in load(tmp_path / name).items())
@@ -519,7 +532,7 @@ def test_bad_tensors_beside_a_state_stop_the_run_by_name_and_are_not_kept(
     assert result(tmp_path / "x") == result(tmp_path / "y")
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for a kill, where what matters is what is on the disk then."""
 
 
@@ -556,11 +569,11 @@ def cut_short(flags, tiny, tmp_path, monkeypatch, method, options, step, every, 
     def counted(self, *args, **kwargs):
         begun.append(self.state.global_step)
         if [len(begun)] == stops:
-            raise Stop
+            raise StopError
         return one_step(self, *args, **kwargs)
 
     monkeypatch.setattr(LLaVATrainer, "training_step", counted)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(flags(**common, output_dir=tmp_path / "x"))
     left = begun[-1]
     begun.clear()

@@ -105,7 +105,8 @@ def test_a_client_is_given_what_upstreams_flags_say(fake, tiny, tmp_path):
         *("--learning_rate", "--pretrain_mm_mlp_adapter", "--data_path", "--image_folder"),
         *("--output_dir", "--seed"),
     ]
-    assert own["--image_folder"] == f"{tiny}/images" and own["--output_dir"].startswith("/")
+    assert own["--image_folder"] == f"{tiny}/images"
+    assert own["--output_dir"].startswith("/")
     assert "--image_folder" not in (tmp_path / "args-b").read_text()
     environment = dict(
         line.split("=", 1) for line in (tmp_path / "env-b").read_text().splitlines() if "=" in line
@@ -114,13 +115,16 @@ def test_a_client_is_given_what_upstreams_flags_say(fake, tiny, tmp_path):
     assert environment["HOMES"] == f"{os.environ['HOME']}:x"
     assert not {"RANK", "ACCELERATE_MIXED_PRECISION"} & set(environment)
     log = (tmp_path / "run" / "logs" / "round-0001-b.log").read_text()
-    assert "training b" in log and str(tiny) in log
+    assert "training b" in log
+    assert str(tiny) in log
     # The mean by samples, 12 of a and 9 of b.
     found = state.load(tmp_path / "run" / "mm_projector.bin")
     assert torch.allclose(found["model.mm_projector.0.bias"], torch.tensor((12 + 27) / 21))
-    assert records[0]["clients"]["a"]["samples"] == 12 and records[0]["failed"] == {}
+    assert records[0]["clients"]["a"]["samples"] == 12
+    assert records[0]["failed"] == {}
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["model_type"] == "llava_llama" and config["mm_projector_type"] == "mlp2x_gelu"
+    assert config["model_type"] == "llava_llama"
+    assert config["mm_projector_type"] == "mlp2x_gelu"
 
 
 def log_of(tmp_path: Path, what: str) -> str:
@@ -210,8 +214,10 @@ def test_a_try_continues_a_checkpoint_or_begins_with_an_empty_folder(fake, tmp_p
 def test_a_round_goes_on_without_a_client_that_failed(fake, tmp_path, capfd):
     fails = do(DO=once(tmp_path, "exit 1"))
     records = fake(a=fails, fed_min_clients=1)
-    assert list(records[0]["clients"]) == ["b"] and list(records[1]["clients"]) == ["a", "b"]
-    assert "exit code 1" in records[0]["failed"]["a"] and not records[1]["failed"]
+    assert list(records[0]["clients"]) == ["b"]
+    assert list(records[1]["clients"]) == ["a", "b"]
+    assert "exit code 1" in records[0]["failed"]["a"]
+    assert not records[1]["failed"]
     assert "round 1/2  goes on without a" in capfd.readouterr().out
     with pytest.raises(
         InputError, match="client a.*, and 1 more failed; .*fewer than --fed_min_clients 1"
@@ -241,7 +247,8 @@ def test_ctrl_c_ends_all_clients(fake, tmp_path, request):
             fed_parallel_clients=2,
             fed_client_timeout=60,
         )
-    assert not is_at_work(tmp_path / "pid-a") and not is_at_work(tmp_path / "pid-b")
+    assert not is_at_work(tmp_path / "pid-a")
+    assert not is_at_work(tmp_path / "pid-b")
 
 
 def test_clients_are_at_work_at_once_but_not_on_one_gpu(fake, tmp_path):
@@ -266,9 +273,9 @@ def test_only_one_run_is_at_work_in_a_folder(fake, tmp_path):
     from fed.drivers.process_groups import locked
 
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    with locked(tmp_path / "run" / "logs", "busy"):
-        with pytest.raises(InputError, match="another run is at work there"):
-            fake()
+    busy = pytest.raises(InputError, match="another run is at work there")
+    with locked(tmp_path / "run" / "logs", "busy"), busy:
+        fake()
     assert len(fake()) == 2
 
 
@@ -325,9 +332,9 @@ def test_only_a_process_that_this_host_has_left_is_ended(tmp_path, monkeypatch, 
             with sole_use(tmp_path):
                 assert process.wait() == -signal.SIGTERM
             return
-        with pytest.raises(InputError, match=rf"still at work there; end it \({where}\.{pid}\."):
-            with sole_use(tmp_path):
-                pass
+        said = pytest.raises(InputError, match=rf"still at work there; end it \({where}\.{pid}\.")
+        with said, sole_use(tmp_path):
+            pass
         assert process.poll() is None
         process.stdin.close()
 

@@ -21,7 +21,8 @@ def refused(said: str, experts: list, out: Path, **settings) -> None:
     with pytest.raises(InputError, match=said) as caught:
         merge(experts, out, **settings)
     assert "\n" not in str(caught.value)
-    assert not out.exists() and not list(out.parent.glob(".out*"))
+    assert not out.exists()
+    assert not list(out.parent.glob(".out*"))
 
 
 def change(path: Path, **tensors) -> Path:
@@ -180,7 +181,8 @@ def test_experts_that_are_one_or_know_nothing(expert, out, tmp_path, capsys):
     still = Path(shutil.copy(base, tmp_path / "still.bin"))
     merged = merge([first, twin, still], out, method="linear", base=str(base))
     one, two = merged.facts["warnings"][:2]
-    assert "twin.bin is the same as expert" in one and "still.bin is equal to base" in two
+    assert "twin.bin is the same as expert" in one
+    assert "still.bin is equal to base" in two
     assert f"> [!NOTE]\n> {one}" in (out / "README.md").read_text()
     assert f"warning: {two}" in capsys.readouterr().err
     again = Path(shutil.copy(base, tmp_path / "again.bin"))
@@ -209,11 +211,13 @@ def test_a_base_that_is_not_the_common_start(tmp_path, out):
                       overwrite=True).facts  # fmt: skip
         return [w for w in facts["warnings"] if "common start" in w]
 
-    assert warned("e", "detour") == [] and warned("far", "start") == []
+    assert warned("e", "detour") == []
+    assert warned("far", "start") == []
     (text,) = warned("e", "start")  # what came before the common start
     assert "cosines of 0.99 to 0.99" in text
     (text,) = warned("far", "other")  # what knows nothing of them
-    assert "start.bin" not in text and "is left in the experts" in text
+    assert "start.bin" not in text
+    assert "is left in the experts" in text
     assert f"> [!NOTE]\n> {text}" in (out / "README.md").read_text()
 
 

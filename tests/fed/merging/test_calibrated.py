@@ -36,4 +36,5 @@ def test_a_method_gets_the_data(form, expert, tiny, tmp_path):
         )
         assert all(found[2][n].allclose(t) for n, t in direct.state.items())
     text = (tmp_path / "out2" / "README.md").read_text()
-    assert f"--calibration_data {files[0]} {files[1]}" in text and "calibration_samples 4" in text
+    assert f"--calibration_data {files[0]} {files[1]}" in text
+    assert "calibration_samples 4" in text

@@ -50,16 +50,21 @@ def test_what_the_card_says(projectors, expert, tmp_path):
     merge(projectors, out, method="ties", base=str(base), weights=[1, 3], options={"density": 0.5})
     values, text = front(out), (out / "README.md").read_text()
     assert values["base_model"] == [str(path) for path in projectors]
-    assert values["library_name"] == "llava" and {"merge", "llava"} <= set(values["tags"])
-    assert "license" not in values and "2 of 2 experts state no licence" in text
+    assert values["library_name"] == "llava"
+    assert {"merge", "llava"} <= set(values["tags"])
+    assert "license" not in values
+    assert "2 of 2 experts state no licence" in text
     for path in projectors:
         assert f"`{path}`" in text
         assert fingerprint(load(path / "mm_projector.bin"))[:16] in text
     assert fingerprint(load(base))[:16] in text
-    assert "| `density` | `0.5` |" in text and "| `scale` | `1.0` |" in text  # a default
-    assert "`model.mm_projector.2`" in text and torch.__version__ in text
+    assert "| `density` | `0.5` |" in text
+    assert "| `scale` | `1.0` |" in text
+    assert "`model.mm_projector.2`" in text
+    assert torch.__version__ in text
     facts = json.loads((out / "merge.json").read_text())
-    assert facts["experts"][1]["weight"] == 3 and facts["layers"].keys() == {
+    assert facts["experts"][1]["weight"] == 3
+    assert facts["layers"].keys() == {
         "model.mm_projector.0",
         "model.mm_projector.2",
     }
@@ -86,7 +91,8 @@ def test_the_command_does_it_again(projectors, expert, tmp_path):
     before = fingerprint(load(out / "mm_projector.bin"))
     text = (out / "README.md").read_text()
     python, *words = shlex.split(re.search(r"```bash\n(.*?)\n```", text, re.DOTALL)[1])
-    assert python == "python" and front(out)["base_model"][1] == str(odd)
+    assert python == "python"
+    assert front(out)["base_model"][1] == str(odd)
     shutil.rmtree(out)
     done = run(*words)
     assert done.returncode == 0, done.stderr
@@ -144,7 +150,8 @@ def test_a_yaml_and_flags_over_it(expert, tmp_path, capsys):
     with pytest.raises(InputError, match="--overwrite"):
         main([path])
     found = settings(path, {"experts": ["x", "y", "z"], "method": "linear"})
-    assert found.weights is None and found.experts == ("x", "y", "z")
+    assert found.weights is None
+    assert found.experts == ("x", "y", "z")
     assert settings(path, {"weights": [5.0, 6.0]}).weights == (5.0, 6.0)
 
 
@@ -213,7 +220,8 @@ def test_the_joint_directions_of_a_dry_run(expert):
     paths = [expert("bin", seed) for seed in (1, 2, 3)]
     facts = merge(paths, method="linear", base=str(expert("bin", 0)), dry_run=True).facts
     for name, of in facts["directions"].items():
-        assert of["kappa"] == pytest.approx(facts["layers"][name]["kappa"]) and of["count"] == 16
+        assert of["kappa"] == pytest.approx(facts["layers"][name]["kappa"])
+        assert of["count"] == 16
 
 
 def test_all_methods_are_listed(capsys):
@@ -222,7 +230,8 @@ def test_all_methods_are_listed(capsys):
     assert text.strip() == list_methods()
     assert re.search(r"^ties +density=0.2 scale=1.0$", text, re.MULTILINE)
     assert re.search(r"^regmean .*needs --calibration_data", text, re.MULTILINE)
-    assert "fedprox" not in text and "local" not in text
+    assert "fedprox" not in text
+    assert "local" not in text
 
 
 def test_help_needs_no_torch_and_a_merge_no_transformers(projectors, tmp_path):

@@ -111,14 +111,16 @@ def test_fisher_is_autograd_sample_by_sample(aligned, calibration):
     found = calibration.fisher(state)
     assert list(found) == list(expected)
     for name, value in expected.items():
-        assert found[name].dtype == torch.float32 and found[name].shape == state[name].shape
+        assert found[name].dtype == torch.float32
+        assert found[name].shape == state[name].shape
         assert torch.allclose(found[name], value, rtol=1e-3, atol=float(1e-5 * value.max())), name
     assert max(float(v.max()) for v in expected.values()) > 0
 
 
 def test_one_model_for_all_files_and_samples_spread(tiny, aligned):
     a, b = load(tiny, aligned[0], ["a.json", "b.json"], samples=5)
-    assert a.model is b.model and a.samples == b.samples == 5
+    assert a.model is b.model
+    assert a.samples == b.samples == 5
     state = projector_state(aligned[1].model)
     assert a.loss(state) != b.loss(state)
     other = load(tiny, aligned[0], ["a.json"], samples=5)[0]
@@ -129,7 +131,8 @@ def test_spread():
     assert spread(4, 9, seed=0) == [0, 1, 2, 3]
     for seed in range(5):
         chosen = spread(1000, 30, seed)
-        assert len(set(chosen)) == 30 and chosen == sorted(chosen)
+        assert len(set(chosen)) == 30
+        assert chosen == sorted(chosen)
         assert max(b - a for a, b in zip(chosen[:-1], chosen[1:], strict=True)) < 68
     assert spread(1000, 30, 0) != spread(1000, 30, 1)
 
@@ -165,9 +168,9 @@ def test_text_alone_counts_in_the_loss_and_nowhere_else(tiny, aligned, tmp_path)
 
 def test_bad_input(tiny, aligned, calibration, tmp_path):
     def refused(*said, files=("heldout.json",), model=aligned[0], base=tiny / "llm", **arguments):
+        data = [str(tiny / f) for f in files]
+        arguments = {"image_folder": str(tiny / "images"), **arguments}
         with pytest.raises(InputError) as caught:
-            data = [str(tiny / f) for f in files]
-            arguments = {"image_folder": str(tiny / "images"), **arguments}
             load_calibration(str(model), str(base), data, **arguments)
         assert all(word in str(caught.value) for word in said), str(caught.value)
 
@@ -196,4 +199,5 @@ def test_bad_input(tiny, aligned, calibration, tmp_path):
         for measure in (calibration.loss, calibration.gram, calibration.fisher):
             with pytest.raises(StateError, match=said) as caught:
                 measure(bad)
-            assert "heldout.json" in str(caught.value) and name in str(caught.value)
+            assert "heldout.json" in str(caught.value)
+            assert name in str(caught.value)

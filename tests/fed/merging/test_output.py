@@ -69,11 +69,11 @@ def test_a_folder_that_is_not_empty(expert, tmp_path):
     before = fingerprint(load(out / "mm_projector.bin"))
     with pytest.raises(InputError, match="--output .*is there and not empty; --overwrite"):
         merge(paths, out, method="median")
-    assert (out / "notes.txt").exists() and fingerprint(load(out / "mm_projector.bin")) == before
+    assert (out / "notes.txt").exists()
+    assert fingerprint(load(out / "mm_projector.bin")) == before
     merge(paths, out, method="linear", overwrite=True, weights=[1, 5])
-    assert (
-        not (out / "notes.txt").exists() and fingerprint(load(out / "mm_projector.bin")) != before
-    )
+    assert not (out / "notes.txt").exists()
+    assert fingerprint(load(out / "mm_projector.bin")) != before
     assert not list(tmp_path.glob(".out*"))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is there and no folder"):
@@ -89,7 +89,8 @@ def test_what_is_needed_is_not_overwritten(what, expert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(InputError, match="--output .*would remove"):
         merge(paths, out, method="linear", base=str(base), overwrite=True)
-    assert (paths[1] / "mm_projector.bin").exists() and (base / "mm_projector.bin").exists()
+    assert (paths[1] / "mm_projector.bin").exists()
+    assert (base / "mm_projector.bin").exists()
 
 
 def test_no_room_is_said_before_anything_is_written(expert, tmp_path, monkeypatch):
@@ -116,7 +117,8 @@ def test_a_disk_that_is_full(form, scope, expert, tmp_path):
     done = started("--method", "linear", "--experts", *paths, "--output", str(out), "--scope",
                    scope, preexec_fn=small)  # fmt: skip
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("error: --output")
+    assert done.returncode == 2
+    assert last.startswith("error: --output")
     assert "File too large while writing" in last
     assert list(out.parent.iterdir()) == []
 
@@ -133,7 +135,8 @@ def test_killed_anywhere_there_is_one_whole_folder(form, expert, tmp_path):
         """What lies in whole folders under OUT's name or as `.old`."""
         folders = [p for p in out.parent.iterdir() if p == out or p.suffix == ".old"]
         for folder in folders:
-            assert (folder / "README.md").exists() and (folder / "config.json").exists()
+            assert (folder / "README.md").exists()
+            assert (folder / "config.json").exists()
         return [dict(Shards(f)) if form == "full" else load(f / "mm_projector.bin")
                 for f in folders]  # fmt: skip
 
@@ -146,11 +149,13 @@ def test_killed_anywhere_there_is_one_whole_folder(form, expert, tmp_path):
             driver.stdin.flush()
             if (code := int(driver.stdout.readline())) == 0:
                 break
-            assert code == -signal.SIGKILL and states()
+            assert code == -signal.SIGKILL
+            assert states()
             kills += 1
         driver.stdin.close()
     assert kills >= 6
-    assert [p.name for p in out.parent.iterdir()] == ["out"] and not (out / "old").exists()
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+    assert not (out / "old").exists()
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(expert, tmp_path):
@@ -167,7 +172,10 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(expert, tmp_path)
     (old / "precious").write_text("")
     with pytest.raises(InputError, match="is there and not empty"):  # it is back
         merge(paths, out, method="linear")
-    assert (out / "precious").exists() and not mine.exists()
-    assert alive.exists() and other.exists() and elsewhere.exists()
+    assert (out / "precious").exists()
+    assert not mine.exists()
+    assert alive.exists()
+    assert other.exists()
+    assert elsewhere.exists()
     merge(paths, out, method="linear", overwrite=True)
     assert not (out / "precious").exists()

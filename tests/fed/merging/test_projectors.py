@@ -88,7 +88,8 @@ def test_a_config_of_transformers_becomes_upstreams(expert, loaded, tmp_path):
     paths = [expert("hf", 1), expert("bin", 2)]
     merge(paths, tmp_path / "out", method="linear")
     config = read_json(tmp_path / "out" / "config.json")
-    assert config["mm_hidden_size"] == 16 and "text_config" not in config
+    assert config["mm_hidden_size"] == 16
+    assert "text_config" not in config
     loaded(tmp_path / "out", LLM)
 
 

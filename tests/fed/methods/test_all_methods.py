@@ -150,7 +150,8 @@ def test_options_are_read_by_their_types(toy, given, expected):
 def test_wrong_options(toy, given, said):
     with pytest.raises(InputError) as caught:
         methods.get("toy").parse(given)
-    assert said in str(caught.value) and "toy" in str(caught.value)
+    assert said in str(caught.value)
+    assert "toy" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -198,7 +199,8 @@ def test_bad_states_name_client_and_tensor(name):
     states[1] = {n: t for n, t in good.items() if n != tensor}
     assert "client hill: tensor" in said(clients=["sea", "hill", "town"])
     states[1] = {**good, tensor: good[tensor] * math.nan}
-    assert "client 1" in said() and tensor in said()
+    assert "client 1" in said()
+    assert tensor in said()
     states[1] = {n: 0 * t for n, t in good.items()}
     assert "client 1: all 4 tensors are zero" in said()
     states[1] = good
@@ -286,7 +288,8 @@ def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
     for state in outcome.state if methods.get(name).personal else [outcome.state]:
         assert list(state) == list(base)
         for n, tensor in state.items():
-            assert tensor.dtype == dtype and tensor.shape == base[n].shape
+            assert tensor.dtype == dtype
+            assert tensor.shape == base[n].shape
             assert not tensor.requires_grad
     json.dumps(outcome.facts, allow_nan=False)
 
@@ -322,7 +325,8 @@ def test_a_method_that_asks_is_told_clients_and_tasks(toy):
     assert found.facts["told"] == [["a", "c"], ["x", "z"]]
     with pytest.raises(InputError, match="no option 'tasks'.*it has scale$"):
         methods.get("curious").parse(["tasks=1"])
-    assert curious.send(1, 2) == (1, 2) and methods.get("toy").send is None
+    assert curious.send(1, 2) == (1, 2)
+    assert methods.get("toy").send is None
 
 
 def test_a_method_that_needs_data_says_so(toy):
@@ -344,7 +348,8 @@ def test_fedavg_by_hand():
     base = {"a": torch.zeros(2)}
     states = [{"a": torch.tensor([1.0, 2])}, {"a": torch.tensor([5.0, -2])}]
     outcome = methods.get("fedavg")(states, weights=[3, 1], base=base)
-    assert outcome.state["a"].tolist() == pytest.approx([2, 1]) and outcome.memory is None
+    assert outcome.state["a"].tolist() == pytest.approx([2, 1])
+    assert outcome.memory is None
     base["a"] += 1
     outcome = methods.get("fedavg")(states, weights=[3, 1], base=base, server_lr=2.0)
     assert outcome.state["a"].tolist() == pytest.approx([3, 1])
@@ -378,6 +383,7 @@ def test_properties_of_fedavg(seed, dtype):
 def test_local_leaves_every_client_alone():
     base, states = draw(0)
     outcome = methods.get("local")(states, weights=[1, 0, 5], base=base)
-    assert len(outcome.state) == 3 and outcome.facts["clients"] == ["0", "1", "2"]
+    assert len(outcome.state) == 3
+    assert outcome.facts["clients"] == ["0", "1", "2"]
     for mine, theirs in zip(outcome.state, states, strict=True):
         assert all(torch.equal(mine[n], theirs[n]) for n in SHAPES)

@@ -76,14 +76,18 @@ def test_fedavgm_by_hand():
     options = dict(momentum=0.5, server_lr=2.0)
     base, states = one(1.0, 3.0)
     first = call("fedavgm", states, [1, 1], base, **options)
-    assert first.state["a"].item() == near(4) and first.memory["a.velocity"].item() == near(2)
+    assert first.state["a"].item() == near(4)
+    assert first.memory["a.velocity"].item() == near(2)
     # From 4 the clients' mean 2 is an update of -2: v = 0.5 * 2 - 2 = -1.
     second = call("fedavgm", states, [1, 1], first.state, first.memory, **options)
-    assert second.state["a"].item() == near(2) and second.memory["a.velocity"].item() == near(-1)
-    assert second.facts["update_norm"] == near(2) and second.facts["step_norm"] == near(2)
+    assert second.state["a"].item() == near(2)
+    assert second.memory["a.velocity"].item() == near(-1)
+    assert second.facts["update_norm"] == near(2)
+    assert second.facts["step_norm"] == near(2)
     # One step ahead: 0.5 * -1 - 2 = -2.5.
     ahead = call("fedavgm", states, [1, 1], first.state, first.memory, nesterov=True, **options)
-    assert ahead.state["a"].item() == near(-1) and ahead.memory["a.velocity"].item() == near(-1)
+    assert ahead.state["a"].item() == near(-1)
+    assert ahead.memory["a.velocity"].item() == near(-1)
 
 
 def test_fedavgm_as_an_average_of_updates():
@@ -167,15 +171,19 @@ def test_fedexp_by_hand():
     across = [{"a": torch.tensor(v, dtype=torch.float64)} for v in ([3.0, 0], [0, 3])]
     # At right angles: (9 + 9) / (2 * 2 * 4.5) = 1, and with eps below it.
     outcome = call("fedexp", across, None, base, eps=0.0)
-    assert outcome.facts["eta"] == near(1) and outcome.state["a"].tolist() == near([1.5, 1.5])
+    assert outcome.facts["eta"] == near(1)
+    assert outcome.state["a"].tolist() == near([1.5, 1.5])
     four = [*across, {"a": -across[0]["a"]}, {"a": across[1]["a"]}]
     # Mean (0, 1.5); 4 * 9 / (2 * 4 * (2.25 + 0.75)) = 1.5.
     outcome = call("fedexp", four, None, base, eps=0.75)
-    assert outcome.facts["eta"] == near(1.5) and outcome.state["a"].tolist() == near([0, 2.25])
-    assert outcome.facts["update_norm"] == near(1.5) and outcome.facts["step_norm"] == near(2.25)
+    assert outcome.facts["eta"] == near(1.5)
+    assert outcome.state["a"].tolist() == near([0, 2.25])
+    assert outcome.facts["update_norm"] == near(1.5)
+    assert outcome.facts["step_norm"] == near(2.25)
     # By samples 1, 1, 1, 3 in both places: 9 / (2 * (2^2 + 0.5)) = 1.
     outcome = call("fedexp", four, [1, 1, 1, 3], base, eps=0.5)
-    assert outcome.facts["eta"] == near(1) and outcome.state["a"].tolist() == near([0, 2])
+    assert outcome.facts["eta"] == near(1)
+    assert outcome.state["a"].tolist() == near([0, 2])
     outcome = call("fedexp", four, [1, 1, 1, 3], base, eps=0.75, paper_compat=True)
     assert outcome.facts["eta"] == near(1.5)
 
@@ -188,7 +196,8 @@ def test_fedexp_of_unrelated_clients_steps_by_half_their_number():
     assert outcome.facts["eta"] == pytest.approx(8)
     opposite = [states[0], {"a": -states[0]["a"]}]
     outcome = call("fedexp", opposite, None, base, eps=0.0)
-    assert outcome.facts["eta"] == near(1) and outcome.state["a"].abs().max() < 1e-12
+    assert outcome.facts["eta"] == near(1)
+    assert outcome.state["a"].abs().max() < 1e-12
 
 
 # Properties.
@@ -255,7 +264,8 @@ def test_types_facts_and_arguments(name, dtype):
         outcome = call(name, states, [1, 2, 3, 4, 5], base, memory)
         assert list(outcome.state) == list(base)
         for n, tensor in outcome.state.items():
-            assert tensor.dtype == dtype and tensor.shape == base[n].shape
+            assert tensor.dtype == dtype
+            assert tensor.shape == base[n].shape
         close(memory or {}, given, rtol=0, atol=0)
         memory = outcome.memory
         assert (memory is not None) == (name in WITH_MEMORY)
@@ -386,9 +396,9 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view and out.numel() > 2**18:
-            if out.data_ptr() not in {a.data_ptr() for a in args if torch.is_tensor(a)}:
-                self.large[out.dtype] = self.large.get(out.dtype, 0) + out.nbytes
+        large = isinstance(out, torch.Tensor) and not func.is_view and out.numel() > 2**18
+        if large and out.data_ptr() not in {a.data_ptr() for a in args if torch.is_tensor(a)}:
+            self.large[out.dtype] = self.large.get(out.dtype, 0) + out.nbytes
         return out
 
 
@@ -403,7 +413,8 @@ def test_beside_blocks_no_method_makes_more_than_three_states_in_float32(name):
         with Made() as made, torch.no_grad():
             kept = {"memory": memory} if "memory" in methods.get(name).arguments else {}
             memory = raw(states, weights=[1.0] * clients, base=base, **kept).memory or {}
-        assert made.large and torch.float64 not in made.large
+        assert made.large
+        assert torch.float64 not in made.large
         assert sum(made.large.values()) <= 3 * 4 * values
 
 

@@ -145,7 +145,8 @@ def test_slerp_where_one_tensor_is_zero():
     experts = [{**e, "b": torch.ones(1)} for e in experts]
     base["b"] = torch.ones(1)
     outcome = call("slerp", experts, None, base, t=0.5)
-    assert outcome.state["a"].tolist() == near([1, 2]) and outcome.facts["angle"]["a"] == near(0)
+    assert outcome.state["a"].tolist() == near([1, 2])
+    assert outcome.facts["angle"]["a"] == near(0)
 
 
 def test_model_stock_by_hand():

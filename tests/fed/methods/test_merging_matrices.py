@@ -163,7 +163,8 @@ def test_tsv_m_keeps_the_lengths_of_orthogonal_experts_and_cuts_by_rank():
     base, states = draw(8, 2)
     outcome = methods.get("tsv_m")(states, weights=[1, 1], base=base, rank=0.25)
     facts = outcome.facts["layers"]["model.mm_projector.0"]
-    assert facts["rank"] == 2 and 0 < facts["kept"] < 1
+    assert facts["rank"] == 2
+    assert 0 < facts["kept"] < 1
     n = WEIGHTS[0]
     assert torch.linalg.matrix_rank(moves(base, outcome.state, n), atol=1e-4) == 4
     many = merge("tsv_m", base, draw(9, 20)[1])  # more experts than directions

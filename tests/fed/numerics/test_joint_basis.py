@@ -33,7 +33,8 @@ def test_joint_basis_is_the_left_basis_of_the_stack(seed, shape):
     left, values, _ = torch.linalg.svd(
         torch.cat([w**0.5 * m for w, m in zip(p, mats, strict=True)], 1), full_matrices=False
     )
-    assert basis.how == "exact" and eye_error(basis.vectors) < 1e-12
+    assert basis.how == "exact"
+    assert eye_error(basis.vectors) < 1e-12
     torch.testing.assert_close(basis.energies, values.square())
     torch.testing.assert_close(
         (basis.vectors * left).sum(0).abs(), torch.ones(len(values)).double()
@@ -59,7 +60,9 @@ def test_energy_keeps_the_fewest_directions_that_hold_it(seed):
 def test_nothing_moved():
     for shape in [(4, 9), (9, 2)]:
         basis = space.joint_basis([torch.zeros(shape)] * 2, [0.5, 0.5], energy=0.9)
-        assert basis.total == 0 and basis.vectors.shape[1] == 1 and eye_error(basis.vectors) < 1e-6
+        assert basis.total == 0
+        assert basis.vectors.shape[1] == 1
+        assert eye_error(basis.vectors) < 1e-6
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -69,7 +72,8 @@ def test_range_finder_finds_the_leading_directions(seed):
     mats = [left * decay @ m for m in draw(seed, (60, 90), (60, 90))]
     exact = space.joint_basis(mats, [0.5, 0.5], rank=8)
     fast = space.joint_basis(mats, [0.5, 0.5], rank=8, how="randomised")
-    assert fast.how == "randomised" and eye_error(fast.vectors) < 1e-12
+    assert fast.how == "randomised"
+    assert eye_error(fast.vectors) < 1e-12
     torch.testing.assert_close(fast.energies, exact.energies, rtol=1e-6, atol=0)
     torch.testing.assert_close(projector(fast.vectors), projector(exact.vectors), atol=1e-4, rtol=0)
     again = space.joint_basis(mats, [0.5, 0.5], rank=8, how="randomised")
@@ -117,7 +121,8 @@ def test_signs_undo_order_and_signs_and_no_more(seed):
     aligned = space.align(other, u, "signs")
     same = (other.T @ aligned).abs()
     torch.testing.assert_close(same.sum(0), torch.ones(5).double())
-    assert (same > 1e-9).sum() == 5 and ((aligned * u).sum(0) >= 0).all()
+    assert (same > 1e-9).sum() == 5
+    assert ((aligned * u).sum(0) >= 0).all()
 
 
 def test_signs_pair_the_nearest_first():

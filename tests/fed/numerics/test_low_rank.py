@@ -34,7 +34,8 @@ def test_isometry_is_that_of_the_svd(kind, all_large):
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
     found = isometry(matrix.float())
     error = torch.linalg.vector_norm(found.double() - u @ vt) / math.sqrt(N)
-    assert found.dtype == torch.float32 and found.shape == matrix.shape
+    assert found.dtype == torch.float32
+    assert found.shape == matrix.shape
     assert error < (1e-4 if kind == "steep" else 1e-5)
 
 
@@ -57,11 +58,13 @@ def test_small_matrices_are_exact_and_rounding_is_no_direction():
     low = torch.randn(20, 3).double() @ torch.randn(3, 15).double()
     u, s, vt = torch.linalg.svd(low)
     found = leading(low, 8)
-    assert len(found.lengths) == 3 and torch.allclose(found.lengths, s[:3])
+    assert len(found.lengths) == 3
+    assert torch.allclose(found.lengths, s[:3])
     assert torch.allclose(isometry(low), u[:, :3] @ vt[:3])
     for size in (4, 2000):
         zero = torch.zeros(size, size)
-        assert not isometry(zero).any() and len(leading(zero, 2).lengths) == 0
+        assert not isometry(zero).any()
+        assert len(leading(zero, 2).lengths) == 0
 
 
 def test_large_matrices_of_low_rank(all_large):

@@ -45,7 +45,8 @@ def test_a_round_draws_among_those_that_have_samples_in_it(tmp_path):
     for round in range(1, 11):
         assert names(run, round) == (["b"] if round == 4 else ["a", "b"])
     drawn = Counter(name for round in range(11, 51) for name in names(run, round))
-    assert sum(drawn.values()) == 80 and set(drawn) == set("abcdefgh")
+    assert sum(drawn.values()) == 80
+    assert set(drawn) == set("abcdefgh")
     assert all(len(names(run, round)) == 2 for round in range(11, 51))
 
 
@@ -126,7 +127,9 @@ def test_a_round_with_nobody_at_work_is_skipped(flags, tiny, tmp_path, capsys):
     assert "round 1/3  skipped: no client had a sample" in capsys.readouterr().out
     lines = (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()
     first, *rest = map(json.loads, lines)
-    assert first["round"] == 1 and first["clients"] == {} and "skipped" in first["facts"]
+    assert first["round"] == 1
+    assert first["clients"] == {}
+    assert "skipped" in first["facts"]
     assert [list(record["clients"]) for record in rest][0] == ["c1"]
     assert all(record["clients"] for record in rest)
     report(["--runs", f"x={tmp_path / 'out'}", "--output", str(tmp_path / "report")])

@@ -63,8 +63,10 @@ def test_every_line_of_a_script_is_understood(run, script, monkeypatch):
     (_, answering), *others = calls
     assert answering[:2] == ["-m", f"llava.eval.{answering[1].split('.')[-1]}"]
     args = importlib.import_module(answering[1]).arguments(answering[2:])
-    assert args.model_path == "mine" and args.batch_size == 8
-    assert args.temperature == 0 and args.conv_mode == "vicuna_v1"
+    assert args.model_path == "mine"
+    assert args.batch_size == 8
+    assert args.temperature == 0
+    assert args.conv_mode == "vicuna_v1"
     assert "llava-v1.5-13b" in args.answers_file
     for _, (what, *flags) in others:
         if what == "-m":
@@ -103,9 +105,11 @@ def test_scienceqa_in_eight_and_gathered(run, tmp_path):
     from llava.eval import eval_science_qa, model_vqa_science
 
     status, calls = run(SCRIPTS / "sqa_eval_batch.sh", "--batch_size", "4")
-    assert status == 0 and len(calls) == 8
+    assert status == 0
+    assert len(calls) == 8
     args = [model_vqa_science.arguments(argv[2:]) for _, argv in calls]
-    assert sorted(a.chunk_idx for a in args) == list(range(8)) and args[0].batch_size == 4
+    assert sorted(a.chunk_idx for a in args) == list(range(8))
+    assert args[0].batch_size == 4
     status, [(_, scoring)] = run(SCRIPTS / "sqa_eval_gather.sh")
     assert status == 0
     assert (tmp_path / "test_llava-13b.jsonl").read_text() == "".join(f"{i}\n" for i in range(8))

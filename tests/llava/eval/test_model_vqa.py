@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -46,7 +47,8 @@ def test_answers_have_upstreams_fields_and_depend_on_the_picture(one_by_one):
     assert [list(answer) for answer in one_by_one] == [KEYS] * 7
     assert [answer["question_id"] for answer in one_by_one] == list(range(10, 17))
     first = one_by_one[0]
-    assert first["prompt"] == "What is this?" and first["model_id"] == "tiny-llava"
+    assert first["prompt"] == "What is this?"
+    assert first["model_id"] == "tiny-llava"
     assert first["metadata"] == {}
     ids = {answer["answer_id"] for answer in one_by_one}
     assert len(ids) == 7
@@ -68,7 +70,8 @@ def test_a_long_prompt_in_a_batch_does_not_shorten_others_answers(ask, questions
     alone = texts(ask(model_vqa, max_new_tokens=60))
     assert texts(ask(model_vqa, max_new_tokens=60, batch_size=4)) == alone
     few = texts(ask(model_vqa, max_new_tokens=30))
-    assert few[2] == alone[2] and few != alone, "no answer was cut, so this tests nothing"
+    assert few[2] == alone[2]
+    assert few != alone, "no answer was cut, so this tests nothing"
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -83,7 +86,8 @@ def test_prompts_that_do_not_fit_are_named_before_anything_is_asked(
     message = r"question 14: the prompt has \d+ tokens, pictures included; .* 256 .*\(2 such"
     with pytest.raises(InputError, match=message):
         ask(model_vqa, batch_size=batch_size)
-    assert not asked and not (tmp_path / "answers.jsonl").exists()
+    assert not asked
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_beams_in_a_batch_answer_as_one_by_one(ask):
@@ -221,9 +225,11 @@ def test_mmbench_asks_with_hint_and_options(ask, mmbench):
     one, two = ask(model_vqa_mmbench, question_file=mmbench, single_pred_prompt=True)
     assert list(one) == ["question_id", "round_id", "prompt", "text", "options", "option_char",
                          "answer_id", "model_id", "metadata"]  # fmt: skip
-    assert one["question_id"] == 241 and one["round_id"] == 0
+    assert one["question_id"] == 241
+    assert one["round_id"] == 0
     assert one["prompt"] == "Look\nclosely.\nWhat colour?\nA. red\nB. green"
-    assert one["options"] == ["red", "green"] and one["option_char"] == ["A", "B"]
+    assert one["options"] == ["red", "green"]
+    assert one["option_char"] == ["A", "B"]
     assert two["prompt"] == "Which one?\nA. a\nB. b\nC. c\nD. d"
 
 
@@ -241,7 +247,8 @@ def test_mmbench_turns_the_options_round(ask, mmbench):
 def test_mmbench_asks_for_the_letter_in_the_language(mmbench, lang, wanted):
     args = model_vqa_mmbench.arguments(["--single-pred-prompt", "--lang", lang])
     [question] = model_vqa_mmbench.ask(args, read_tsv(mmbench)[0])
-    assert wanted in question.text and wanted not in question.record["prompt"]
+    assert wanted in question.text
+    assert wanted not in question.record["prompt"]
 
 
 def test_science_mixes_questions_with_and_without_pictures(ask, tmp_path):
@@ -289,8 +296,7 @@ def test_a_plain_language_model_answers_text_and_gives_new_words_alone(ask, tiny
 )
 def test_the_template_is_chosen_and_said(capsys, name, asked, in_config, chosen):
     class Model:
-        class config:
-            conversation_template = in_config
+        config = SimpleNamespace(conversation_template=in_config)
 
     template = Answerer(None, Model, None, name).template(asked, "llava_v1", mmtag=True)
     assert template == get_template(chosen)
@@ -319,7 +325,8 @@ def test_mmbench_pictures_are_set_upright(pictures):
     row["image"] = base64.b64encode(file.getvalue()).decode()
     (asked,) = model_vqa_mmbench.ask(model_vqa_mmbench.arguments([]), row)
     opened = asked.pictures[0]()
-    assert opened.mode == "RGB" and opened.tobytes() == open_image(file.getvalue()).tobytes()
+    assert opened.mode == "RGB"
+    assert opened.tobytes() == open_image(file.getvalue()).tobytes()
     assert opened.size == Image.open(pictures / "0.png").size[::-1]
 
 

@@ -28,7 +28,8 @@ def args(llava_folder, pictures):
 def test_upstreams_readme_runs(args, capsys):
     answer = run_llava.eval_model(args)
     out, err = capsys.readouterr()
-    assert out == answer + "\n" and answer
+    assert out == answer + "\n"
+    assert answer
     assert "conversation template: llava_v0 (by the model's name, tiny-llava)" in err
 
 
@@ -62,7 +63,8 @@ def test_several_pictures_each_have_a_place(args, pictures, monkeypatch, query, 
     args.query, args.sep, args.conv_mode = query, sep, "v1"
     args.image_file = sep.join(str(pictures / name) for name in ("0.png", "1.png"))
     assert run_llava.eval_model(args)
-    assert seen["prompt"].endswith(prompt) and seen["pictures"] == 2
+    assert seen["prompt"].endswith(prompt)
+    assert seen["pictures"] == 2
 
 
 def test_an_answer_ends_where_the_context_does(args, monkeypatch):
@@ -112,7 +114,8 @@ def test_pictures_are_loaded_from_where_other_programs_import_it(pictures):
     from llava.eval.run_llava import load_image, load_images, process_images
     from llava.serve.cli import load_image as from_the_cli
 
-    assert callable(process_images) and from_the_cli is load_image
+    assert callable(process_images)
+    assert from_the_cli is load_image
     one, two = load_images([str(pictures / "0.png"), str(pictures / "1.png")])
     assert (one.size, two.size) == ((80, 60), (80, 61))
     with pytest.raises(ImportError):
@@ -132,7 +135,8 @@ def test_a_process_prints_one_line_of_error(llava_folder):
     command = ["-m", "llava.eval.run_llava", "--model-path", str(llava_folder), "--device", "cpu",
                "--image-file", "no.png", "--query", "What?"]  # fmt: skip
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr == "error: picture no.png cannot be read: no such file\n"
 
 

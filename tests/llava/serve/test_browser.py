@@ -204,9 +204,11 @@ def test_a_person_asks_about_pictures_votes_and_sees_what_was_looked_at(demo, re
     [log] = demo.folder.glob("*-conv.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["type"] for line in lines] == ["chat", "chat", "upvote"]
-    assert lines[2]["model"] == STEADY and len(lines[2]["images"]) == 2
+    assert lines[2]["model"] == STEADY
+    assert len(lines[2]["images"]) == 2
     first, _, second, _ = (text for _, text in lines[2]["state"]["messages"])
-    assert first == "<image>\nWhat is this?" and second == "<image>\nAnd < image > this?"
+    assert first == "<image>\nWhat is this?"
+    assert second == "<image>\nAnd < image > this?"
 
 
 def test_words_come_one_by_one_and_a_closed_tab_hangs_up(demo):

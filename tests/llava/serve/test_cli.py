@@ -55,11 +55,13 @@ def test_two_turns_about_two_pictures_and_an_empty_line_ends(model):
     assert done.returncode == 0, done.stderr
     assert "conversation template: llava_v1 (by the model's name, llava-v1-tiny)" in done.stderr
     told = [ast.literal_eval(line) for line in re.findall(r"\{.*\}", done.stdout)]
-    assert len(told) == 2 and done.stdout.endswith("USER: exit...\n")
+    assert len(told) == 2
+    assert done.stdout.endswith("USER: exit...\n")
     first, then = (turn["prompt"].split("USER: ", 1)[1] for turn in told)
     assert first == "<image>\n<image>\nWhat is this? ASSISTANT:"
     answer = told[0]["outputs"]
-    assert answer and then == f"{first} {answer}</s>USER: Are you sure? ASSISTANT:"
+    assert answer
+    assert then == f"{first} {answer}</s>USER: Are you sure? ASSISTANT:"
     assert f"USER: ASSISTANT: {answer}" in done.stdout  # it was streamed
 
 
@@ -72,7 +74,8 @@ def test_a_turn_that_goes_wrong_is_told_and_left_out(model):
         input=b"\n".join(lines), capture_output=True, timeout=120,
     )  # fmt: skip
     out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == 0 and out.endswith("USER: exit...\n"), err
+    assert done.returncode == 0, err
+    assert out.endswith("USER: exit...\n"), err
     reasons = re.findall("error: (.*); the talk goes on without this turn", err)
     assert [re.sub(r"\d[\d,]*\d|\d", "N", reason) for reason in reasons] == [
         "N pictures were given, the text has N image tokens",
@@ -95,6 +98,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_talk(model, monkeypatch, capsys):
         for line in typed:
             return line
         signal.raise_signal(signal.SIGINT)
+        return None
 
     def in_mid_answer(self, text, stream_end=False):
         if not interrupted:
@@ -107,8 +111,11 @@ def test_ctrl_c_ends_an_answer_and_then_the_talk(model, monkeypatch, capsys):
     monkeypatch.setattr(Answerer, "answer", lambda s, p, *a: asked.extend(p) or answer(s, p, *a))
     main(arguments(model))
     out, err = capsys.readouterr()
-    assert interrupted and "interrupted; the talk goes on without this turn" in err
-    assert "<image>\nOne?" in asked[0] and "<image>\nTwo?" in asked[1] and "One?" not in asked[1]
+    assert interrupted
+    assert "interrupted; the talk goes on without this turn" in err
+    assert "<image>\nOne?" in asked[0]
+    assert "<image>\nTwo?" in asked[1]
+    assert "One?" not in asked[1]
     assert out.endswith("\nexit...\n")
 
 
@@ -117,7 +124,8 @@ def test_the_end_of_input_ends_and_the_flag_names_the_template(model, monkeypatc
     main(arguments([*model, "--conv-mode", "chatml_direct"]))
     out, err = capsys.readouterr()
     assert "conversation template: chatml_direct (--conv-mode)" in err
-    assert out.startswith("user: assistant: ") and out.endswith("\nuser: exit...\n")
+    assert out.startswith("user: assistant: ")
+    assert out.endswith("\nuser: exit...\n")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +143,13 @@ def test_bad_input_is_one_clear_error(model, flags, message):
 
 def test_flags_are_upstreams():
     args = arguments(["--image-file", "x.png"])
-    assert args.image_file == ["x.png"] and args.temperature == 0.2 and args.max_new_tokens == 512
-    assert args.conv_mode is None and not (args.load_4bit or args.load_8bit or args.debug)
+    assert args.image_file == ["x.png"]
+    assert args.temperature == 0.2
+    assert args.max_new_tokens == 512
+    assert args.conv_mode is None
+    assert not (args.load_4bit)
+    assert not (args.load_8bit)
+    assert not (args.debug)
 
 
 @pytest.mark.parametrize(

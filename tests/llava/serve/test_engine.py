@@ -67,7 +67,8 @@ def test_many_at_once_answer_as_each_does_alone(engine, answerer, pictures):
         expected += answerer.answer([question.prompt], [question.pictures], "###", options)
         engine.ask(question)
     assert [listener.answer() for listener in listeners] == expected
-    assert len(set(expected)) > 3 and engine.length == 0
+    assert len(set(expected)) > 3
+    assert engine.length == 0
     clean = [listener.news for listener in listeners if "\ufffd" not in "".join(listener.news)]
     assert len(clean) > 2  # noise may make bytes that are no text, which change what was before
     for texts in clean:  # every piece is the beginning of the next
@@ -120,7 +121,8 @@ def test_one_questions_trouble_is_its_own(engine, answerer, pictures):
     question = asked(answerer, pictures, TEXTS[0], mismatched)
     question.prompt = question.prompt.replace("<image>", "<image> <image>")
     engine.ask(question)
-    assert isinstance(bad.answer(), InputError) and "this model reads 256" in str(bad.answer())
+    assert isinstance(bad.answer(), InputError)
+    assert "this model reads 256" in str(bad.answer())
     assert isinstance(mismatched.answer(), InputError)
     assert isinstance(good.answer(), str)
 
@@ -139,7 +141,8 @@ def test_a_failing_step_loses_its_rows_and_no_more(engine, answerer, pictures, m
     engine.ask(asked(answerer, pictures, TEXTS[0], first))
     assert str(first.answer()) == "out of memory"
     engine.ask(asked(answerer, pictures, TEXTS[0], second))
-    assert isinstance(second.answer(), str) and engine.length == 0
+    assert isinstance(second.answer(), str)
+    assert engine.length == 0
 
 
 class Full(DynamicLayer):
@@ -204,9 +207,11 @@ def test_a_departure_that_fails_half_way_loses_who_was_there_and_no_more(
         engine.ask(asked(answerer, pictures, "Why?", listener, stop="@", max_new_tokens=tokens))
     held.set()
     assert "no memory for the values" in str(listeners[1].answer())
-    assert listeners[0].ended.is_set() and isinstance(listeners[0].answer(), str)
+    assert listeners[0].ended.is_set()
+    assert isinstance(listeners[0].answer(), str)
     engine.ask(asked(answerer, pictures, "Why?", listeners[2]))
-    assert isinstance(listeners[2].answer(), str) and engine.length == 0
+    assert isinstance(listeners[2].answer(), str)
+    assert engine.length == 0
 
 
 def test_who_cannot_be_told_takes_nobody_along(engine, answerer, pictures):
@@ -223,7 +228,8 @@ def test_who_cannot_be_told_takes_nobody_along(engine, answerer, pictures):
     assert all(isinstance(listener.answer(), str) for listener in listeners)
     last = Listener()
     engine.ask(asked(answerer, pictures, "Why?", last))
-    assert isinstance(last.answer(), str) and engine.length == 0
+    assert isinstance(last.answer(), str)
+    assert engine.length == 0
 
 
 def test_an_answer_ends_where_the_context_does(engine, answerer, pictures):
@@ -245,7 +251,8 @@ def test_sampling_follows_temperature_and_top_p(answerer):
     kinds = [question(0, 1), question(1.0, 1.0), question(1.0, 0.5), question(100.0, 1.0)]
     drawn = torch.stack([choose(logits, kinds) for _ in range(600)])
     shares = [(drawn[:, i] == torch.arange(3)[:, None]).float().mean(1) for i in range(4)]
-    assert shares[0].tolist() == [1, 0, 0] and shares[2].tolist() == [1, 0, 0]
+    assert shares[0].tolist() == [1, 0, 0]
+    assert shares[2].tolist() == [1, 0, 0]
     torch.testing.assert_close(shares[1], logits[0].softmax(0), atol=0.06, rtol=0)
     assert shares[3].min() > 0.25
 
@@ -274,7 +281,8 @@ def test_a_stopped_engine_says_so_to_all(answerer, pictures, monkeypatch):
     engine.ask(asked(answerer, pictures, TEXTS[0], late))
     called.append(engine.call(int))
     for listener in (running, waiting, late):
-        assert "stopped" in str(listener.answer()) and isinstance(listener.news[-1], InputError)
+        assert "stopped" in str(listener.answer())
+        assert isinstance(listener.news[-1], InputError)
     for future in called:
         with pytest.raises(InputError, match="stopped"):
             future.result(30)
@@ -297,5 +305,6 @@ def test_half_a_character_waits(answerer):
     for token in ids:
         assert not generated.add(token)
         told.append(generated.text(False))
-    assert generated.add(2) and "\ufffd" not in "".join(t or "" for t in told)
+    assert generated.add(2)
+    assert "\ufffd" not in "".join(t or "" for t in told)
     assert (generated.text(True) or told[-1]) == "é☃"

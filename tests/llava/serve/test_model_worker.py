@@ -47,7 +47,9 @@ def test_the_status_is_upstreams_and_says_how_to_ask(worker):
         "model_names": ["tiny-llava"], "speed": 1, "queue_length": 0,
     }  # fmt: skip
     assert status["template"] == "llava_v0"
-    assert status["multimodal"] and status["context_length"] == 256 and status["runs"] is None
+    assert status["multimodal"]
+    assert status["context_length"] == 256
+    assert status["runs"] is None
 
 
 def test_an_answer_grows_behind_its_prompt(worker, answerer, pictures, shots):
@@ -55,7 +57,8 @@ def test_an_answer_grows_behind_its_prompt(worker, answerer, pictures, shots):
     found = answers(worker, body)
     assert {c["error_code"] for c in found} == {0}
     texts = [c["text"].removeprefix(body["prompt"]) for c in found]
-    assert all(c["text"].startswith(body["prompt"]) for c in found) and len(texts) > 1
+    assert all(c["text"].startswith(body["prompt"]) for c in found)
+    assert len(texts) > 1
     assert texts[-1] == alone(answerer, body, [pictures / "0.png", pictures / "1.png"])
 
 
@@ -76,7 +79,8 @@ def test_a_model_that_learnt_tokens_around_pictures_is_given_them(
     monkeypatch.setattr(answerer.model.config, "mm_use_im_start_end", True)
     body = question("What?", shots[:1])
     found = answers(worker, body)
-    assert "<im_start><image><im_end>" in asked[0] and found[-1]["text"].startswith(body["prompt"])
+    assert "<im_start><image><im_end>" in asked[0]
+    assert found[-1]["text"].startswith(body["prompt"])
     answers(worker, body | {"prompt": asked[0]})
     assert asked[1] == asked[0]
 
@@ -151,7 +155,8 @@ def png(width: int, height: int) -> str:
 )
 def test_bad_questions_get_one_clear_error(worker, shots, changes, message):
     found = answers(worker, question("What?", shots[:1]) | changes)
-    assert len(found) == 1 and found[0]["error_code"] == wire.ERROR_MODEL
+    assert len(found) == 1
+    assert found[0]["error_code"] == wire.ERROR_MODEL
     assert message in found[0]["text"]
     assert answers(worker, question("What?", shots[:1]))[-1]["error_code"] == 0
 
@@ -167,7 +172,8 @@ def test_what_is_not_json_or_too_large(worker, monkeypatch):
     assert b"not JSON" in response.content
     monkeypatch.setattr(wire, "MOST_BYTES", 1 << 20)
     response = httpx.post(f"{worker}/worker_generate_stream", content=b" " * (2 << 20))
-    assert response.status_code == 400 and "larger than 1 MiB" in response.json()["detail"]
+    assert response.status_code == 400
+    assert "larger than 1 MiB" in response.json()["detail"]
 
 
 def test_attention_is_a_share_of_each_picture(worker, answerer, shots):
@@ -176,14 +182,17 @@ def test_attention_is_a_share_of_each_picture(worker, answerer, shots):
     body |= {"answer": answer, "prompt": body["prompt"] + f" {answer}###"}
     before = answerer.model.config._attn_implementation
     found = httpx.post(f"{worker}/worker_attention", json=body, timeout=60).json()
-    assert found["error_code"] == 0 and found["fit"] == "pad" and len(found["grids"]) == 2
+    assert found["error_code"] == 0
+    assert found["fit"] == "pad"
+    assert len(found["grids"]) == 2
     for grid in found["grids"]:
         assert len(grid) == len(grid[0]) == 2
         assert math.isclose(sum(map(sum, grid)), 1, rel_tol=1e-4)
     assert answerer.model.config._attn_implementation == before
     for changes in ({"answer": "never said"}, {"answer": ""}):
         refused = httpx.post(f"{worker}/worker_attention", json=body | changes).json()
-        assert refused["error_code"] == 1 and "last answer" in refused["text"]
+        assert refused["error_code"] == 1
+        assert "last answer" in refused["text"]
 
 
 def test_attention_is_as_before_after_an_error_too(worker, answerer, shots, monkeypatch):
@@ -198,7 +207,8 @@ def test_attention_is_as_before_after_an_error_too(worker, answerer, shots, monk
     monkeypatch.setattr(answerer.model.lm_head, "forward", fails)
     said = httpx.post(f"{worker}/worker_attention", json=body).json()
     assert said == {"text": "the model failed: out of memory", "error_code": wire.ERROR_MODEL}
-    assert kinds == ["eager"] and answerer.model.config._attn_implementation == before
+    assert kinds == ["eager"]
+    assert answerer.model.config._attn_implementation == before
     assert not answerer.model.model.layers[0].self_attn._forward_hooks
 
 
@@ -220,7 +230,8 @@ def test_a_turned_photograph_is_seen_upright(worker, pictures):
 def test_a_picture_of_one_row_is_answered(worker):
     assert answers(worker, question("What?", [png(100_000, 1)]))[-1]["error_code"] == 0
     found = answers(worker, question("What?", [png(1, 100_001)]))[-1]
-    assert found["error_code"] == 1 and "sides of at most 100000" in found["text"]
+    assert found["error_code"] == 1
+    assert "sides of at most 100000" in found["text"]
 
 
 def test_attention_is_that_of_transformers(answerer, pictures):

@@ -91,7 +91,8 @@ def test_a_template_without_turns_or_without_existence_is_refused():
 @pytest.mark.parametrize("expected", ["v1", "llava_v0", "mpt", "llama_2"])
 def test_a_page_may_have_chosen_another_template(made, expected):
     told = read_prompt(conversation(made, ["q", "a", "r"]).get_prompt(), expected)
-    assert told.system == system(made) and told.turns[-3:] == ["q", "a", "r"]
+    assert told.system == system(made)
+    assert told.turns[-3:] == ["q", "a", "r"]
 
 
 def test_a_prompt_of_no_template_names_the_one_expected():
@@ -192,8 +193,11 @@ def test_what_servers_may_read_otherwise_becomes_png():
     for file, size, level in ((photo, (4, 8), None), (scan, (3, 2), (100, 100, 100))):
         head, _, data = data_url(base64.b64encode(file.getvalue()).decode()).partition(",")
         sent = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert head == "data:image/png;base64" and sent.mode == "RGB" and sent.size == size
-        assert not sent.getexif() and level in (None, sent.getpixel((0, 0)))
+        assert head == "data:image/png;base64"
+        assert sent.mode == "RGB"
+        assert sent.size == size
+        assert not sent.getexif()
+        assert level in (None, sent.getpixel((0, 0)))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -30,7 +30,7 @@ from llava.serve import wire
 from llava.serve.gradio_web_server import arguments, main
 from llava.serve.page import compare, examples, records, run
 from llava.serve.page.attention import DARKEST, overlay
-from llava.serve.page.talk import Options, Talk, Trouble, Worker
+from llava.serve.page.talk import Options, PageError, Talk, Worker
 from llava.serve.page.turns import PREPROCESS, Turn, conversation_of, fill, images_of, shown
 from llava.serve.page.votes import Log
 from llava.serve.web import application, streamed
@@ -110,7 +110,8 @@ def test_an_upstream_worker_is_asked_as_upstreams_page_asks(pictures):
         ask(address, {"llava-v1.5-7b": turns})
     first, second = upstream.asked
     system = get_template("llava_v1").system  # what upstream takes for a model of this name
-    assert turns[0].answer == "A cat" and not turns[0].trouble
+    assert turns[0].answer == "A cat"
+    assert not turns[0].trouble
     assert first == {
         "model": "llava-v1.5-7b",
         "prompt": f"{system} USER: <image>\nWhat is this? ASSISTANT:",
@@ -152,7 +153,7 @@ def test_the_worker_says_how_its_prompts_are_made(pictures):
 def test_what_cannot_be_sent_is_said_by_name(tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "vast.png")
-    assert 10_000**2 > MOST_PIXELS
+    assert MOST_PIXELS < 10_000**2
     for name, message in (
         ("notes.png", "notes.png cannot be read: cannot identify it as a picture."),
         (
@@ -160,11 +161,11 @@ def test_what_cannot_be_sent_is_said_by_name(tmp_path):
             "vast.png cannot be read: 10000 x 10000 pixels; at most 64 million are taken.",
         ),
     ):
-        with pytest.raises(Trouble, match=f"^{re.escape(message)}$"):
+        with pytest.raises(PageError, match=f"^{re.escape(message)}$"):
             typed("what?", tmp_path / name)
-    with pytest.raises(Trouble, match="Type a question"):
+    with pytest.raises(PageError, match="Type a question"):
         typed("  ")
-    with pytest.raises(Trouble, match="half an emoji"):
+    with pytest.raises(PageError, match="half an emoji"):
         typed("what? \ud83c")
 
 
@@ -187,7 +188,8 @@ def test_an_upload_is_set_upright_and_deep_grey_is_grey(tmp_path):
     scan.save(tmp_path / "scan.png", exif=exif)
     turn = typed("what?", tmp_path / "scan.png")
     sent = Image.open(io.BytesIO(base64.b64decode(turn.images[0])))
-    assert sent.size == (20, 30) and sent.getcolors() == [(600, (100, 100, 100))]
+    assert sent.size == (20, 30)
+    assert sent.getcolors() == [(600, (100, 100, 100))]
 
 
 # -- trouble -----------------------------------------------------------------------------------
@@ -208,17 +210,20 @@ def trouble_with(model: str, upstream: Upstream) -> Turn:
 def test_upstreams_high_traffic_is_never_passed_on():
     traffic = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
     turn = trouble_with("m", Upstream(m=says(traffic, code=1)))
-    assert "TRAFFIC" not in turn.trouble.upper() and "m did not answer (error 1)" in turn.trouble
+    assert "TRAFFIC" not in turn.trouble.upper()
+    assert "m did not answer (error 1)" in turn.trouble
 
 
 def test_a_workers_own_words_are_passed_on():
     turn = trouble_with("m", Upstream(m=says("the prompt is longer than the context", code=1)))
-    assert turn.trouble == "the prompt is longer than the context" and not turn.answer
+    assert turn.trouble == "the prompt is longer than the context"
+    assert not turn.answer
 
 
 def test_a_worker_that_stops_in_the_middle_leaves_its_words_and_a_message():
     turn = trouble_with("m", Upstream(m=breaks))
-    assert turn.answer == "half an" and "stopped in the middle" in turn.trouble
+    assert turn.answer == "half an"
+    assert "stopped in the middle" in turn.trouble
     assert [m["content"] for m in shown([turn])][1:] == ["half an", f"**!** {turn.trouble}"]
 
 
@@ -245,7 +250,7 @@ def test_an_upstream_worker_cannot_say_what_it_looked_at():
         async def look():
             return await talk.attention(await talk.worker("m"), "p a", "a", ["x"])
 
-        with pytest.raises(Trouble, match="cannot say what the model looked at"):
+        with pytest.raises(PageError, match="cannot say what the model looked at"):
             asyncio.run(look())
 
 
@@ -323,7 +328,8 @@ def test_the_log_is_upstreams_and_its_lines_stay_whole(tmp_path, pictures):
     pixels = Image.open(pictures / "0.png").convert("RGB").tobytes()
     [stored] = (tmp_path / "serve_images" / today).iterdir()
     assert stored.name == f"{hashlib.md5(pixels).hexdigest()}.jpg"
-    assert Image.open(stored).format == "JPEG" and lines[0]["images"] == [stored.stem]
+    assert Image.open(stored).format == "JPEG"
+    assert lines[0]["images"] == [stored.stem]
 
 
 def answered(model: str, text: str, *files) -> list[Turn]:
@@ -345,10 +351,12 @@ def test_a_vote_side_by_side_is_one_line_of_an_arenas_log(tmp_path, pictures):
         compare.cast(log, place, ["b", "a"], talks, True, "127.0.0.1")
     [line] = lines()
     assert (line["type"], line["models"], line["best"]) == ("rightvote", ["b", "a"], "a")
-    assert line["anonymous"] is True and line["ip"] == "127.0.0.1"
+    assert line["anonymous"] is True
+    assert line["ip"] == "127.0.0.1"
     said = [state["messages"][1][1] for state in line["states"]]
     [stored] = (tmp_path / "serve_images").glob("*/*.jpg")
-    assert said == ["b says", "a says"] and line["images"] == [[stored.stem]] * 2
+    assert said == ["b says", "a says"]
+    assert line["images"] == [[stored.stem]] * 2
 
     def kind_of(place: int, order: str) -> tuple[str, str | None]:
         talks.update({model: answered(model, "What?") for model in order})
@@ -359,14 +367,17 @@ def test_a_vote_side_by_side_is_one_line_of_an_arenas_log(tmp_path, pictures):
     assert kind_of(2, "dcba") == ("bestvote", "b")
     assert kind_of(compare.MOST, "abc") == ("tievote", None)
     assert kind_of(compare.MOST + 1, "ab") == ("bothbad_vote", None)
-    assert len(lines()) == 5 and not any(line["anonymous"] for line in lines()[1:])
+    assert len(lines()) == 5
+    assert not any(line["anonymous"] for line in lines()[1:])
 
 
 def test_only_answers_to_one_question_are_voted_on():
     talks = {"a": answered("a", "What?"), "b": answered("b", "What?"), "c": answered("c", "Who?")}
     assert compare.comparable(["a", "b"], talks)
-    assert not compare.comparable(["a"], talks) and not compare.comparable([], {})
-    assert not compare.comparable(["a", "c"], talks) and not compare.comparable(["a", "d"], talks)
+    assert not compare.comparable(["a"], talks)
+    assert not compare.comparable([], {})
+    assert not compare.comparable(["a", "c"], talks)
+    assert not compare.comparable(["a", "d"], talks)
     talks["b"][0].answer = ""
     assert not compare.comparable(["a", "b"], talks)
 
@@ -397,7 +408,7 @@ def test_examples_lie_beside_their_list(tmp_path, pictures, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("[", "list.json: no readable JSON"),
         ("{}", "list.json: a JSON list is expected, found a dict"),
@@ -425,11 +436,13 @@ def test_attention_lies_where_the_model_saw_the_picture():
     dark, bright = round(255 * DARKEST), 255
 
     padded = overlay(white, left, "pad").convert("L")
-    assert padded.getpixel((0, 20)) == bright and padded.getpixel((79, 20)) == dark
+    assert padded.getpixel((0, 20)) == bright
+    assert padded.getpixel((79, 20)) == dark
     cropped = overlay(white, left, "crop").convert("L")  # saw columns 20 to 60 alone
     assert [cropped.getpixel((x, 20)) for x in (19, 20, 59, 60)] == [dark, bright, dark, dark]
     stretched = overlay(white, left, "stretch").convert("L")
-    assert stretched.getpixel((0, 0)) == bright and stretched.getpixel((79, 39)) == dark
+    assert stretched.getpixel((0, 0)) == bright
+    assert stretched.getpixel((79, 39)) == dark
     top = overlay(white.rotate(90, expand=True), [[1, 1], [0, 0]], "crop").convert("L")
     assert [top.getpixel((20, y)) for y in (19, 20, 59)] == [dark, bright, dark]
 
@@ -459,14 +472,17 @@ def recorded(tiny, tmp_path_factory):
 
 def test_a_runs_records_become_plots(recorded):
     rounds, none = records.read(recorded / "fedcmp")
-    assert none is None and len(rounds) == 2
+    assert none is None
+    assert len(rounds) == 2
     losses = records.client_losses(rounds)
     assert [(row["round"], row["of"]) for row in losses] == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
     assert losses[3]["loss"] == rounds[1]["clients"]["b"]["loss"]
     held = records.heldout_losses(rounds)
-    assert {row["of"] for row in held} == {"global on heldout"} and len(held) == 2
+    assert {row["of"] for row in held} == {"global on heldout"}
+    assert len(held) == 2
     agreed = records.agreements(rounds)
-    assert agreed[0]["cosine"] == rounds[0]["cosines"][0][1] and len(agreed) == 4
+    assert agreed[0]["cosine"] == rounds[0]["cosines"][0][1]
+    assert len(agreed) == 4
     spectrum = [row for row in records.spectrum(rounds) if row["of"] == "layer 2"]
     assert [row["share"] for row in spectrum] == (
         rounds[1]["facts"]["layers"]["model.mm_projector.2"]["spectrum"]
@@ -477,7 +493,8 @@ def test_a_runs_records_become_plots(recorded):
 
 def test_a_merges_weights_become_plots(recorded):
     none, facts = records.read(recorded / "merge")
-    assert none == [] and records.experts(facts) == ["a", "b"]
+    assert none == []
+    assert records.experts(facts) == ["a", "b"]
     rows = records.layer_weights(facts)
     said = facts["method_facts"]["layers"]["model.mm_projector.0"]["alpha"]
     assert [row["weight"] for row in rows if row["layer"] == "layer 0"] == said
@@ -494,14 +511,15 @@ def test_a_line_that_is_being_written_waits_for_its_end(recorded, tmp_path):
     before = records.stamp(tmp_path)
     assert len(records.read(tmp_path)[0]) == 1
     file.write_text(text)
-    assert len(records.read(tmp_path)[0]) == 2 and records.stamp(tmp_path) != before
+    assert len(records.read(tmp_path)[0]) == 2
+    assert records.stamp(tmp_path) != before
 
 
 def test_a_folder_that_is_no_run_is_said_in_one_sentence(tmp_path):
-    with pytest.raises(Trouble, match="neither rounds.jsonl nor merge.json"):
+    with pytest.raises(PageError, match="neither rounds.jsonl nor merge.json"):
         records.read(tmp_path)
     (tmp_path / "rounds.jsonl").write_text("rounds\n")
-    with pytest.raises(Trouble, match="are not JSON"):
+    with pytest.raises(PageError, match="are not JSON"):
         records.read(tmp_path)
 
 
@@ -532,7 +550,8 @@ def test_a_clients_name_is_text_on_the_page(recorded):
     rounds, _ = records.read(recorded / "fedcmp")
     text = json.dumps(rounds).replace('"a"', '"<img src=x>"')
     table = run._table(json.loads(text))["value"]
-    assert "<img" not in table and "&lt;img src=x&gt;" in table
+    assert "<img" not in table
+    assert "&lt;img src=x&gt;" in table
 
 
 # -- the server --------------------------------------------------------------------------------
@@ -564,7 +583,8 @@ def page(folder, *flags: str) -> Iterator[str]:
             process.terminate()
             process.communicate(timeout=60)
     spoken = re.findall("(?:connects to|looks up) (.*)", (folder / "stderr.txt").read_text())
-    assert spoken and set(spoken) <= {"127.0.0.1", "localhost", "::1", "None"}, spoken
+    assert spoken, spoken
+    assert set(spoken) <= {"127.0.0.1", "localhost", "::1", "None"}, spoken
 
 
 def test_a_guarded_page_lets_nobody_in_and_tells_browsers_to_stay_here(tmp_path):
@@ -585,7 +605,7 @@ def test_a_guarded_page_lets_nobody_in_and_tells_browsers_to_stay_here(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    ("flags", "message"),
     [
         (["--moderate"], "--moderate sends what people type to a service outside"),
         (["--run", "no/such"], "--run no/such: no such folder"),
@@ -605,7 +625,8 @@ def test_the_flags_are_upstreams_and_reading_them_is_light():
         "controller_url": "http://localhost:21001", "concurrency_count": 16,
         "model_list_mode": "once", "share": False, "moderate": False, "embed": False, "port": None,
     }  # fmt: skip
-    assert {name: args[name] for name in upstream} == upstream and args["host"] == "127.0.0.1"
+    assert {name: args[name] for name in upstream} == upstream
+    assert args["host"] == "127.0.0.1"
     code = (
         "import sys; from llava.serve.gradio_web_server import arguments; arguments([]); "
         "print([m for m in ('torch', 'gradio', 'fastapi', 'pandas') if m in sys.modules])"

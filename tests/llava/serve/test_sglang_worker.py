@@ -146,6 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.play(vllm("a").encode(), whole=False)
         status, said = SAID[name]
         self.play(said.encode()) if status == 200 else self.answer(status, said.encode())
+        return None
 
     def answer(self, status: int, body: bytes):
         self.send_response(status)
@@ -315,8 +316,11 @@ def test_the_server_is_asked_in_messages(worker, server):
 )
 def test_what_goes_wrong_is_the_last_object_in_words(worker, name, words):
     *before, last = ask(worker, prompt_of(name))
-    assert last["error_code"] == 1 and words in last["text"] and len(last["text"]) < 400
-    assert "ASSISTANT" not in last["text"] and all(one["error_code"] == 0 for one in before)
+    assert last["error_code"] == 1
+    assert words in last["text"]
+    assert len(last["text"]) < 400
+    assert "ASSISTANT" not in last["text"]
+    assert all(one["error_code"] == 0 for one in before)
     assert texts(worker, "good")[-1] == "A cat."  # nobody else suffers
 
 
@@ -332,7 +336,8 @@ def test_what_goes_wrong_is_the_last_object_in_words(worker, name, words):
 def test_a_bad_question_does_not_reach_the_server(worker, server, prompt, images, words):
     asked = len(server.bodies)
     (only,) = ask(worker, prompt, images)
-    assert only["error_code"] == 1 and words in only["text"]
+    assert only["error_code"] == 1
+    assert words in only["text"]
     assert len(server.bodies) == asked
 
 
@@ -372,7 +377,8 @@ def test_who_hangs_up_frees_the_server_and_who_waits_comes_next(server):
             second = threading.Thread(target=lambda: found.extend(texts(worker, "good")))
             second.start()
             wait_for(lambda: backend.status()["queue_length"] == 2)
-            assert not found and not server.hung_up.acquire(blocking=False)
+            assert not found
+            assert not server.hung_up.acquire(blocking=False)
         assert server.hung_up.acquire(timeout=PATIENCE)
         second.join(PATIENCE)
         assert found[-1] == "A cat."
@@ -383,7 +389,8 @@ def test_no_more_questions_than_the_limit_are_with_the_server(server):
     flags = ["--sgl-endpoint", server.address, "--limit-model-concurrency", "2"]
     with running(backend_of(arguments(flags))) as worker, ThreadPoolExecutor(8) as people:
         answers = list(people.map(lambda _: texts(worker, "slow")[-1], range(8)))
-    assert answers == ["A cat."] * 8 and 1 <= server.slow_at_most <= 2
+    assert answers == ["A cat."] * 8
+    assert 1 <= server.slow_at_most <= 2
 
 
 def test_the_server_stops_working_at_the_stop(server, worker):
@@ -405,12 +412,14 @@ def test_names_key_and_template_come_from_the_flags(server, monkeypatch, capsys)
     backend = backend_of(arguments([*flags, "--model-path", "b", "--conv-mode", "mpt"]))
     assert server.keys[-1] == "Bearer secret"
     status = backend.status()
-    assert status["model_names"] == ["b"] and status["template"] == "mpt"
+    assert status["model_names"] == ["b"]
+    assert status["template"] == "mpt"
     assert "context_length" not in status  # the server does not say
     backend = backend_of(arguments([*flags, "--model-path", "/x/c", "--model-name", "named"]))
     assert (backend.model, backend.name, backend.mode) == ("/x/c", "named", "vicuna_v1")
     told = capsys.readouterr().err
-    assert " lists org/llava-v1.5-tiny, b, not /x/c" in told and "secret" not in told
+    assert " lists org/llava-v1.5-tiny, b, not /x/c" in told
+    assert "secret" not in told
 
 
 @pytest.mark.parametrize(
@@ -461,7 +470,8 @@ def test_upstreams_flags_are_taken():
     assert (args.host, args.port, args.worker_address, args.controller_address) == (
         "localhost", 1, "http://w", "http://c")  # fmt: skip
     assert (args.model_path, args.model_name, args.limit_model_concurrency) == ("p", "n", 3)
-    assert args.no_register and args.sgl_endpoint == "http://s"
+    assert args.no_register
+    assert args.sgl_endpoint == "http://s"
 
 
 def free_port() -> int:
@@ -478,14 +488,16 @@ def test_the_command_registers_and_answers(server):
         try:
             assert server.heard.wait(PATIENCE)
             path, body = server.registered[0]
-            assert path == "/register_worker" and body["worker_name"] == f"http://localhost:{port}"
+            assert path == "/register_worker"
+            assert body["worker_name"] == f"http://localhost:{port}"
             assert body["worker_status"]["model_names"] == ["llava-v1.5-tiny"]
             wait_for(lambda: listening(port))
             assert texts(f"http://127.0.0.1:{port}", "good")[-1] == "A cat."
         finally:
             process.terminate()
             told = process.communicate()[1]
-    assert "org/llava-v1.5-tiny of 127.0.0.1" in told and "conversation template: llava_v1" in told
+    assert "org/llava-v1.5-tiny of 127.0.0.1" in told
+    assert "conversation template: llava_v1" in told
 
 
 def listening(port: int) -> bool:

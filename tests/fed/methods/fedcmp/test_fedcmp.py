@@ -99,7 +99,8 @@ def test_it_is_fedavg_above_the_side_where_float32_begins():
     assert_same(found.state, fedavg(states, [3, 1], base), rtol=1e-5, atol=1e-5)
     facts = found.facts["layers"]["a"]
     assert (facts["basis"], facts["rank"]) == ("randomised", 64)
-    assert 0.5 < facts["rest"]["share"] < 1 and facts["rest"]["gain"] == pytest.approx(1)
+    assert 0.5 < facts["rest"]["share"] < 1
+    assert facts["rest"]["gain"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("options", SETTINGS)
@@ -162,7 +163,8 @@ def test_layers_of_the_size_of_llava_7b_in_bfloat16():
     def assert_near(found, expected):
         # What rank 16 cuts off is what bfloat16 rounded away in the clients' updates of rank 4.
         for facts in found.facts["layers"].values():
-            assert facts["basis"] == "randomised" and facts["rank"] == 16
+            assert facts["basis"] == "randomised"
+            assert facts["rank"] == 16
             assert facts["energy_kept"] > 0.999
         for name in shapes:
             error = (found.state[name].float() - expected[name].float()).norm()
@@ -192,7 +194,8 @@ def test_a_low_tau_follows_those_who_agree():
     assert mean.state["a.weight"].tolist()[0] == pytest.approx([1 / 3, 0])
     assert firm.state["a.weight"].tolist()[0] == pytest.approx([1, 0], abs=0.01)
     facts = firm.facts["layers"]["a"]
-    assert facts["reliability"][2] < 1e-3 and facts["agreement"][2] == pytest.approx(-1)
+    assert facts["reliability"][2] < 1e-3
+    assert facts["agreement"][2] == pytest.approx(-1)
     assert mean.facts["layers"]["a"]["reliability"] == pytest.approx([1 / 3] * 3)
 
 
@@ -360,7 +363,8 @@ def test_lora_and_other_connectors_are_layers_too():
     plain = fedcmp(states, [1, 2, 3], base, **PLAIN)
     assert_same(plain.state, fedavg(states, [1, 2, 3], base), rtol=1e-6, atol=1e-7)
     found = fedcmp(states, [1, 2, 3], base)
-    assert len(found.facts["layers"]) == 3 and found.facts["averaged"] == ["model.image_newline"]
+    assert len(found.facts["layers"]) == 3
+    assert found.facts["averaged"] == ["model.image_newline"]
     assert all(facts["gain"]["max"] > 1.1 for facts in found.facts["layers"].values())
 
 
@@ -432,7 +436,8 @@ def test_the_basis_stays_orthonormal_over_rounds_of_any_rank(seed, align):
         assert sorted(memory) == [f"{layer}.basis" for layer in LAYERS]
         for layer in LAYERS:
             basis, facts = memory[f"{layer}.basis"], found.facts["layers"][layer]
-            assert basis.shape == (facts["side"], facts["rank"]) and eye_error(basis) < 1e-5
+            assert basis.shape == (facts["side"], facts["rank"])
+            assert eye_error(basis) < 1e-5
             assert (facts["momentum"] is None) == (round == 0)
     json.dumps(found.facts, allow_nan=False)
 
@@ -444,7 +449,8 @@ def test_beta_zero_is_the_aggregation_alone_whatever_the_memory():
     alone = fedcmp(states, None, base, **options)
     found = fedcmp(states, None, base, memory=memory, beta=0.0, **options)
     assert_same(found.state, alone.state, rtol=0, atol=0)
-    assert found.memory is None and found.facts == alone.facts
+    assert found.memory is None
+    assert found.facts == alone.facts
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -478,7 +484,8 @@ def test_momentum_brings_the_basis_nearer_to_its_history(align):
         overlaps.append(float((old.T @ basis).square().sum() / 3))
         said = found.facts["layers"]["a"]["momentum"]
         assert not said or said["overlap"] == pytest.approx(overlaps[0], abs=1e-6)
-    assert overlaps == sorted(overlaps) and overlaps[-1] > overlaps[0] + 0.1
+    assert overlaps == sorted(overlaps)
+    assert overlaps[-1] > overlaps[0] + 0.1
     assert said["turned"] > 0.1
 
 
@@ -534,8 +541,10 @@ def test_options_out_of_range(option):
 def test_facts_of_a_layer():
     base, states = draw(0, 4)
     facts = fedcmp(states, [1, 2, 3, 4], base, energy=0.8, tau=0.5).facts["layers"][LAYERS[0]]
-    assert facts["side"] == 10 and 0.8 <= facts["energy_kept"] < 1
-    assert facts["rank"] < 10 and facts["basis"] == "exact"
+    assert facts["side"] == 10
+    assert 0.8 <= facts["energy_kept"] < 1
+    assert facts["rank"] < 10
+    assert facts["basis"] == "exact"
     assert sum(facts["spectrum"]) <= 1 + 1e-9
     assert facts["spectrum"] == sorted(facts["spectrum"], reverse=True)
     kappa = facts["kappa"]

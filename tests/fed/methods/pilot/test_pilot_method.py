@@ -55,7 +55,8 @@ def test_literal_by_hand():
     close(lora_of(outcome), [[0, 1 / 3], hill, [0, 1 / 2]])
     sea, two = outcome.facts["lora"]["sea"], outcome.facts["lora"]["hill"]["neighbours"]["town"]
     assert sea["neighbours"]["town"]["distance"] == pytest.approx(1)
-    assert sea["own"] == pytest.approx(2 / 3) and list(sea["neighbours"]) == ["town"]
+    assert sea["own"] == pytest.approx(2 / 3)
+    assert list(sea["neighbours"]) == ["town"]
     assert two["distance"] == pytest.approx(18**0.5)
     assert two["weight"] == pytest.approx(far / (1 + far))
     json.dumps(outcome.facts)
@@ -186,26 +187,32 @@ def test_an_absent_task_keeps_its_adapter_and_late_clients_get_what_there_is_tod
     start, beside = send("sea", "ask", personal, BASE, second.memory)  # missed the second round
     assert start[ADAPTER].item() == pytest.approx(9)
     assert torch.equal(start[LORA], first.state[0][LORA])
-    assert list(start) == list(BASE) and list(beside) == [f"tell/{ADAPTER}"]
+    assert list(start) == list(BASE)
+    assert list(beside) == [f"tell/{ADAPTER}"]
     late, beside = send("new", "tell", personal, BASE, second.memory)
     close(late[LORA], torch.stack([s[LORA] for s in personal.values()]).mean(0))
-    assert late[ADAPTER].item() == pytest.approx(7) and list(beside) == [f"ask/{ADAPTER}"]
+    assert late[ADAPTER].item() == pytest.approx(7)
+    assert list(beside) == [f"ask/{ADAPTER}"]
     other, beside = send("new", "draw", personal, BASE, second.memory)  # a task of its own
-    assert other[ADAPTER].item() == pytest.approx(0) and len(beside) == 2
+    assert other[ADAPTER].item() == pytest.approx(0)
+    assert len(beside) == 2
 
     only = {"hill": second.state[0]}  # the mean of one would be that client
     assert torch.equal(send("new", "ask", only, BASE, {})[0][LORA], BASE[LORA])
     start, beside = send("new", "ask", {}, BASE, {})
-    assert all(torch.equal(start[n], BASE[n]) for n in BASE) and beside == {}
+    assert all(torch.equal(start[n], BASE[n]) for n in BASE)
+    assert beside == {}
 
 
 def test_either_part_may_be_absent():
     lora, adapter = ({n: BASE[n]} for n in (LORA, ADAPTER))
     outcome = pilot([{LORA: s[LORA]} for s in STATES], base=lora)
-    assert outcome.memory is None and list(outcome.state[0]) == [LORA]
+    assert outcome.memory is None
+    assert list(outcome.state[0]) == [LORA]
     assert methods.get("pilot").send("x", "ask", {}, lora, {}) == (lora, {})
     outcome = pilot([{ADAPTER: s[ADAPTER]} for s in STATES], base=adapter)
-    assert "lora" not in outcome.facts and list(outcome.state[2]) == [ADAPTER]
+    assert "lora" not in outcome.facts
+    assert list(outcome.state[2]) == [ADAPTER]
 
 
 def test_without_tasks_all_clients_have_one():
@@ -265,7 +272,8 @@ def test_arguments_are_left_as_they_were():
             for tensor in state.values():
                 tensor.fill_(9)
     for old, new in zip(before, given, strict=True):
-        assert list(old) == list(new) and all(torch.equal(old[n], new[n]) for n in old)
+        assert list(old) == list(new)
+        assert all(torch.equal(old[n], new[n]) for n in old)
 
 
 def test_a_merge_has_no_use_for_it():

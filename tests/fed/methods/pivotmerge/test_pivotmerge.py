@@ -95,7 +95,8 @@ def test_what_opposes_the_sum_is_filtered_where_experts_disagree():
         assert torch.allclose((after * total).sum(1), along.clamp(min=0), atol=1e-12)
     nothing = shared.filtered(1.0, 0.0)
     low = shared.kappa < 1.0
-    assert low.any() and all((c[low] == 0).all() for c in nothing)
+    assert low.any()
+    assert all((c[low] == 0).all() for c in nothing)
     assert all(a is b for a, b in zip(shared.filtered(0.0, 0.0), shared.parts, strict=True))
 
 
@@ -125,7 +126,8 @@ def test_the_gain_gives_back_the_length_of_unrelated_rows():
     shared = Shared.of([x, y], [0.5, 0.5], None)
     how = dict(kappa_min=0.0, subspace=None)
     merged, facts = shared.joined(shared.parts, [0.5, 0.5], rescale=4.0, power=0.5, **how)
-    assert merged.norm() == pytest.approx(2.0) and facts["gain"] == pytest.approx(math.sqrt(2))
+    assert merged.norm() == pytest.approx(2.0)
+    assert facts["gain"] == pytest.approx(math.sqrt(2))
     capped, _ = shared.joined(shared.parts, [0.5, 0.5], rescale=1.1, power=0.5, **how)
     assert capped.norm() == pytest.approx(1.1 * math.sqrt(2))
 
@@ -162,7 +164,8 @@ def test_calibration_trusts_whom_the_loss_misses_most():
     found = merge(states, base, mode="calibration", calibration=[good] * 3)
     assert good.calls == 1 + 2 * 3  # with all, then without each expert's part of each layer
     for facts in found.facts["layers"].values():
-        assert facts["alpha"][0] == max(facts["alpha"]) and sum(facts["alpha"]) == pytest.approx(1)
+        assert facts["alpha"][0] == max(facts["alpha"])
+        assert sum(facts["alpha"]) == pytest.approx(1)
     plain = merge(states, base, mode="uniform")
     assert good.loss(found.state) < good.loss(plain.state)
 
