@@ -10,6 +10,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_
 echo "== lint"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
 [ $# -gt 0 ] || bash scripts/numerics.sh
 echo "== tests"
 exec "$PYTHON" -m pytest "$@"
