@@ -79,14 +79,14 @@ def _streamer(tokenizer, stop: str):
     """Print words as they come, up to the mark that ends the answer."""
     from transformers import TextStreamer
 
-    from llava.serve.generated import shown
+    from llava.serve.text_stream import visible_text
 
     class UpToStop(TextStreamer):
         text, printed = "", 0
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            now = shown(self.text, stop, stream_end)
+            now = visible_text(self.text, stop, stream_end)
             print(now[self.printed :], end="\n" if stream_end else "", flush=True)
             self.printed = max(self.printed, len(now))
 

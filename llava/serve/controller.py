@@ -17,8 +17,8 @@ from typing import Any
 
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.errors import InputError, one_clear_error
-from llava.serve import wire
-from llava.serve.web import (
+from llava.serve import protocol
+from llava.serve.http_server import (
     application,
     body_object,
     check_installed,
@@ -32,7 +32,7 @@ DISPATCH = ("lottery", "shortest_queue")
 
 
 @dataclasses.dataclass
-class Worker:
+class RegisteredWorker:
     """What is known of a worker; `heard` is when it last spoke, None if it need not."""
 
     model_names: list[str]
@@ -48,7 +48,7 @@ class Registry:
         if dispatch not in DISPATCH:
             raise InputError(f"--dispatch-method {dispatch}: {' or '.join(DISPATCH)} is expected")
         self.dispatch, self.now = dispatch, now
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, RegisteredWorker] = {}
 
     def register(self, name: str, status: Any, check_heart_beat: bool) -> None:
         """Take a worker in, or take in its news; a status that is none is an `InputError`."""
@@ -62,7 +62,7 @@ class Registry:
         if speed <= 0:
             raise InputError(f"worker {name}: its speed is {speed:g}; over 0 is expected")
         heard = self.now() if check_heart_beat else None
-        self._workers[name] = Worker(names, speed, length, heard)
+        self._workers[name] = RegisteredWorker(names, speed, length, heard)
 
     def beat(self, name: str, queue_length: int) -> bool:
         """A worker lives; False if it is not known, and so should register."""
@@ -77,7 +77,7 @@ class Registry:
     def forget(self, name: str) -> None:
         self._workers.pop(name, None)
 
-    def alive(self) -> dict[str, Worker]:
+    def alive(self) -> dict[str, RegisteredWorker]:
         """The workers that have spoken lately."""
         oldest = self.now() - CONTROLLER_HEART_BEAT_EXPIRATION
         for name, worker in list(self._workers.items()):
@@ -158,15 +158,15 @@ def controller_app(registry: Registry):
 
     async def passed_on(body: bytes) -> AsyncIterator[bytes]:
         try:
-            question = wire.read_json(body)
+            question = protocol.read_json(body)
             model = question.get("model", "") if isinstance(question, dict) else ""
         except InputError as error:
-            yield wire.chunk(str(error), wire.ERROR_MODEL)
+            yield protocol.chunk(str(error), protocol.ERROR_MODEL)
             return
         if not (name := registry.choose(model)):
             known = ", ".join(registry.models()) or "none"
             text = f"no worker serves the model {model!r} now; models that are served: {known}"
-            yield wire.chunk(text, wire.NO_WORKER)
+            yield protocol.chunk(text, protocol.NO_WORKER)
             return
         try:
             async with (
@@ -175,11 +175,11 @@ def controller_app(registry: Registry):
             ):
                 rest = b""
                 async for piece in answer.aiter_raw():  # half an object is of no use to anybody
-                    whole, nul, rest = (rest + piece).rpartition(wire.NUL)
+                    whole, nul, rest = (rest + piece).rpartition(protocol.NUL)
                     yield whole + nul
         except httpx.HTTPError as error:
             text = f"the worker of {model} stopped in the middle ({type(error).__name__})"
-            yield wire.chunk(text, wire.WORKER_GONE)
+            yield protocol.chunk(text, protocol.WORKER_GONE)
 
     async def worker_generate_stream(http):
         return streamed(passed_on(await whole_body(http)))

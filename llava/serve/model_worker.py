@@ -19,12 +19,12 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import Answerer, Picture, add_model_flags, conv_mode_of, end_mark
-from llava.serve import wire
-from llava.serve.web import check_installed
+from llava.serve import protocol
+from llava.serve.http_server import check_installed
 from llava.serve.worker_app import add_worker_flags, serve_worker
 
 if TYPE_CHECKING:
-    from llava.serve.engine import Engine
+    from llava.serve.batching import Engine
 
 
 class ModelBackend:
@@ -48,13 +48,13 @@ class ModelBackend:
             "runs": self.runs,
         }
 
-    async def stream(self, request: wire.Request) -> AsyncIterator[str]:
+    async def stream(self, request: protocol.Request) -> AsyncIterator[str]:
         """The answer so far, whenever there is more of it."""
-        from llava.serve.engine import Question
+        from llava.serve.batching import QueuedPrompt
 
         pictures = await asyncio.to_thread(self._pictures, request.images)
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
-        question = Question(
+        question = QueuedPrompt(
             self._marked(request.prompt),
             pictures,
             request.temperature,
@@ -74,9 +74,9 @@ class ModelBackend:
 
     async def attention(self, body: Any) -> dict[str, Any]:
         """How much an answer's tokens attended to the places of each picture."""
-        from llava.serve.attention import grids
+        from llava.serve.attention_maps import grids
 
-        request = wire.read_request(body)
+        request = protocol.read_request(body)
         answer = body.get("answer")
         if not isinstance(answer, str) or not answer.strip() or answer not in request.prompt:
             raise InputError("answer: the text of the prompt's last answer is expected")
@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
         args.attn_implementation = args.attn_implementation or "flash_attention_2"
     answerer = Answerer.load(args)
     answerer.name = args.model_name or answerer.name
-    from llava.serve.engine import Engine
+    from llava.serve.batching import Engine
 
     engine = Engine(answerer, args.limit_model_concurrency)
     backend = ModelBackend(answerer, engine, run_folder(args.model_path))

@@ -20,7 +20,7 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
-    MOST_PIXELS,
+    MAX_PIXELS,
 )
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import InputError
@@ -164,7 +164,7 @@ def data_url(image: str) -> str:
         data = base64.b64decode("".join(image.split()), validate=True)
     except ValueError:
         raise InputError(f"{name} cannot be read: this is not base64") from None
-    picture, kind = open_image(data, name, MOST_PIXELS), plain_kind(data)
+    picture, kind = open_image(data, name, MAX_PIXELS), plain_kind(data)
     if kind not in ("png", "jpeg", "webp", "gif"):
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.errors import InputError, reason
 
-SILENCE = 300
+READ_TIMEOUT_S = 300
 """Seconds that a busy server may keep an answer waiting for its next word."""
 
 
@@ -29,7 +29,7 @@ class OpenAIServer:
         self.name = url.netloc.decode()  # without a password
         self._options = {
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": httpx.Timeout(SILENCE, connect=10, pool=None),
+            "timeout": httpx.Timeout(READ_TIMEOUT_S, connect=10, pool=None),
             "trust_env": url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy on the way
         }
         limits = httpx.Limits(max_connections=None)
@@ -83,7 +83,7 @@ class OpenAIServer:
                 f"the model server at {self.name} cannot be reached: {reason(error)}"
             ) from error
         except httpx.TimeoutException as error:
-            raise InputError(f"the model server was silent for {SILENCE} seconds") from error
+            raise InputError(f"the model server was silent for {READ_TIMEOUT_S} seconds") from error
         except httpx.HTTPError as error:
             raise InputError(
                 f"the connection to the model server broke off: {reason(error)}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.serve.page.talk import PageError
+from llava.serve.ui.worker_client import PageError
 
 Rows = list[dict[str, Any]]
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.atomic import atomic_write
-from llava.serve.page.turns import Turn, images_of
+from llava.serve.ui.chat_state import Turn, images_of
 
 
-class Log:
+class FeedbackLog:
     """The log in a folder. Pages in several processes may write to one."""
 
     def __init__(self, folder: str | Path) -> None:

@@ -20,14 +20,14 @@ from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from llava.errors import InputError
 from llava.eval.answer import Answerer, Picture, TooLongError
-from llava.serve.generated import Generated
-from llava.serve.wire import GREEDY_BELOW
+from llava.serve.protocol import GREEDY_BELOW
+from llava.serve.text_stream import TextStream
 
 STOPPED = "the worker was stopped"
 
 
 @dataclasses.dataclass(eq=False)
-class Question:
+class QueuedPrompt:
     """A prompt on its way through the engine.
 
     `tell` is called from the engine's thread: with the text so far whenever there is more of it,
@@ -48,8 +48,8 @@ class Question:
 class Row:
     """A question that is being answered; `position` is that of its next token."""
 
-    question: Question
-    generated: Generated
+    question: QueuedPrompt
+    generated: TextStream
     position: int
     left: int  # how many tokens it may still make; 0 once its end was told
 
@@ -65,7 +65,7 @@ class Engine:
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)
         self._next = torch.zeros(0, 1, dtype=torch.long)
-        self._waiting: collections.deque[Question] = collections.deque()
+        self._waiting: collections.deque[QueuedPrompt] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -77,7 +77,7 @@ class Engine:
         """How many questions are being answered or wait."""
         return len(self.rows) + len(self._waiting)
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: QueuedPrompt) -> None:
         """Put a question in the queue; one that comes after `close` is told so at once."""
         with self._changed:
             if not self._closed:
@@ -151,14 +151,14 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_exception(InputError(STOPPED))
 
-    def _first(self) -> Question | None:
+    def _first(self) -> QueuedPrompt | None:
         while self._waiting:
             question = self._waiting.popleft()
             if not question.cancelled:
                 return question
         return None
 
-    def _take_in(self, question: Question) -> None:
+    def _take_in(self, question: QueuedPrompt) -> None:
         """Run a prompt through the model, make its first token, and give it a row."""
         sizes = [size for _, size in question.pictures]
         try:
@@ -172,7 +172,7 @@ class Engine:
         logits = self.answerer.model(
             inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
         ).logits[:, -1]
-        generated = Generated(self.answerer.tokenizer, question.stop, self.answerer.ends)
+        generated = TextStream(self.answerer.tokenizer, question.stop, self.answerer.ends)
         row = Row(question, generated, length, min(question.max_new_tokens, room))
         token = choose(logits, [question])
         if self._tell(row, int(token)):
@@ -247,7 +247,7 @@ def embedded(answerer: Answerer, ids: torch.Tensor, pictures: Sequence[Picture])
     return model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, *placed)[4]
 
 
-def choose(logits: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
+def choose(logits: torch.Tensor, questions: Sequence[QueuedPrompt]) -> torch.Tensor:
     """The next token of each row, (rows,), by its own temperature and top-p."""
     tokens = logits.argmax(-1)
     for i, question in enumerate(questions):
@@ -284,7 +284,7 @@ def join(cache: DynamicCache, mask, other: DynamicCache, other_mask) -> torch.Te
     return mask
 
 
-def _say(question: Question, news: str | Exception | None) -> None:
+def _say(question: QueuedPrompt, news: str | Exception | None) -> None:
     try:
         question.tell(news)
     except Exception:  # its event loop is closed, say: it has hung up, and no other may suffer

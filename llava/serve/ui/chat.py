@@ -4,8 +4,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from llava.serve.page.attention import overlays
-from llava.serve.page.controls import (
+from llava.serve.ui.chat_state import Turn, chatbot_messages, fill, open_again
+from llava.serve.ui.feedback_log import FeedbackLog
+from llava.serve.ui.overlay import overlays
+from llava.serve.ui.widgets import (
     ONE_BY_ONE,
     options_of,
     question_box,
@@ -14,14 +16,12 @@ from llava.serve.page.controls import (
     told,
     turn_of,
 )
-from llava.serve.page.talk import Options, Talk
-from llava.serve.page.turns import Turn, fill, open_again, shown
-from llava.serve.page.votes import Log
+from llava.serve.ui.worker_client import Options, WorkerClient
 
 VOTES = {"upvote": "Upvote", "downvote": "Downvote", "flag": "Flag"}
 
 
-def chat_tab(talk: Talk, log: Log, offers: list[dict]):
+def chat_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
     """Build the tab; returns its choice of models."""
     import gradio as gr
 
@@ -59,10 +59,10 @@ def chat_tab(talk: Talk, log: Log, offers: list[dict]):
         here, votable = bool(turns) and not busy, [answered and not turns[-1].vote] * len(VOTES)
         able = [*votable, busy, here, here, answered and any(t.images for t in turns)]
         buttons = [gr.update(interactive=each) for each in able]
-        return [shown(turns), gr.update(visible=False, value=None), *buttons]
+        return [chatbot_messages(turns), gr.update(visible=False, value=None), *buttons]
 
     async def answer(model, turns: list[Turn], options: Options, request) -> AsyncIterator[list]:
-        async for _ in fill(talk, {model: turns}, options):
+        async for _ in fill(client, {model: turns}, options):
             yield view(turns, busy=True)
         if turns[-1].answer:
             await asyncio.to_thread(log.write, "chat", turns, request.client.host)
@@ -91,7 +91,7 @@ def chat_tab(talk: Talk, log: Log, offers: list[dict]):
 
     async def look_at(turns):
         with told():
-            return gr.update(value=await overlays(talk, turns), visible=True)
+            return gr.update(value=await overlays(client, turns), visible=True)
 
     given = [model, turns, *parameters]
     running = [
