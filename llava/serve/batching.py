@@ -13,7 +13,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
@@ -40,7 +40,7 @@ class QueuedPrompt:
     top_p: float
     max_new_tokens: int
     stop: str
-    tell: Callable[[str | Exception | None], None]
+    tell: Callable[[str | Exception | None], object]
     cancelled: bool = False
 
 
@@ -52,6 +52,13 @@ class Row:
     generated: TextStream
     position: int
     left: int  # how many tokens it may still make; 0 once its end was told
+
+
+class FilledLayer(Protocol):
+    """A layer of a cache: keys and values, each (rows, heads, length, head size)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class Engine:
@@ -74,7 +81,7 @@ class Engine:
 
     @property
     def length(self) -> int:
-        """How many questions are being answered or wait."""
+        """The number of questions that are being answered or wait."""
         return len(self.rows) + len(self._waiting)
 
     def ask(self, question: QueuedPrompt) -> None:
@@ -177,7 +184,7 @@ class Engine:
         token = choose(logits, [question])
         if self._tell(row, int(token)):
             return
-        if self.rows:
+        if self._cache is not None:  # others are being answered
             following = torch.cat([self._next, token[:, None]])
             self._mask = join(self._cache, self._mask, cache, mask)
             self._next = following
@@ -220,7 +227,8 @@ class Engine:
         self._next, self._mask = self._next[index], self._mask[index]
         start = int(self._mask.argmax(1).min())  # what is padding in all rows goes
         self._mask = self._mask[:, start:]
-        for layer in self._cache.layers:  # one that fails half-way fails its step: all are lost
+        assert self._cache is not None  # rows have a cache
+        for layer in _filled(self._cache):  # one that fails half-way fails its step: all are lost
             layer.keys = layer.keys[index][:, :, start:]
             layer.values = layer.values[index][:, :, start:]
 
@@ -276,12 +284,17 @@ def join(cache: DynamicCache, mask, other: DynamicCache, other_mask) -> torch.Te
 
     built = [
         (joined(layer.keys, more.keys, 2), joined(layer.values, more.values, 2))
-        for layer, more in zip(cache.layers, other.layers, strict=True)
+        for layer, more in zip(_filled(cache), _filled(other), strict=True)
     ]
     mask = joined(mask, other_mask, 1)
-    for layer, (keys, values) in zip(cache.layers, built, strict=True):
+    for layer, (keys, values) in zip(_filled(cache), built, strict=True):
         layer.keys, layer.values = keys, values
     return mask
+
+
+def _filled(cache: DynamicCache) -> list[FilledLayer]:
+    """The layers of a cache after a prompt has run through the model."""
+    return cast("list[FilledLayer]", cache.layers)  # without keys only before the first run
 
 
 def _say(question: QueuedPrompt, news: str | Exception | None) -> None:

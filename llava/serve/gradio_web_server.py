@@ -42,7 +42,7 @@ def build(client, log, runs: list[str], offers: list, model_list_mode: str, embe
     at_start: list[str] = []
 
     async def models(request: gr.Request):
-        """What is served: asked at each load, or once there was something."""
+        """The models that are served: asked at each load, or until there are some."""
         trouble = ""
         if model_list_mode == "reload" or not at_start:
             try:

@@ -1,4 +1,4 @@
-"""What controller and workers share as HTTP servers: POST endpoints that speak JSON."""
+"""The HTTP server under controller and workers: POST endpoints that speak JSON."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def streamed(pieces: AsyncGenerator[bytes]):
 
     class Streamed(StreamingResponse):
         async def __call__(self, scope, receive, send) -> None:
-            async with contextlib.aclosing(self.body_iterator):
+            async with contextlib.aclosing(pieces):
                 await super().__call__(scope, receive, send)
 
     return Streamed(pieces, media_type="application/octet-stream")

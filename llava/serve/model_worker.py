@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
@@ -48,12 +48,13 @@ class ModelBackend:
             "runs": self.runs,
         }
 
-    async def stream(self, request: protocol.Request) -> AsyncIterator[str]:
+    async def stream(self, request: protocol.Request) -> AsyncGenerator[str]:
         """The answer so far, whenever there is more of it."""
         from llava.serve.batching import QueuedPrompt
 
         pictures = await asyncio.to_thread(self._pictures, request.images)
-        loop, told = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         question = QueuedPrompt(
             self._marked(request.prompt),
             pictures,
@@ -73,7 +74,7 @@ class ModelBackend:
             question.cancelled = True  # no more to say, or nobody listens
 
     async def attention(self, body: Any) -> dict[str, Any]:
-        """How much an answer's tokens attended to the places of each picture."""
+        """The attention of an answer's tokens to the places of each picture."""
         from llava.serve.attention_maps import grids
 
         request = protocol.read_request(body)
@@ -87,7 +88,7 @@ class ModelBackend:
         found = await asyncio.wrap_future(
             self.engine.call(lambda: grids(self.answerer, head, answer, pictures))
         )
-        squared = getattr(self.answerer.model.config, "image_aspect_ratio", None)
+        squared = getattr(self.answerer.model.config, "image_aspect_ratio", None) or ""
         fit = {"pad": "pad", "anyres": "stretch"}.get(squared, "crop")  # see `image_pixels`
         return {"grids": found, "fit": fit, "error_code": 0}
 

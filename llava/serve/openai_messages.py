@@ -36,7 +36,7 @@ _TAGGED = [f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>", "Received."]
 
 
 class Talk(NamedTuple):
-    """What a prompt says: the system's text, and the turns' in order, a user's first and last."""
+    """A prompt's texts: the system's, and the turns' in order, a user's first and last."""
 
     system: str
     turns: list[str]
@@ -54,7 +54,7 @@ class _Marks(NamedTuple):
 
 
 def read_prompt(prompt: str, name: str) -> Talk:
-    """What a prompt of the template `name` says; another template of `OTHERS` is recognised too."""
+    """The texts of a prompt of the template `name`; those of `OTHERS` are recognised too."""
     try:
         return split_prompt(prompt, name)
     except InputError:
@@ -67,7 +67,7 @@ def read_prompt(prompt: str, name: str) -> Talk:
 
 
 def split_prompt(prompt: str, name: str) -> Talk:
-    """What a prompt of the template `name` says, its system's text free to be another.
+    """The texts of a prompt of the template `name`; its system's text may be another.
 
     Examples that belong to the template are turns. The turns with which `mmtag` templates announce
     a picture become `<image>` at the front of the question after them, as elsewhere.

@@ -1,4 +1,4 @@
-"""What controller, workers and pages say to each other: upstream's wire format.
+"""The messages between controller, workers and pages: upstream's wire format.
 
 A question is one JSON object. Its answer is a stream of JSON objects with a zero byte after each:
 `{"text": the prompt and all that has been generated so far, "error_code": 0}`. When something goes

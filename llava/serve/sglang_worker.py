@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.conversation import SeparatorStyle, get_template
@@ -61,7 +61,7 @@ class OpenAIBackend:
         }
         return status | ({"context_length": self.context_length} if self.context_length else {})
 
-    async def stream(self, request: protocol.Request) -> AsyncIterator[str]:
+    async def stream(self, request: protocol.Request) -> AsyncGenerator[str]:
         """The answer so far, whenever there is more of it."""
         self._asked += 1
         try:

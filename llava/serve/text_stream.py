@@ -7,7 +7,7 @@ from typing import Any
 
 
 def visible_text(text: str, stop: str, whole: bool) -> str:
-    """What may be shown of a text so far: up to `stop`, and nothing that may be its beginning.
+    """The part of a text so far that may be shown: up to `stop`, and no beginning of one.
 
     `whole`: no more is to come, so what may have been a beginning is none.
     """
@@ -33,6 +33,8 @@ class TextStream:
         if token in self.ends:
             return True
         self.ids.append(token)
+        # All of them, since bytes that are no text yet change what was before; tokenizers'
+        # DecodeStream gives other texts than `decode` for such bytes, or fails at them.
         self._decoded = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         return bool(self.stop) and self.stop in self._decoded
 

@@ -41,7 +41,7 @@ class Turn:
 
     @classmethod
     def of(cls, message: Mapping[str, Any], preprocess: str) -> Turn:
-        """What a MultimodalTextbox holds; `PageError` for what cannot be sent."""
+        """The turn that a MultimodalTextbox holds; `PageError` for one that cannot be sent."""
         text, files = message["text"].strip(), list(message["files"])
         if not text and not files:
             raise PageError("Type a question, or add a picture.")
@@ -56,7 +56,9 @@ def open_again(turn: Turn, preprocess: str) -> Turn:
 
 
 def _sent(file: str, preprocess: str) -> str:
-    return Conversation("", ("", ""), [], 0).process_image(open_picture(file), preprocess)
+    image = Conversation("", ("", ""), [], 0).process_image(open_picture(file), preprocess)
+    assert isinstance(image, str)  # base64 unless `return_pil`
+    return image
 
 
 def open_picture(path: str) -> Image.Image:

@@ -149,7 +149,7 @@ def _last(order: list[str], talks: Talks) -> list[Turn]:
 
 
 def _names(order: list[str], talks: Talks, hide: bool) -> list[str]:
-    """What the columns are called: hidden names are chatbot_messages once there was a vote."""
+    """The columns' titles: hidden names are shown once there was a vote."""
     if hide and not any(turn.vote for model in order for turn in talks.get(model, [])):
         return [f"Model {letter}" for letter in "ABCD"[: len(order)]]
     return order

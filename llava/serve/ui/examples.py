@@ -1,4 +1,4 @@
-"""What there is to click before anybody has asked: questions with their pictures."""
+"""Examples to click before the first question: questions with their pictures."""
 
 from __future__ import annotations
 

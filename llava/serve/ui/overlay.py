@@ -1,4 +1,4 @@
-"""What a model looked at, drawn on the picture: bright where its answer attended, else dark."""
+"""Attention drawn on the picture: bright where the answer attended, dark elsewhere."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ async def overlays(client: WorkerClient, turns: list[Turn]) -> list[tuple[Image.
     if not turns or not turns[-1].answer or not images_of(turns):
         raise PageError("There is no answer about a picture yet.")
     conversation, images = turns[-1].conversation, images_of(turns)
+    assert conversation is not None  # its answer is there
     worker, answer = await client.worker(turns[-1].model), conversation.messages[-1][1]
     grids, fit = await client.attention(worker, conversation.get_prompt(), answer, images)
     drawn = []

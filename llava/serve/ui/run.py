@@ -12,7 +12,7 @@ from llava.serve.ui.worker_client import PageError, WorkerClient
 
 EVERY = 2.0  # seconds between looks at the records
 
-# What is plotted: x, y, kind, a title that fits on a phone, and what y is.
+# The plots: x, y, kind, a title that fits on a phone, and the meaning of y.
 PLOTS = (
     ("round", "loss", "line", "Held-out loss of each model", "nats a token"),
     ("round", "loss", "line", "Training loss of each client", "nats a token"),
@@ -21,7 +21,12 @@ PLOTS = (
     ("layer", "weight", "bar", "Weight of each expert", "weight"),
     ("layer", "share", "bar", "What the experts agree on", "share of what they learnt"),
 )
-RANGE = {"loss": [0, None], "cosine": [-1, 1], "share": [0, 1], "weight": [0, None]}
+RANGE: dict[str, list[float | None]] = {
+    "loss": [0, None],
+    "cosine": [-1, 1],
+    "share": [0, 1],
+    "weight": [0, None],
+}
 
 
 def run_tab(client: WorkerClient, folders: Sequence[str]):
@@ -71,7 +76,8 @@ def _plot(x: str, y: str, kind: str, title: str, y_title: str):
     return (gr.LinePlot if line else gr.BarPlot)(
         x=x, y=y, color=None if x == "of" else "of", x_title=" " if x == "of" else x,
         y_title=y_title, color_title=" ", title=title, x_axis_format="d" if line else None,
-        y_lim=None if line else RANGE[y], height=280, tooltip="all", visible=False, buttons=[],
+        height=280, tooltip="all", visible=False, buttons=[],
+        y_lim=None if line else RANGE[y],  # type: ignore[arg-type]  # gradio's own default is None
     )  # fmt: skip
 
 
@@ -87,7 +93,7 @@ def seen_in(folder: Path) -> list:
 
 
 def _shown(rounds: list[dict], merge: dict | None) -> list:
-    text = "\n\n".join(filter(None, [_of_run(rounds), merge and _of_merge(merge)]))
+    text = "\n\n".join(filter(None, [_of_run(rounds), _of_merge(merge) if merge else ""]))
     return [text, *_plotted(rounds, merge), _table(rounds)]
 
 

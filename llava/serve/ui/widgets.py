@@ -1,4 +1,4 @@
-"""What the tabs share: the box to type into, the settings of an answer, messages to a person."""
+"""Widgets that the tabs share: the question box, the settings of an answer, error messages."""
 
 from __future__ import annotations
 

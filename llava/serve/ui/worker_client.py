@@ -1,10 +1,10 @@
-"""The page's side of the wire: what it asks controller and workers, and their trouble in words."""
+"""The page's client of controller and workers, with their failures in words."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from llava.eval.answer import conv_mode_of
@@ -15,7 +15,7 @@ READ_TIMEOUT_S = 300.0  # seconds that a worker may be silent: a long queue, a l
 
 
 class PageError(Exception):
-    """What a person is to be told."""
+    """A message for the person at the page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an answer is generated."""
+    """Settings of an answer's generation."""
 
     temperature: float = 0.2
     top_p: float = 0.7
@@ -67,7 +67,7 @@ class WorkerClient:
 
     async def answer(
         self, worker: Worker, prompt: str, stop: str, images: Sequence[str], options: Options
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The answer so far, again and again. Closing the iterator hangs up on the worker."""
         import httpx
 
@@ -91,7 +91,7 @@ class WorkerClient:
     async def attention(
         self, worker: Worker, prompt: str, answer: str, images: Sequence[str]
     ) -> tuple[list[list[list[float]]], str]:
-        """What the answer's tokens attended to: a grid a picture, and how pictures were squared."""
+        """The answer's attention, a grid for each picture, and how pictures were squared."""
         body = {"model": worker.model, "prompt": prompt, "answer": answer, "images": list(images)}
         with _worker_trouble(worker.model, worker.address):
             said = await _post(
