@@ -3,6 +3,7 @@
 # No postponed annotations: gradio finds its Request by them.
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
 
 from llava.serve.ui.chat_state import Turn, chatbot_messages, fill, open_again
 from llava.serve.ui.feedback_log import FeedbackLog
@@ -21,11 +22,29 @@ from llava.serve.ui.worker_client import Options, WorkerClient
 VOTES = {"upvote": "Upvote", "downvote": "Downvote", "flag": "Flag"}
 
 
-def chat_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
-    """Build the tab; returns its choice of models."""
+class ChatWidgets(NamedTuple):
+    """The tab's widgets, as far as an event reads or changes them."""
+
+    model: Any
+    parameters: list
+    chatbot: Any
+    box: Any
+    votes: list
+    stop: Any
+    again: Any
+    clear: Any
+    look: Any
+    attention: Any
+
+    def outputs(self) -> list:
+        """The widgets that `view` updates, in its order."""
+        buttons = [*self.votes, self.stop, self.again, self.clear, self.look]
+        return [self.chatbot, self.attention, *buttons]
+
+
+def _widgets(offers: list[dict]) -> ChatWidgets:
     import gradio as gr
 
-    turns = gr.State([])
     with gr.Row():
         with gr.Column(scale=3, min_width=260):
             model = gr.Dropdown([], label="Model", elem_id="model")
@@ -38,10 +57,9 @@ def chat_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
             with gr.Row():
                 votes = [small_button(label) for label in VOTES.values()]
             with gr.Row():
-                stop, again, clear, look = map(
-                    small_button, ("Stop", "Regenerate", "Clear", "What did it look at?")
-                )
-            looked = gr.Gallery(
+                labels = ("Stop", "Regenerate", "Clear", "What did it look at?")
+                stop, again, clear, look = map(small_button, labels)
+            attention = gr.Gallery(
                 label="What it looked at",
                 visible=False,
                 buttons=["fullscreen"],
@@ -51,15 +69,25 @@ def chat_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
                 object_fit="contain",
                 format="png",
             )
-    outputs = [chatbot, looked, *votes, stop, again, clear, look]
+    return ChatWidgets(model, parameters, chatbot, box, votes, stop, again, clear, look, attention)
 
-    def view(turns: list[Turn], busy: bool = False) -> list:
-        """The outputs: what is said, and which buttons make sense now."""
-        answered = bool(turns) and not busy and bool(turns[-1].answer)
-        here, votable = bool(turns) and not busy, [answered and not turns[-1].vote] * len(VOTES)
-        able = [*votable, busy, here, here, answered and any(t.images for t in turns)]
-        buttons = [gr.update(interactive=each) for each in able]
-        return [chatbot_messages(turns), gr.update(visible=False, value=None), *buttons]
+
+def view(turns: list[Turn], busy: bool = False) -> list:
+    """Updates of the conversation, and of the buttons that make sense now."""
+    import gradio as gr
+
+    answered = bool(turns) and not busy and bool(turns[-1].answer)
+    idle, votable = bool(turns) and not busy, [answered and not turns[-1].vote] * len(VOTES)
+    able = [*votable, busy, idle, idle, answered and any(turn.images for turn in turns)]
+    buttons = [gr.update(interactive=each) for each in able]
+    return [chatbot_messages(turns), gr.update(visible=False, value=None), *buttons]
+
+
+def chat_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
+    """Build the tab; returns its choice of models."""
+    import gradio as gr
+
+    turns, tab = gr.State([]), _widgets(offers)
 
     async def answer(model, turns: list[Turn], options: Options, request) -> AsyncIterator[list]:
         async for _ in fill(client, {model: turns}, options):
@@ -93,15 +121,15 @@ def chat_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
         with told():
             return gr.update(value=await overlays(client, turns), visible=True)
 
-    given = [model, turns, *parameters]
+    given, outputs = [tab.model, turns, *tab.parameters], tab.outputs()
     running = [
-        box.submit(send, [box, *given], [box, *outputs], show_progress="hidden"),
-        again.click(regenerate, given, outputs, show_progress="hidden"),
+        tab.box.submit(send, [tab.box, *given], [tab.box, *outputs], show_progress="hidden"),
+        tab.again.click(regenerate, given, outputs, show_progress="hidden"),
     ]
-    stop.click(None, cancels=running).then(lambda turns: view(turns), turns, outputs)
-    for event in (clear.click, chatbot.clear):
+    tab.stop.click(None, cancels=running).then(lambda turns: view(turns), turns, outputs)
+    for event in (tab.clear.click, tab.chatbot.clear):
         event(lambda: ([], *view([])), None, [turns, *outputs], cancels=running)
-    for button, kind in zip(votes, VOTES, strict=True):
-        button.click(vote(kind), turns, votes, show_progress="hidden", **ONE_BY_ONE)
-    look.click(look_at, turns, looked, show_progress_on=look)
-    return model
+    for button, kind in zip(tab.votes, VOTES, strict=True):
+        button.click(vote(kind), turns, tab.votes, show_progress="hidden", **ONE_BY_ONE)
+    tab.look.click(look_at, turns, tab.attention, show_progress_on=tab.look)
+    return tab.model

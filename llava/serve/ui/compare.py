@@ -5,6 +5,7 @@ import asyncio
 import copy
 import functools
 import random
+from typing import Any, NamedTuple
 
 from llava.serve.ui.chat_state import Turn, chatbot_messages, fill
 from llava.serve.ui.feedback_log import FeedbackLog
@@ -22,14 +23,30 @@ from llava.serve.ui.worker_client import PageError, WorkerClient
 MAX_COLUMNS = 4
 TIE, BAD = "tievote", "bothbad_vote"  # as arenas write them
 Talks = dict[str, list[Turn]]
-"""The turns of each model, those of models that are not chatbot_messages now included."""
+"""The turns of each model, those of models that are not shown now included."""
 
 
-def compare_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
-    """Build the tab; returns its choice of models."""
+class CompareWidgets(NamedTuple):
+    """The tab's widgets; `order` holds the models by column."""
+
+    order: Any
+    models: Any
+    hide: Any
+    columns: list
+    votes: list
+    box: Any
+    stop: Any
+    clear: Any
+    parameters: list
+
+    def outputs(self) -> list:
+        """The widgets that `view` updates, in its order."""
+        return [self.order, self.models, self.hide, *self.columns, *self.votes, self.stop]
+
+
+def _widgets(offers: list[dict]) -> CompareWidgets:
     import gradio as gr
 
-    talks, order = gr.State({}), gr.State([])  # order: the models by column
     with gr.Row():
         with gr.Column(scale=4):
             models = gr.Dropdown([], multiselect=True, max_choices=MAX_COLUMNS,
@@ -47,8 +64,14 @@ def compare_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
     box = question_box("Your question to all", offers)
     with gr.Row():
         stop, clear = small_button("Stop"), small_button("Clear", interactive=True)
-    parameters = settings()
-    outputs = [order, models, hide, *columns, *votes, stop]
+    return CompareWidgets(gr.State([]), models, hide, columns, votes, box, stop, clear, settings())
+
+
+def compare_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
+    """Build the tab; returns its choice of models."""
+    import gradio as gr
+
+    talks, tab = gr.State({}), _widgets(offers)
 
     async def send(message, order, talks, hide, preprocess, *parameters):
         with told():
@@ -75,23 +98,27 @@ def compare_tab(client: WorkerClient, log: FeedbackLog, offers: list[dict]):
     def choose(models, order, talks, hide):
         return view(sorted(models, key=[*order, *models].index), talks, hide)
 
+    def clear(order, hide):
+        return {}, *view(order, {}, hide)
+
     def forget(place: int, order, talks, hide):
         if place < len(order):
             talks.pop(order[place], None)
         return view(order, talks, hide)
 
-    given = [order, talks, hide]
-    running = box.submit(send, [box, *given, *parameters], [box, *outputs], show_progress="hidden")
-    stop.click(None, cancels=running).then(view, given, outputs)
-    clear.click(lambda order, hide: ({}, *view(order, {}, hide)), [order, hide], [talks, *outputs],
-                cancels=running)  # fmt: skip
-    for place, column in enumerate(columns):
+    given, outputs = [tab.order, talks, tab.hide], tab.outputs()
+    asked, answered = [tab.box, *given, *tab.parameters], [tab.box, *outputs]
+    running = tab.box.submit(send, asked, answered, show_progress="hidden")
+    tab.stop.click(None, cancels=running).then(view, given, outputs)
+    cleared = [talks, *outputs]
+    tab.clear.click(clear, [tab.order, tab.hide], cleared, cancels=running)
+    for place, column in enumerate(tab.columns):
         column.clear(functools.partial(forget, place), given, outputs, show_progress="hidden")
-    for place, button in enumerate(votes):
+    for place, button in enumerate(tab.votes):
         button.click(vote(place), given, outputs, show_progress="hidden", **ONE_BY_ONE)
-    models.change(choose, [models, *given], outputs, show_progress="hidden")
-    hide.change(view, given, outputs, show_progress="hidden")
-    return models
+    tab.models.change(choose, [tab.models, *given], outputs, show_progress="hidden")
+    tab.hide.change(view, given, outputs, show_progress="hidden")
+    return tab.models
 
 
 def view(order: list[str], talks: Talks, hide: bool, busy: bool = False) -> list:
