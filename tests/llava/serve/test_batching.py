@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer
 from llava.conversation import get_template
 from llava.errors import InputError
 from llava.eval.answer import Answerer, generation_options, single_turn
-from llava.serve.engine import Engine, Question
-from llava.serve.generated import Generated, shown
+from llava.serve.batching import Engine, QueuedPrompt
+from llava.serve.text_stream import TextStream, visible_text
 
 TEXTS = ("What is this?", "Name it.", "What colours does the picture show, and where?", "Why?")
 
@@ -47,12 +47,12 @@ def engine(answerer):
     engine.close()
 
 
-def asked(answerer, pictures, text: str, tell, shot: int | None = 0, **more) -> Question:
+def asked(answerer, pictures, text: str, tell, shot: int | None = 0, **more) -> QueuedPrompt:
     images = [] if shot is None else [answerer.picture(Image.open(pictures / f"{shot}.png"))]
     text = "<image>\n" * len(images) + text
     options = {"temperature": 0, "top_p": 1.0, "max_new_tokens": 12, "stop": "###"} | more
     prompt = single_turn(get_template("llava_v0"), text)
-    return Question(prompt, images, tell=tell, **options)
+    return QueuedPrompt(prompt, images, tell=tell, **options)
 
 
 def test_many_at_once_answer_as_each_does_alone(engine, answerer, pictures):
@@ -241,10 +241,10 @@ def test_an_answer_ends_where_the_context_does(engine, answerer, pictures):
 
 
 def test_sampling_follows_temperature_and_top_p(answerer):
-    from llava.serve.engine import choose
+    from llava.serve.batching import choose
 
     def question(temperature, top_p):
-        return Question("", (), temperature, top_p, 1, "", lambda news: None)
+        return QueuedPrompt("", (), temperature, top_p, 1, "", lambda news: None)
 
     torch.manual_seed(0)
     logits = torch.tensor([[3.0, 2.0, -5.0]] * 4)
@@ -293,15 +293,15 @@ def test_a_stopped_engine_says_so_to_all(answerer, pictures, monkeypatch):
 
 
 def test_what_may_begin_the_end_mark_waits():
-    assert shown("cat #", "###", False) == "cat "
-    assert shown("cat #", "###", True) == "cat #"
-    assert shown("cat ### USER", "###", False) == "cat "
-    assert shown("cat", "", False) == "cat"
+    assert visible_text("cat #", "###", False) == "cat "
+    assert visible_text("cat #", "###", True) == "cat #"
+    assert visible_text("cat ### USER", "###", False) == "cat "
+    assert visible_text("cat", "", False) == "cat"
 
 
 def test_half_a_character_waits(answerer):
     ids = answerer.tokenizer("é☃", add_special_tokens=False).input_ids
-    generated, told = Generated(answerer.tokenizer, "###", {2}), []
+    generated, told = TextStream(answerer.tokenizer, "###", {2}), []
     for token in ids:
         assert not generated.add(token)
         told.append(generated.text(False))

@@ -13,21 +13,21 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from llava.errors import InputError
 from llava.eval.answer import Answerer, Picture, TooLongError
-from llava.serve.generated import Generated
-from llava.serve.wire import GREEDY_BELOW
+from llava.serve.protocol import GREEDY_BELOW
+from llava.serve.text_stream import TextStream
 
 STOPPED = "the worker was stopped"
 
 
 @dataclasses.dataclass(eq=False)
-class Question:
+class QueuedPrompt:
     """A prompt on its way through the engine.
 
     `tell` is called from the engine's thread: with the text so far whenever there is more of it,
@@ -40,7 +40,7 @@ class Question:
     top_p: float
     max_new_tokens: int
     stop: str
-    tell: Callable[[str | Exception | None], None]
+    tell: Callable[[str | Exception | None], object]
     cancelled: bool = False
 
 
@@ -48,10 +48,17 @@ class Question:
 class Row:
     """A question that is being answered; `position` is that of its next token."""
 
-    question: Question
-    generated: Generated
+    question: QueuedPrompt
+    generated: TextStream
     position: int
     left: int  # how many tokens it may still make; 0 once its end was told
+
+
+class FilledLayer(Protocol):
+    """A layer of a cache: keys and values, each (rows, heads, length, head size)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class Engine:
@@ -65,7 +72,7 @@ class Engine:
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)
         self._next = torch.zeros(0, 1, dtype=torch.long)
-        self._waiting: collections.deque[Question] = collections.deque()
+        self._waiting: collections.deque[QueuedPrompt] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], Future]] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -74,10 +81,10 @@ class Engine:
 
     @property
     def length(self) -> int:
-        """How many questions are being answered or wait."""
+        """The number of questions that are being answered or wait."""
         return len(self.rows) + len(self._waiting)
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: QueuedPrompt) -> None:
         """Put a question in the queue; one that comes after `close` is told so at once."""
         with self._changed:
             if not self._closed:
@@ -151,14 +158,14 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_exception(InputError(STOPPED))
 
-    def _first(self) -> Question | None:
+    def _first(self) -> QueuedPrompt | None:
         while self._waiting:
             question = self._waiting.popleft()
             if not question.cancelled:
                 return question
         return None
 
-    def _take_in(self, question: Question) -> None:
+    def _take_in(self, question: QueuedPrompt) -> None:
         """Run a prompt through the model, make its first token, and give it a row."""
         sizes = [size for _, size in question.pictures]
         try:
@@ -172,12 +179,12 @@ class Engine:
         logits = self.answerer.model(
             inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True
         ).logits[:, -1]
-        generated = Generated(self.answerer.tokenizer, question.stop, self.answerer.ends)
+        generated = TextStream(self.answerer.tokenizer, question.stop, self.answerer.ends)
         row = Row(question, generated, length, min(question.max_new_tokens, room))
         token = choose(logits, [question])
         if self._tell(row, int(token)):
             return
-        if self.rows:
+        if self._cache is not None:  # others are being answered
             following = torch.cat([self._next, token[:, None]])
             self._mask = join(self._cache, self._mask, cache, mask)
             self._next = following
@@ -220,7 +227,8 @@ class Engine:
         self._next, self._mask = self._next[index], self._mask[index]
         start = int(self._mask.argmax(1).min())  # what is padding in all rows goes
         self._mask = self._mask[:, start:]
-        for layer in self._cache.layers:  # one that fails half-way fails its step: all are lost
+        assert self._cache is not None  # rows have a cache
+        for layer in _filled(self._cache):  # one that fails half-way fails its step: all are lost
             layer.keys = layer.keys[index][:, :, start:]
             layer.values = layer.values[index][:, :, start:]
 
@@ -247,7 +255,7 @@ def embedded(answerer: Answerer, ids: torch.Tensor, pictures: Sequence[Picture])
     return model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, *placed)[4]
 
 
-def choose(logits: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
+def choose(logits: torch.Tensor, questions: Sequence[QueuedPrompt]) -> torch.Tensor:
     """The next token of each row, (rows,), by its own temperature and top-p."""
     tokens = logits.argmax(-1)
     for i, question in enumerate(questions):
@@ -276,15 +284,20 @@ def join(cache: DynamicCache, mask, other: DynamicCache, other_mask) -> torch.Te
 
     built = [
         (joined(layer.keys, more.keys, 2), joined(layer.values, more.values, 2))
-        for layer, more in zip(cache.layers, other.layers, strict=True)
+        for layer, more in zip(_filled(cache), _filled(other), strict=True)
     ]
     mask = joined(mask, other_mask, 1)
-    for layer, (keys, values) in zip(cache.layers, built, strict=True):
+    for layer, (keys, values) in zip(_filled(cache), built, strict=True):
         layer.keys, layer.values = keys, values
     return mask
 
 
-def _say(question: Question, news: str | Exception | None) -> None:
+def _filled(cache: DynamicCache) -> list[FilledLayer]:
+    """The layers of a cache after a prompt has run through the model."""
+    return cast("list[FilledLayer]", cache.layers)  # without keys only before the first run
+
+
+def _say(question: QueuedPrompt, news: str | Exception | None) -> None:
     try:
         question.tell(news)
     except Exception:  # its event loop is closed, say: it has hung up, and no other may suffer

@@ -205,7 +205,7 @@ def _report(answers: Iterator[dict], total: int) -> Iterator[dict]:
 
 
 def _settings(args: argparse.Namespace, rows: Sequence[dict], world: int) -> dict[str, Any]:
-    """What the answers depend on: flags, questions, and the model's files by size and time."""
+    """All that the answers depend on: flags, questions, the model's files by size and time."""
     files = [
         (str(file), file.stat().st_size, file.stat().st_mtime_ns)
         for folder in (args.model_path, args.model_base)

@@ -1,4 +1,4 @@
-"""What controller and workers share as HTTP servers: POST endpoints that speak JSON."""
+"""The HTTP server under controller and workers: POST endpoints that speak JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.errors import InputError
-from llava.serve import wire
+from llava.serve import protocol
 
 
 def check_installed(*more: str) -> None:
@@ -50,7 +50,7 @@ def streamed(pieces: AsyncGenerator[bytes]):
 
     class Streamed(StreamingResponse):
         async def __call__(self, scope, receive, send) -> None:
-            async with contextlib.aclosing(self.body_iterator):
+            async with contextlib.aclosing(pieces):
                 await super().__call__(scope, receive, send)
 
     return Streamed(pieces, media_type="application/octet-stream")
@@ -61,14 +61,14 @@ async def whole_body(http) -> bytes:
     found = bytearray()
     async for piece in http.stream():
         found += piece
-        if len(found) > wire.MOST_BYTES:
-            raise InputError(f"the question is larger than {wire.MOST_BYTES >> 20} MiB")
+        if len(found) > protocol.MAX_BYTES:
+            raise InputError(f"the question is larger than {protocol.MAX_BYTES >> 20} MiB")
     return bytes(found)
 
 
 async def body_object(http) -> dict:
     """The JSON object that is a request's body."""
-    body = wire.read_json(await whole_body(http))
+    body = protocol.read_json(await whole_body(http))
     if not isinstance(body, dict):
         raise InputError("a JSON object is expected")
     return body

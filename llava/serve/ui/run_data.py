@@ -1,4 +1,4 @@
-"""What `fed` wrote of a run or of a merge, read for plots; nothing but its JSON files is opened."""
+"""The records of a run or of a merge, read for plots; only the JSON files of `fed` are opened."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava.serve.page.talk import PageError
+from llava.serve.ui.worker_client import PageError
 
 Rows = list[dict[str, Any]]
 
 
 def stamp(folder: str | Path) -> tuple:
     """Another value once the folder's records have changed."""
-    found = []
+    found: list[tuple[int, int] | None] = []
     for name in ("rounds.jsonl", "merge.json"):
         try:
             status = (Path(folder) / name).stat()
@@ -36,7 +36,7 @@ def read(folder: str | Path) -> tuple[list[dict], dict | None]:
         )
     try:
         *lines, last = (rounds or "").split("\n")  # `last` is empty, or still being written
-        return [json.loads(line) for line in lines if line], merge and json.loads(merge)
+        return [json.loads(line) for line in lines if line], json.loads(merge) if merge else None
     except ValueError as error:
         raise PageError(f"The records in {folder} are not JSON ({error}).") from None
 

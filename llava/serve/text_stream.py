@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 
-def shown(text: str, stop: str, whole: bool) -> str:
-    """What may be shown of a text so far: up to `stop`, and nothing that may be its beginning.
+def visible_text(text: str, stop: str, whole: bool) -> str:
+    """The part of a text so far that may be shown: up to `stop`, and no beginning of one.
 
     `whole`: no more is to come, so what may have been a beginning is none.
     """
@@ -20,7 +20,7 @@ def shown(text: str, stop: str, whole: bool) -> str:
     return text[: len(text) - part]
 
 
-class Generated:
+class TextStream:
     """Tokens that become text. `ends`: tokens that end an answer; `stop`: a text that does."""
 
     def __init__(self, tokenizer: Any, stop: str, ends: Collection[int]):
@@ -33,13 +33,15 @@ class Generated:
         if token in self.ends:
             return True
         self.ids.append(token)
+        # All of them, since bytes that are no text yet change what was before; tokenizers'
+        # DecodeStream gives other texts than `decode` for such bytes, or fails at them.
         self._decoded = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         return bool(self.stop) and self.stop in self._decoded
 
     def text(self, whole: bool) -> str | None:
         """The answer so far, if there is more of it to show than the last time."""
         text = self._decoded if whole else self._decoded.rstrip("\ufffd")  # half a character
-        text = shown(text, self.stop, whole).strip()
+        text = visible_text(text, self.stop, whole).strip()
         if text == self._told:
             return None
         self._told = text

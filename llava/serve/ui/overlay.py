@@ -1,12 +1,12 @@
-"""What a model looked at, drawn on the picture: bright where its answer attended, else dark."""
+"""Attention drawn on the picture: bright where the answer attended, dark elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llava.serve.page.talk import PageError, Talk
-from llava.serve.page.turns import Turn, images_of
+from llava.serve.ui.chat_state import Turn, images_of
+from llava.serve.ui.worker_client import PageError, WorkerClient
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 DARKEST = 0.15  # what nothing looked at keeps so much of its light
 
 
-async def overlays(talk: Talk, turns: list[Turn]) -> list[tuple[Image.Image, str]]:
+async def overlays(client: WorkerClient, turns: list[Turn]) -> list[tuple[Image.Image, str]]:
     """The conversation's pictures as the last answer saw them, each with a caption."""
     from llava.pictures import load_image_from_base64
 
     if not turns or not turns[-1].answer or not images_of(turns):
         raise PageError("There is no answer about a picture yet.")
     conversation, images = turns[-1].conversation, images_of(turns)
-    worker, answer = await talk.worker(turns[-1].model), conversation.messages[-1][1]
-    grids, fit = await talk.attention(worker, conversation.get_prompt(), answer, images)
+    assert conversation is not None  # its answer is there
+    worker, answer = await client.worker(turns[-1].model), conversation.messages[-1][1]
+    grids, fit = await client.attention(worker, conversation.get_prompt(), answer, images)
     drawn = []
     for image, grid in zip(images, grids, strict=True):
         brightest = f"brightest patch {max(map(max, grid)):.0%}"

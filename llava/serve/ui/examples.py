@@ -1,4 +1,4 @@
-"""What there is to click before anybody has asked: questions with their pictures."""
+"""Examples to click before the first question: questions with their pictures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError, reason
-from llava.serve.page.talk import PageError
-from llava.serve.page.turns import open_picture
+from llava.serve.ui.chat_state import open_picture
+from llava.serve.ui.worker_client import PageError
 
 PLAYGROUND = Path(__file__).parents[3] / "playground/examples.json"
 """Not there where the package is installed without its repository; nor its pictures if packed."""

@@ -7,12 +7,12 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.serve.page import records
-from llava.serve.page.talk import PageError, Talk
+from llava.serve.ui import run_data
+from llava.serve.ui.worker_client import PageError, WorkerClient
 
 EVERY = 2.0  # seconds between looks at the records
 
-# What is plotted: x, y, kind, a title that fits on a phone, and what y is.
+# The plots: x, y, kind, a title that fits on a phone, and the meaning of y.
 PLOTS = (
     ("round", "loss", "line", "Held-out loss of each model", "nats a token"),
     ("round", "loss", "line", "Training loss of each client", "nats a token"),
@@ -21,10 +21,15 @@ PLOTS = (
     ("layer", "weight", "bar", "Weight of each expert", "weight"),
     ("layer", "share", "bar", "What the experts agree on", "share of what they learnt"),
 )
-RANGE = {"loss": [0, None], "cosine": [-1, 1], "share": [0, 1], "weight": [0, None]}
+RANGE: dict[str, list[float | None]] = {
+    "loss": [0, None],
+    "cosine": [-1, 1],
+    "share": [0, 1],
+    "weight": [0, None],
+}
 
 
-def run_tab(talk: Talk, folders: Sequence[str]):
+def run_tab(client: WorkerClient, folders: Sequence[str]):
     """Build the tab; returns its choice of runs, and `choices()`, which looks for them."""
     import gradio as gr
 
@@ -34,7 +39,7 @@ def run_tab(talk: Talk, folders: Sequence[str]):
         """An update of the choice: the folders given, and those that workers' models came from."""
         found = [Path(folder) for folder in folders]
         try:
-            workers = [talk.worker(model) for model in await talk.models()]
+            workers = [client.worker(model) for model in await client.models()]
             told = await asyncio.gather(*workers, return_exceptions=True)
             found += [Path(w.runs) for w in told if not isinstance(w, BaseException) and w.runs]
         except PageError:
@@ -54,7 +59,7 @@ def run_tab(talk: Talk, folders: Sequence[str]):
         if name not in known:
             text = "No run is known. Start this page with `--run FOLDER` to see one."
             return [text, *[gr.update(visible=False)] * len(plots), gr.update(visible=False), None]
-        now = records.stamp(known[name])
+        now = run_data.stamp(known[name])
         if now == before:
             return [gr.skip()] * len(outputs)
         return [*seen_in(known[name]), now]
@@ -71,14 +76,15 @@ def _plot(x: str, y: str, kind: str, title: str, y_title: str):
     return (gr.LinePlot if line else gr.BarPlot)(
         x=x, y=y, color=None if x == "of" else "of", x_title=" " if x == "of" else x,
         y_title=y_title, color_title=" ", title=title, x_axis_format="d" if line else None,
-        y_lim=None if line else RANGE[y], height=280, tooltip="all", visible=False, buttons=[],
+        height=280, tooltip="all", visible=False, buttons=[],
+        y_lim=None if line else RANGE[y],  # type: ignore[arg-type]  # gradio's own default is None
     )  # fmt: skip
 
 
 def seen_in(folder: Path) -> list:
     """Updates of the text, the plots and the table; what is wrong is said in the text."""
     try:
-        return _shown(*records.read(folder))
+        return _shown(*run_data.read(folder))
     except PageError as error:
         text = html.escape(str(error))
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -87,7 +93,7 @@ def seen_in(folder: Path) -> list:
 
 
 def _shown(rounds: list[dict], merge: dict | None) -> list:
-    text = "\n\n".join(filter(None, [_of_run(rounds), merge and _of_merge(merge)]))
+    text = "\n\n".join(filter(None, [_of_run(rounds), _of_merge(merge) if merge else ""]))
     return [text, *_plotted(rounds, merge), _table(rounds)]
 
 
@@ -96,8 +102,13 @@ def _plotted(rounds: list[dict], merge: dict | None) -> list:
     import gradio as gr
     import pandas
 
-    of_run = [records.heldout_losses, records.client_losses, records.agreements, records.spectrum]
-    of_merge = [records.layer_weights, records.layer_agreements]
+    of_run = [
+        run_data.heldout_losses,
+        run_data.client_losses,
+        run_data.agreements,
+        run_data.spectrum,
+    ]
+    of_merge = [run_data.layer_weights, run_data.layer_agreements]
     rows = [make(rounds) for make in of_run] + [make(merge) if merge else [] for make in of_merge]
     points = []
     for i, (x, _, kind, *_) in enumerate(PLOTS):
@@ -129,7 +140,7 @@ def _of_run(rounds: list[dict]) -> str:
 
 def _of_merge(merge: dict) -> str:
     """A paragraph on the merge."""
-    names = ", ".join(map(html.escape, records.experts(merge)))
+    names = ", ".join(map(html.escape, run_data.experts(merge)))
     warnings = "".join(f" **!** {html.escape(w)}" for w in merge["forced"] + merge["warnings"])
     chance = merge["all"]["chance"]
     common = f" Unrelated experts would have {chance:.2f} in common." if chance else ""

@@ -23,17 +23,24 @@ from PIL import Image
 
 from fed.merge import main as merge
 from fed.train import train
-from llava.constants import MOST_PIXELS
+from llava.constants import MAX_PIXELS
 from llava.conversation import get_template
 from llava.errors import InputError
-from llava.serve import wire
+from llava.serve import protocol
 from llava.serve.gradio_web_server import arguments, main
-from llava.serve.page import compare, examples, records, run
-from llava.serve.page.attention import DARKEST, overlay
-from llava.serve.page.talk import Options, PageError, Talk, Worker
-from llava.serve.page.turns import PREPROCESS, Turn, conversation_of, fill, images_of, shown
-from llava.serve.page.votes import Log
-from llava.serve.web import application, streamed
+from llava.serve.http_server import application, streamed
+from llava.serve.ui import compare, examples, run, run_data
+from llava.serve.ui.chat_state import (
+    PREPROCESS,
+    Turn,
+    chatbot_messages,
+    conversation_of,
+    fill,
+    images_of,
+)
+from llava.serve.ui.feedback_log import FeedbackLog
+from llava.serve.ui.overlay import DARKEST, overlay
+from llava.serve.ui.worker_client import Options, PageError, Worker, WorkerClient
 from tests.llava.serve.conftest import running
 
 
@@ -66,7 +73,7 @@ class Upstream:
 
             async def pieces():
                 async for text, code in self.models[body["model"]](body):
-                    data = wire.chunk(body["prompt"] + text if not code else text, code)
+                    data = protocol.chunk(body["prompt"] + text if not code else text, code)
                     yield data[:5]  # bytes may be cut anywhere
                     yield data[5:]
 
@@ -88,7 +95,7 @@ def says(*texts: str, code: int = 0):
 
 def ask(address: str, columns: dict[str, list[Turn]], options: Options | None = None) -> None:
     async def asking():
-        async for _ in fill(Talk(address), columns, options or Options()):
+        async for _ in fill(WorkerClient(address), columns, options or Options()):
             pass
 
     asyncio.run(asking())
@@ -138,7 +145,7 @@ def test_a_typed_image_tag_is_text_and_is_shown_as_typed(pictures):
     turns[0].done = True
     prompt = conversation_of(turns, Worker("m", "", "v1")).get_prompt()
     assert prompt.count("<image>") == 1 == len(images_of(turns))
-    assert "Is &lt;image&gt; a tag?" in [message["content"] for message in shown(turns)]
+    assert "Is &lt;image&gt; a tag?" in [message["content"] for message in chatbot_messages(turns)]
 
 
 def test_the_worker_says_how_its_prompts_are_made(pictures):
@@ -153,7 +160,7 @@ def test_the_worker_says_how_its_prompts_are_made(pictures):
 def test_what_cannot_be_sent_is_said_by_name(tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "vast.png")
-    assert MOST_PIXELS < 10_000**2
+    assert MAX_PIXELS < 10_000**2
     for name, message in (
         ("notes.png", "notes.png cannot be read: cannot identify it as a picture."),
         (
@@ -224,7 +231,10 @@ def test_a_worker_that_stops_in_the_middle_leaves_its_words_and_a_message():
     turn = trouble_with("m", Upstream(m=breaks))
     assert turn.answer == "half an"
     assert "stopped in the middle" in turn.trouble
-    assert [m["content"] for m in shown([turn])][1:] == ["half an", f"**!** {turn.trouble}"]
+    assert [m["content"] for m in chatbot_messages([turn])][1:] == [
+        "half an",
+        f"**!** {turn.trouble}",
+    ]
 
 
 def test_no_worker_no_model_and_no_controller_are_told_apart():
@@ -245,10 +255,10 @@ def test_a_worker_that_is_gone_is_named():
 
 def test_an_upstream_worker_cannot_say_what_it_looked_at():
     with running(Upstream(m=says("a")).app()) as address:
-        talk = Talk(address)
+        client = WorkerClient(address)
 
         async def look():
-            return await talk.attention(await talk.worker("m"), "p a", "a", ["x"])
+            return await client.attention(await client.worker("m"), "p a", "a", ["x"])
 
         with pytest.raises(PageError, match="cannot say what the model looked at"):
             asyncio.run(look())
@@ -300,7 +310,7 @@ def test_a_page_that_is_gone_hangs_up_on_all_workers():
     with running(Upstream(a=endless("a"), b=endless("b")).app()) as address:
 
         async def leaves():
-            async with contextlib.aclosing(fill(Talk(address), columns, Options())) as news:
+            async with contextlib.aclosing(fill(WorkerClient(address), columns, Options())) as news:
                 async for _ in news:
                     if all(turns[0].answer for turns in columns.values()):
                         break
@@ -315,7 +325,7 @@ def test_a_page_that_is_gone_hangs_up_on_all_workers():
 def test_the_log_is_upstreams_and_its_lines_stay_whole(tmp_path, pictures):
     turns = [typed("What?", pictures / "0.png")]
     turns[0].conversation, turns[0].model = conversation_of(turns, Worker("m", "", "v1")), "m"
-    log = Log(tmp_path)
+    log = FeedbackLog(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(log.write, "upvote", turns, "127.0.0.1") for _ in range(40)]:
             done.result()
@@ -340,14 +350,14 @@ def answered(model: str, text: str, *files) -> list[Turn]:
 
 
 def test_a_vote_side_by_side_is_one_line_of_an_arenas_log(tmp_path, pictures):
-    log = Log(tmp_path)
+    log = FeedbackLog(tmp_path)
 
     def lines() -> list[dict]:
         return [json.loads(x) for p in tmp_path.glob("*.json") for x in p.open()]
 
     talks = {model: answered(model, "What?", pictures / "0.png") for model in "abcd"}
     compare.cast(log, 1, ["b", "a"], talks, True, "127.0.0.1")
-    for place in (0, 1, compare.MOST):
+    for place in (0, 1, compare.MAX_COLUMNS):
         compare.cast(log, place, ["b", "a"], talks, True, "127.0.0.1")
     [line] = lines()
     assert (line["type"], line["models"], line["best"]) == ("rightvote", ["b", "a"], "a")
@@ -365,8 +375,8 @@ def test_a_vote_side_by_side_is_one_line_of_an_arenas_log(tmp_path, pictures):
 
     assert kind_of(0, "ab") == ("leftvote", "a")
     assert kind_of(2, "dcba") == ("bestvote", "b")
-    assert kind_of(compare.MOST, "abc") == ("tievote", None)
-    assert kind_of(compare.MOST + 1, "ab") == ("bothbad_vote", None)
+    assert kind_of(compare.MAX_COLUMNS, "abc") == ("tievote", None)
+    assert kind_of(compare.MAX_COLUMNS + 1, "ab") == ("bothbad_vote", None)
     assert len(lines()) == 5
     assert not any(line["anonymous"] for line in lines()[1:])
 
@@ -415,8 +425,11 @@ def test_examples_lie_beside_their_list(tmp_path, pictures, monkeypatch):
         ('[{"text": "a"}, 3]', 'list.json, example 2: {"image": FILE or [FILE, …], "text": QUES'),
         ('[{"image": 3}]', "list.json, example 1: {"),
         ("[{}]", "list.json, example 1: {"),
-        ('[{"image": "list.json"}]', "example 1: list.json is not a picture that can be read."),
-        ('[{"image": "no.png"}]', "example 1: no.png is not a picture that can be read."),
+        (
+            '[{"image": "list.json"}]',
+            "example 1: list.json cannot be read: cannot identify it as a picture.",
+        ),
+        ('[{"image": "no.png"}]', "example 1: no.png cannot be read: no such file."),
     ],
 )
 def test_examples_that_cannot_be_are_one_clear_error(tmp_path, text, message):
@@ -471,56 +484,56 @@ def recorded(tiny, tmp_path_factory):
 
 
 def test_a_runs_records_become_plots(recorded):
-    rounds, none = records.read(recorded / "fedcmp")
+    rounds, none = run_data.read(recorded / "fedcmp")
     assert none is None
     assert len(rounds) == 2
-    losses = records.client_losses(rounds)
+    losses = run_data.client_losses(rounds)
     assert [(row["round"], row["of"]) for row in losses] == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
     assert losses[3]["loss"] == rounds[1]["clients"]["b"]["loss"]
-    held = records.heldout_losses(rounds)
+    held = run_data.heldout_losses(rounds)
     assert {row["of"] for row in held} == {"global on heldout"}
     assert len(held) == 2
-    agreed = records.agreements(rounds)
+    agreed = run_data.agreements(rounds)
     assert agreed[0]["cosine"] == rounds[0]["cosines"][0][1]
     assert len(agreed) == 4
-    spectrum = [row for row in records.spectrum(rounds) if row["of"] == "layer 2"]
+    spectrum = [row for row in run_data.spectrum(rounds) if row["of"] == "layer 2"]
     assert [row["share"] for row in spectrum] == (
         rounds[1]["facts"]["layers"]["model.mm_projector.2"]["spectrum"]
     )
-    alone = records.heldout_losses(records.read(recorded / "local")[0])
+    alone = run_data.heldout_losses(run_data.read(recorded / "local")[0])
     assert {row["of"] for row in alone} == {"a on heldout", "b on heldout"}
 
 
 def test_a_merges_weights_become_plots(recorded):
-    none, facts = records.read(recorded / "merge")
+    none, facts = run_data.read(recorded / "merge")
     assert none == []
-    assert records.experts(facts) == ["a", "b"]
-    rows = records.layer_weights(facts)
+    assert run_data.experts(facts) == ["a", "b"]
+    rows = run_data.layer_weights(facts)
     said = facts["method_facts"]["layers"]["model.mm_projector.0"]["alpha"]
     assert [row["weight"] for row in rows if row["layer"] == "layer 0"] == said
     facts["method_facts"], facts["experts"][1]["weight"] = {}, 3.0
-    assert [row["weight"] for row in records.layer_weights(facts)] == [0.25, 0.75] * 2
+    assert [row["weight"] for row in run_data.layer_weights(facts)] == [0.25, 0.75] * 2
     facts["experts"][1]["path"] = facts["experts"][0]["path"].replace("local", "other")
-    assert records.experts(facts) == ["local/clients/a", "other/clients/a"]
+    assert run_data.experts(facts) == ["local/clients/a", "other/clients/a"]
 
 
 def test_a_line_that_is_being_written_waits_for_its_end(recorded, tmp_path):
     text = (recorded / "fedcmp" / "rounds.jsonl").read_text()
     file = tmp_path / "rounds.jsonl"
     file.write_text(text[: len(text) - 30])
-    before = records.stamp(tmp_path)
-    assert len(records.read(tmp_path)[0]) == 1
+    before = run_data.stamp(tmp_path)
+    assert len(run_data.read(tmp_path)[0]) == 1
     file.write_text(text)
-    assert len(records.read(tmp_path)[0]) == 2
-    assert records.stamp(tmp_path) != before
+    assert len(run_data.read(tmp_path)[0]) == 2
+    assert run_data.stamp(tmp_path) != before
 
 
 def test_a_folder_that_is_no_run_is_said_in_one_sentence(tmp_path):
     with pytest.raises(PageError, match="neither rounds.jsonl nor merge.json"):
-        records.read(tmp_path)
+        run_data.read(tmp_path)
     (tmp_path / "rounds.jsonl").write_text("rounds\n")
     with pytest.raises(PageError, match="are not JSON"):
-        records.read(tmp_path)
+        run_data.read(tmp_path)
 
 
 def test_records_of_others_are_one_sentence_and_no_plot(tmp_path):
@@ -532,7 +545,7 @@ def test_records_of_others_are_one_sentence_and_no_plot(tmp_path):
 
 
 def test_a_run_of_one_round_has_bars_in_place_of_lines(recorded):
-    rounds, _ = records.read(recorded / "fedcmp")
+    rounds, _ = run_data.read(recorded / "fedcmp")
     lines = [plot[2] == "line" for plot in run.PLOTS]
 
     def visible(rounds):
@@ -547,7 +560,7 @@ def test_a_run_of_one_round_has_bars_in_place_of_lines(recorded):
 
 
 def test_a_clients_name_is_text_on_the_page(recorded):
-    rounds, _ = records.read(recorded / "fedcmp")
+    rounds, _ = run_data.read(recorded / "fedcmp")
     text = json.dumps(rounds).replace('"a"', '"<img src=x>"')
     table = run._table(json.loads(text))["value"]
     assert "<img" not in table

@@ -1,4 +1,4 @@
-"""What controller, workers and pages say to each other: upstream's wire format.
+"""The messages between controller, workers and pages: upstream's wire format.
 
 A question is one JSON object. Its answer is a stream of JSON objects with a zero byte after each:
 `{"text": the prompt and all that has been generated so far, "error_code": 0}`. When something goes
@@ -24,9 +24,9 @@ ERROR_MODEL, NO_WORKER, WORKER_GONE = 1, 2, 3
 GREEDY_BELOW = 1e-3
 """A temperature up to this takes the likeliest token, as upstream's worker does."""
 
-MOST_NEW_TOKENS = 1024
-MOST_CHARACTERS = 1_000_000
-MOST_BYTES = 128 << 20
+MAX_NEW_TOKENS = 1024
+MAX_CHARACTERS = 1_000_000
+MAX_BYTES = 128 << 20
 """A longer answer is cut to this, a longer prompt or a larger question is refused."""
 
 
@@ -50,9 +50,9 @@ def read_request(body: Any) -> Request:
     prompt = _field(body, "prompt", str, "")
     if not prompt.strip():
         raise InputError("the prompt is empty")
-    if len(prompt) > MOST_CHARACTERS:
+    if len(prompt) > MAX_CHARACTERS:
         raise InputError(
-            f"the prompt has {len(prompt):,} characters; at most {MOST_CHARACTERS:,} are taken"
+            f"the prompt has {len(prompt):,} characters; at most {MAX_CHARACTERS:,} are taken"
         )
     images = _field(body, "images", list, [])
     if not all(isinstance(image, str) for image in images):
@@ -69,7 +69,7 @@ def read_request(body: Any) -> Request:
         top_p=_number(body, "top_p", 1.0, "over 0, at most 1", lambda p: 0 < p <= 1),
         max_new_tokens=min(
             int(_number(body, "max_new_tokens", 256, "of at least 1", lambda n: n >= 1)),
-            MOST_NEW_TOKENS,
+            MAX_NEW_TOKENS,
         ),
         stop=_field(body, "stop", str, None) or None,
     )

@@ -1,21 +1,21 @@
-"""The page's side of the wire: what it asks controller and workers, and their trouble in words."""
+"""The page's client of controller and workers, with their failures in words."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from llava.eval.answer import conv_mode_of
-from llava.serve.wire import NO_WORKER, WORKER_GONE, Reader
+from llava.serve.protocol import NO_WORKER, WORKER_GONE, Reader
 
-CONNECT = 10.0  # seconds
-SILENCE = 300.0  # seconds that a worker may be silent: a long queue, a large model on a CPU
+CONNECT_TIMEOUT_S = 10.0  # seconds
+READ_TIMEOUT_S = 300.0  # seconds that a worker may be silent: a long queue, a large model on a CPU
 
 
 class PageError(Exception):
-    """What a person is to be told."""
+    """A message for the person at the page."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an answer is generated."""
+    """Settings of an answer's generation."""
 
     temperature: float = 0.2
     top_p: float = 0.7
     max_new_tokens: int = 512
 
 
-class Talk:
+class WorkerClient:
     """A client of the controller at an address, and of the workers that it names."""
 
     def __init__(self, controller: str) -> None:
@@ -60,14 +60,14 @@ class Talk:
                 "(python -m llava.serve.model_worker)."
             )
         with _worker_trouble(model, address):
-            status = await _post(f"{address}/worker_get_status", {}, CONNECT)
+            status = await _post(f"{address}/worker_get_status", {}, CONNECT_TIMEOUT_S)
         template = status.get("template") or conv_mode_of(model)
         sees = status.get("multimodal", True)
         return Worker(model, address, template, sees, status.get("runs"))
 
     async def answer(
         self, worker: Worker, prompt: str, stop: str, images: Sequence[str], options: Options
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The answer so far, again and again. Closing the iterator hangs up on the worker."""
         import httpx
 
@@ -76,7 +76,7 @@ class Talk:
         begun = False
         with _worker_trouble(worker.model, worker.address, lambda: begun):
             async with (
-                _client(SILENCE) as client,
+                _client(READ_TIMEOUT_S) as client,
                 client.stream("POST", f"{worker.address}/worker_generate_stream", json=body) as got,
             ):
                 if got.status_code != httpx.codes.OK:
@@ -91,10 +91,12 @@ class Talk:
     async def attention(
         self, worker: Worker, prompt: str, answer: str, images: Sequence[str]
     ) -> tuple[list[list[list[float]]], str]:
-        """What the answer's tokens attended to: a grid a picture, and how pictures were squared."""
+        """The answer's attention, a grid for each picture, and how pictures were squared."""
         body = {"model": worker.model, "prompt": prompt, "answer": answer, "images": list(images)}
         with _worker_trouble(worker.model, worker.address):
-            said = await _post(f"{worker.address}/worker_attention", body, SILENCE, missing={})
+            said = await _post(
+                f"{worker.address}/worker_attention", body, READ_TIMEOUT_S, missing={}
+            )
         if not said:
             raise PageError(f"The worker of {worker.model} cannot say what the model looked at.")
         if said["error_code"]:
@@ -105,7 +107,7 @@ class Talk:
         import httpx
 
         try:
-            return await _post(f"{self.controller}/{path}", body or {}, 3 * CONNECT)
+            return await _post(f"{self.controller}/{path}", body or {}, 3 * CONNECT_TIMEOUT_S)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError):
             raise PageError(
                 f"The controller at {self.controller} does not answer. Start it (python -m "
@@ -117,7 +119,7 @@ def _client(silence: float):
     import httpx
 
     # Proxies of the environment are for outside hosts, and none is ever asked.
-    timeout = httpx.Timeout(silence, connect=CONNECT)
+    timeout = httpx.Timeout(silence, connect=CONNECT_TIMEOUT_S)
     return httpx.AsyncClient(timeout=timeout, trust_env=False)
 
 

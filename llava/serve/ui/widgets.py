@@ -1,4 +1,4 @@
-"""What the tabs share: the box to type into, the settings of an answer, messages to a person."""
+"""Widgets that the tabs share: the question box, the settings of an answer, error messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import html
 from collections.abc import Iterator
 
 from llava.errors import InputError
-from llava.serve.page.talk import Options, PageError
-from llava.serve.page.turns import PREPROCESS, Turn
-from llava.serve.wire import MOST_CHARACTERS, MOST_NEW_TOKENS
+from llava.serve.protocol import MAX_CHARACTERS, MAX_NEW_TOKENS
+from llava.serve.ui.chat_state import PREPROCESS, Turn
+from llava.serve.ui.worker_client import Options, PageError
 
 ONE_BY_ONE = {"concurrency_limit": 1, "concurrency_id": "votes"}
 """How events of votes run, so that of two clicks the second sees the first's vote."""
@@ -30,7 +30,7 @@ def question_box(label: str, offers: list[dict]):
         file_types=["image"],
         file_count="multiple",
         sources=["upload"],
-        max_plain_text_length=MOST_CHARACTERS,
+        max_plain_text_length=MAX_CHARACTERS,
         render=False,
     )
     if offers:
@@ -54,7 +54,7 @@ def settings() -> list:
         )
         temperature = gr.Slider(0, 1, 0.2, step=0.1, label="Temperature")
         top_p = gr.Slider(0.1, 1, 0.7, step=0.1, label="Top P")
-        most = gr.Slider(1, MOST_NEW_TOKENS, 512, step=1, label="Max output tokens")
+        most = gr.Slider(1, MAX_NEW_TOKENS, 512, step=1, label="Max output tokens")
     return [preprocess, temperature, top_p, most]
 
 

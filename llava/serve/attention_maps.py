@@ -1,4 +1,4 @@
-"""What the model looked at: how its answer attended to the places of each picture.
+"""Attention maps: the weights of an answer's attention to the places of each picture.
 
 The measure is ours: the attention weights from the positions that make the answer's tokens to the
 picture's tokens, the mean over heads, layers and the answer's tokens, scaled to a sum of one for
@@ -31,7 +31,7 @@ def grids(
         prompt: up to the answer, with an image token for each picture.
     """
     model, tokenizer = answerer.model, answerer.tokenizer
-    head = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+    head = torch.tensor(tokenizer_image_token(prompt, tokenizer), dtype=torch.long)
     tail = torch.tensor(tokenizer(answer, add_special_tokens=False).input_ids, dtype=torch.long)
     tokens = model.picture_tokens(*answerer.placed(pictures))
     ids, _ = expand_image_tokens(torch.cat([head, tail]), None, [len(t) for t in tokens])

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, MOST_PIXELS
+from llava.constants import DEFAULT_IMAGE_TOKEN, MAX_PIXELS
 from llava.conversation import Conversation, get_template
 from llava.errors import InputError
 from llava.eval.answer import end_mark
-from llava.serve.page.talk import Options, PageError, Talk, Worker
+from llava.serve.ui.worker_client import Options, PageError, Worker, WorkerClient
 from llava.texts import half_character
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Turn:
 
     @classmethod
     def of(cls, message: Mapping[str, Any], preprocess: str) -> Turn:
-        """What a MultimodalTextbox holds; `PageError` for what cannot be sent."""
+        """The turn that a MultimodalTextbox holds; `PageError` for one that cannot be sent."""
         text, files = message["text"].strip(), list(message["files"])
         if not text and not files:
             raise PageError("Type a question, or add a picture.")
@@ -56,7 +56,9 @@ def open_again(turn: Turn, preprocess: str) -> Turn:
 
 
 def _sent(file: str, preprocess: str) -> str:
-    return Conversation("", ("", ""), [], 0).process_image(open_picture(file), preprocess)
+    image = Conversation("", ("", ""), [], 0).process_image(open_picture(file), preprocess)
+    assert isinstance(image, str)  # base64 unless `return_pil`
+    return image
 
 
 def open_picture(path: str) -> Image.Image:
@@ -64,7 +66,7 @@ def open_picture(path: str) -> Image.Image:
     from llava.pictures import open_image
 
     try:
-        return open_image(path, Path(path).name, MOST_PIXELS)
+        return open_image(path, Path(path).name, MAX_PIXELS)
     except InputError as error:
         raise PageError(f"{error}.") from None
 
@@ -94,7 +96,7 @@ def images_of(turns: list[Turn]) -> list[str]:
 
 
 async def fill(
-    talk: Talk, columns: Mapping[str, list[Turn]], options: Options
+    client: WorkerClient, columns: Mapping[str, list[Turn]], options: Options
 ) -> AsyncIterator[None]:
     """Answer the last turn of each model's column in place, all at once.
 
@@ -102,7 +104,9 @@ async def fill(
     hangs up on all workers.
     """
     news = asyncio.Event()
-    tasks = [asyncio.create_task(_fill(talk, *column, options, news)) for column in columns.items()]
+    tasks = [
+        asyncio.create_task(_fill(client, *column, options, news)) for column in columns.items()
+    ]
     for task in tasks:
         task.add_done_callback(lambda _: news.set())
     try:
@@ -120,17 +124,17 @@ async def fill(
 
 
 async def _fill(
-    talk: Talk, model: str, turns: list[Turn], options: Options, news: asyncio.Event
+    client: WorkerClient, model: str, turns: list[Turn], options: Options, news: asyncio.Event
 ) -> None:
     turn = turns[-1]
     turn.model = model
     try:
-        worker = await talk.worker(model)
+        worker = await client.worker(model)
         if images_of(turns) and not worker.multimodal:
             raise PageError(f"{model} is a language model: it cannot see pictures.")
         turn.conversation = conversation_of(turns, worker)
         stop, prompt = end_mark(turn.conversation), turn.conversation.get_prompt()
-        answer = talk.answer(worker, prompt, stop, images_of(turns), options)
+        answer = client.answer(worker, prompt, stop, images_of(turns), options)
         async with contextlib.aclosing(answer) as texts:
             async for turn.answer in texts:
                 turn.conversation.messages[-1][1] = _typed(turn.answer)
@@ -143,7 +147,7 @@ async def _fill(
         turn.done = True
 
 
-def shown(turns: list[Turn]) -> list[dict[str, Any]]:
+def chatbot_messages(turns: list[Turn]) -> list[dict[str, Any]]:
     """Messages for a Chatbot; an answer that is not done has a cursor."""
     messages: list[dict[str, Any]] = []
     for turn in turns:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llava.errors import InputError
-from llava.serve import wire
+from llava.serve import protocol
 from tests.conftest import GOLDEN
 
 UPSTREAM = (  # two objects as upstream's worker writes them: its keys, ASCII JSON, a zero byte each
@@ -21,10 +21,10 @@ GOOD = {"model": "m", "prompt": "<image>\nHi", "images": ["QUJD"], "temperature"
 def test_objects_are_read_wherever_the_bytes_are_cut_and_written_as_upstream_does():
     for size in range(1, len(UPSTREAM)):
         pieces = [UPSTREAM[i : i + size] for i in range(0, len(UPSTREAM), size)]
-        found = list(wire.read_chunks(pieces))
+        found = list(protocol.read_chunks(pieces))
         assert [c["text"][-9:] for c in found] == ["ANT: café", "café noir"]
-    assert b"".join(wire.chunk(**c) for c in found) == UPSTREAM
-    assert list(wire.read_chunks([UPSTREAM[:-1]])) == found[:1]
+    assert b"".join(protocol.chunk(**c) for c in found) == UPSTREAM
+    assert list(protocol.read_chunks([UPSTREAM[:-1]])) == found[:1]
 
 
 def test_what_upstreams_own_worker_answered_is_read():
@@ -34,27 +34,27 @@ def test_what_upstreams_own_worker_answered_is_read():
     found = {}
     for exchange in recorded["exchanges"]:
         data = exchange["response"].encode("latin-1")
-        chunks = found[exchange["title"]] = list(wire.read_chunks([data]))
-        whole = [wire.chunk(c["text"], c["error_code"]) for c in chunks]
+        chunks = found[exchange["title"]] = list(protocol.read_chunks([data]))
+        whole = [protocol.chunk(c["text"], c["error_code"]) for c in chunks]
         assert b"".join(whole) == data  # ours would be the same bytes
         body = exchange["request"]
         body["images"] = [""] * body["images"]
         if exchange["title"] != "two pictures for one tag":
-            assert wire.read_request(body).prompt == body["prompt"]
+            assert protocol.read_request(body).prompt == body["prompt"]
     prompt = recorded["exchanges"][0]["request"]["prompt"]
     texts = [c["text"].removeprefix(prompt) for c in found["a question"]]
     assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
     assert texts[-1] == "cat with flash"
-    assert [c["error_code"] for c in found["two pictures for one tag"]] == [wire.ERROR_MODEL]
+    assert [c["error_code"] for c in found["two pictures for one tag"]] == [protocol.ERROR_MODEL]
 
 
 def test_a_question_with_all_fields_and_one_with_the_least():
-    request = wire.read_request(GOOD)
-    assert request == wire.Request("m", "<image>\nHi", ("QUJD",), 0.2, 0.7, 512, "</s>")
-    least = wire.read_request({"prompt": "Hi"})
-    assert least == wire.Request("", "Hi", (), 1.0, 1.0, 256, None)
-    assert wire.read_request(GOOD | {"max_new_tokens": 10**9}).max_new_tokens == 1024
-    assert wire.read_request(GOOD | {"stop": None, "top_p": None}).top_p == 1.0
+    request = protocol.read_request(GOOD)
+    assert request == protocol.Request("m", "<image>\nHi", ("QUJD",), 0.2, 0.7, 512, "</s>")
+    least = protocol.read_request({"prompt": "Hi"})
+    assert least == protocol.Request("", "Hi", (), 1.0, 1.0, 256, None)
+    assert protocol.read_request(GOOD | {"max_new_tokens": 10**9}).max_new_tokens == 1024
+    assert protocol.read_request(GOOD | {"stop": None, "top_p": None}).top_p == 1.0
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,15 @@ def test_a_question_with_all_fields_and_one_with_the_least():
 )
 def test_a_bad_question_is_refused_with_the_field_named(changes, message):
     with pytest.raises(InputError, match=message):
-        wire.read_request(GOOD | changes)
+        protocol.read_request(GOOD | changes)
 
 
 def test_what_is_no_question_at_all():
     with pytest.raises(InputError, match="JSON object, this is list"):
-        wire.read_request([])
+        protocol.read_request([])
     for data in (b"\xff", b"{", b"[" * 100_000):
         with pytest.raises(InputError, match="not JSON"):
-            wire.read_json(data)
+            protocol.read_json(data)
     with pytest.raises(InputError, match=r"half a character in 'strawberry \\ud83c'"):
-        wire.read_json(b'{"prompt": "strawberry \\ud83c"}')
-    assert wire.read_json(b'{"prompt": "\\ud83c\\udf53"}') == {"prompt": "\U0001f353"}
+        protocol.read_json(b'{"prompt": "strawberry \\ud83c"}')
+    assert protocol.read_json(b'{"prompt": "\\ud83c\\udf53"}') == {"prompt": "\U0001f353"}

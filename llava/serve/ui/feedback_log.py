@@ -1,4 +1,4 @@
-"""What people asked, and how they liked the answers: upstream's log, a line of JSON each.
+"""The log of conversations and votes, in upstream's format: a line of JSON each.
 
 FOLDER/DATE-conv.json has `tstamp`, `type` (chat, upvote, downvote, flag), `model`, `state` (the
 conversation), `images` and `ip`; the pictures lie as FOLDER/serve_images/DATE/MD5.jpg. A vote side
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llava.atomic import atomic_write
-from llava.serve.page.turns import Turn, images_of
+from llava.serve.ui.chat_state import Turn, images_of
 
 
-class Log:
+class FeedbackLog:
     """The log in a folder. Pages in several processes may write to one."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -52,9 +52,9 @@ class Log:
     def _about(self, turns: list[Turn], today: str) -> dict[str, Any]:
         with self._lock:
             images = [self._keep(image, today) for image in images_of(turns)]
-        return {
-            "model": turns[-1].model, "state": turns[-1].conversation.dict(), "images": images
-        }  # fmt: skip
+        last = turns[-1]
+        assert last.conversation is not None  # its answer is there
+        return {"model": last.model, "state": last.conversation.dict(), "images": images}
 
     def _add(self, today: str, kind: str, ip: str, about: dict[str, Any]) -> None:
         line = {"tstamp": round(time.time(), 4), "type": kind, **about, "ip": ip}

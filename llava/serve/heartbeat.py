@@ -10,7 +10,7 @@ from typing import Any
 from llava.constants import WORKER_HEART_BEAT_INTERVAL
 
 
-class Registration:
+class HeartBeat:
     """Keeps a worker known to a controller, from a thread of its own.
 
     A controller that is not there yet, or was started anew, gets to know the worker at the next
