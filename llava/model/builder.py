@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from llava.errors import InputError, reason
+from llava.json_files import read_json
 from llava.model import lora
 from llava.model.checkpoint import (
     EXTRA_PREFIX,
@@ -26,11 +27,11 @@ from llava.model.checkpoint import (
     tower_weights,
 )
 from llava.model.hf_layout import FROM_HF
+from llava.model.hf_logging import quiet
 from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.picture_tokens import add_picture_tokens, grow_embeddings
 from llava.model.quantize import check_4bit_on_cpu, quantization
-from llava.model.quiet import quiet
-from llava.model.shards import Shards, check_hub_name, local_folder, read_json
+from llava.model.shards import Shards, check_hub_name, local_folder
 from llava.model.tokenizer import load_tokenizer
 from llava.state import State, load
 

@@ -32,7 +32,8 @@ from llava.model.hf_layout import (
     rename_to_hf,
     rename_to_llava,
 )
-from llava.model.quiet import quiet
+from llava.model.hf_logging import quiet
+from llava.transformers_private import vision_model_class
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +69,11 @@ def to_hf(
     Raises:
         InputError: bad input, or a model that transformers' LLaVA-1.5 cannot express.
     """
+    from llava.atomic import new_folder
     from llava.model import hf_processor
     from llava.model.builder import load_tokenizer
     from llava.model.multimodal_encoder.clip_encoder import vision_config
-    from llava.model.shards import copy_small_files, local_folder, new_folder, write_shards
+    from llava.model.shards import copy_small_files, local_folder, write_shards
 
     folder = local_folder(model_path)
     config = _read_llava_config(folder)
@@ -144,15 +146,10 @@ def to_llava(
     """
     from transformers import AutoConfig
 
+    from llava.atomic import new_folder
+    from llava.json_files import read_json
     from llava.model.checkpoint import aspect_of, write_config
-    from llava.model.shards import (
-        Shards,
-        copy_small_files,
-        local_folder,
-        new_folder,
-        read_json,
-        write_shards,
-    )
+    from llava.model.shards import Shards, copy_small_files, local_folder, write_shards
 
     folder = local_folder(model_path)
     hf = read_json(folder / "config.json")
@@ -202,7 +199,7 @@ def to_llava(
 
 
 def _read_llava_config(folder: Path) -> Config:
-    from llava.model.shards import read_json
+    from llava.json_files import read_json
 
     config = read_json(folder / "config.json")
     if "text_config" in config:
@@ -221,10 +218,11 @@ def _llava_weights(
     """
     import torch
 
+    from llava.json_files import read_json
     from llava.model.builder import has_weights, load_pretrained_model
     from llava.model.checkpoint import PROJECTOR_FILE, on_disk
     from llava.model.lora import ADAPTER_CONFIG
-    from llava.model.shards import Shards, local_folder, read_json
+    from llava.model.shards import Shards, local_folder
     from llava.state import load
 
     lora = (folder / ADAPTER_CONFIG).is_file()
@@ -254,14 +252,14 @@ def _llava_weights(
 
 def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     from llava.model.checkpoint import on_disk
 
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
-            kind = AutoModel._model_mapping[type(getattr(config, "vision_config", config))]
+            kind = vision_model_class(getattr(config, "vision_config", config))
             model = kind.from_pretrained(name, dtype="auto", **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         why = reason(error)
@@ -356,10 +354,10 @@ def _read_pictures(folder: str | Path) -> Config:
 
 
 def _write_tower_config(out: Path, folder: Path, hf: Config) -> None:
-    from transformers import AutoModel, LlavaConfig
+    from transformers import LlavaConfig
 
     vision = LlavaConfig.from_dict(hf).vision_config
-    kind = AutoModel._model_mapping[type(vision)].__name__
+    kind = vision_model_class(vision).__name__
     _write_json(out / "config.json", {**vision.to_dict(), "architectures": [kind]})
     pictures = _read_pictures(folder)
     pictures["image_processor_type"] = kind.replace("VisionModel", "ImageProcessor")
@@ -369,7 +367,7 @@ def _write_tower_config(out: Path, folder: Path, hf: Config) -> None:
 
 
 def _write_generation_config(out: Path, hf: Config) -> None:
-    from llava.model.shards import read_json
+    from llava.json_files import read_json
 
     own = out / KEPT / "generation_config.json"
     values = {key: hf["text_config"].get(key) for key in ("bos_token_id", "eos_token_id")}

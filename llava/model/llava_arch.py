@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.mm_utils import expand_image_tokens
-from llava.model.attention import eager_attention
+from llava.model.attention_impl import attention_of, eager_attention
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -242,7 +242,7 @@ class LlavaMixin:
 
     def _attention(self, asked: bool | None) -> contextlib.AbstractContextManager:
         """Inside, attention has weights to show if they are `asked` for (`output_attentions`)."""
-        openly = asked and self.config._attn_implementation != "eager"
+        openly = asked and attention_of(self) != "eager"
         return eager_attention(self) if openly else contextlib.nullcontext()
 
     def forward(
