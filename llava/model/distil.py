@@ -60,8 +60,9 @@ def distil(
     """
     connector = copy.deepcopy(connector).eval().float().requires_grad_(False)
     features = features.to(next(connector.parameters()).device)
-    width, hidden = connector[0].in_features, connector[0].out_features
-    projector = MLPConnector(width, hidden, 2).to(features.device)
+    first = connector[0]
+    assert isinstance(first, nn.Linear)
+    projector = MLPConnector(first.in_features, first.out_features, 2).to(features.device)
     base = {n: t for n, t in connector.state_dict().items() if n in projector.state_dict()}
     projector.load_state_dict(base)
     left_out = torch.arange(len(features)) % 10 == 9

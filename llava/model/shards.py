@@ -246,5 +246,5 @@ def check_hub_name(path: str | os.PathLike) -> None:
 
 
 def not_found(error: Exception) -> str:
-    """What is said of a name under which there is neither a folder nor, for `error`, a model."""
+    """The message on a name under which there is neither a folder nor, for `error`, a model."""
     return f"no such folder, looked for from {Path.cwd()}, nor one on the hub ({reason(error)})"

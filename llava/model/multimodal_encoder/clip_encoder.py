@@ -84,7 +84,7 @@ class CLIPVisionTower(nn.Module):
                 self._take(weights)
 
     @staticmethod
-    def _classes() -> tuple[type, type]:
+    def _classes() -> tuple[type[Any], type[Any]]:
         from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
         # The Pillow backend gives upstream's pixels to the bit; torchvision's does not.
