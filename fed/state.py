@@ -4,6 +4,7 @@ What passes between `llava` and `fed` is this and nothing else, and it is the sa
 on disk as `mm_projector.bin`; so the code is llava's, and these are its names here.
 """
 
-from llava.state import State, StateError, check, fingerprint, is_finite, load, near, save
+from llava.state import State, StateError, check, fingerprint, is_finite, load, save
+from llava.suggest import did_you_mean as near
 
 __all__ = ["State", "StateError", "check", "fingerprint", "is_finite", "load", "near", "save"]

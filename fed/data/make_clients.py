@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from fed.data import cutting, writing
     from fed.data.styles import read_styles, restyle
-    from llava.atomic import write_text
-    from llava.model.shards import new_folder
+    from llava.atomic import new_folder, write_text
 
     styles = read_styles(args.styles)
     source = open_source(args)

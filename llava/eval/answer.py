@@ -18,7 +18,7 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, get_template
 from llava.errors import InputError
-from llava.model.attention import KINDS, choose_attention
+from llava.model.attention_impl import KINDS, choose_attention
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Question and answer files: JSON lines, tables, whole JSON; their chunks; ids for answers."""
+"""Question and answer files: JSON lines and tables; their chunks; ids for answers."""
 
 from __future__ import annotations
 
@@ -46,15 +46,6 @@ def read_jsonl(path: str | os.PathLike, *keys: str) -> list[dict]:
 def answers_by_id(path: str | os.PathLike, *keys: str) -> dict[Any, dict]:
     """The answers of a file by their `question_id`; each has `text`, and `keys` too."""
     return {a["question_id"]: a for a in read_jsonl(path, "question_id", "text", *keys)}
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """The value in a JSON file; `InputError` when it is none."""
-    text = _read(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
 
 
 def read_tsv(path: str | os.PathLike, *columns: str) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.eval.answer import Answerer, Picture
 from llava.mm_utils import expand_image_tokens, tokenizer_image_token
-from llava.model.attention import eager_attention
+from llava.model.attention_impl import eager_attention
 
 
 def grids(

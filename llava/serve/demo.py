@@ -188,9 +188,9 @@ def named(models: list[str]) -> dict[str, str]:
 
 def base_of(path: str) -> str | None:
     """The language model that a projector's folder says it was trained on, if that is there."""
+    from llava.json_files import read_json
     from llava.model.builder import has_weights
     from llava.model.checkpoint import PROJECTOR_FILE
-    from llava.model.shards import read_json
 
     folder = Path(path)
     if not (folder / PROJECTOR_FILE).is_file() or has_weights(folder):

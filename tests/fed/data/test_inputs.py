@@ -113,7 +113,10 @@ def test_a_byte_order_mark_and_floats(make, tmp_path):
         (["style", "--styles", "a=answer:b"], "form 'b' is unknown; known are first-sentence, key"),
         (["style", "--styles", "a=answer", "a=id"], "two styles are called 'a'"),
         (["style", "--styles", "a=b"], "style a needs `b`; it has answer, "),
-        (["cluster", "--clusters", "2", "--tower", "/no/where"], "vision tower /no/where: no such folder"),
+        (
+            ["cluster", "--clusters", "2", "--tower", "/no/where"],
+            "vision tower /no/where: no such folder",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_flags(make, tmp_path, flags, message):

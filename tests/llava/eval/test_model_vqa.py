@@ -380,8 +380,8 @@ def test_bad_tables_are_one_clear_error(ask, mmbench, spoil, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "bad.json: not JSON"),
+        ("{", "bad.json: no readable JSON"),
+        ("[" * 100_000, "bad.json: no readable JSON"),
         ("[]", "expected a list of questions"),
         ('[{"id": 3}]', "question 0: 'conversations' is missing"),
         ('[{"id": 3, "conversations": []}]', "'conversations' is not a list of turns"),

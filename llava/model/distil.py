@@ -1,6 +1,6 @@
-"""`python -m llava.model.fold`: a Pilot connector → one mlp2x_gelu projector that imitates it.
+"""`python -m llava.model.distil`: a Pilot connector → one mlp2x_gelu projector that imitates it.
 
-    python -m llava.model.fold --model-path CLIENT --model-base LLM \
+    python -m llava.model.distil --model-path CLIENT --model-base LLM \
         --data-path mine.json --image-folder mine/images --output OUT
 
 A mixture of several adapters is no projector of one adapter's size, so that it is imitated: the
@@ -29,7 +29,7 @@ from llava.model.multimodal_projector.plain import MLPConnector
 from llava.state import save
 
 
-class Folded(NamedTuple):
+class Distilled(NamedTuple):
     """A projector, and its relative errors ||x − x'|| / ||x|| over the tokens x of the connector.
 
     `own` is that of the own task's adapter by itself, where the projector starts; `fitted` on the
@@ -42,7 +42,7 @@ class Folded(NamedTuple):
     left_out: float
 
 
-def fold(
+def distil(
     connector: PilotConnector,
     features: torch.Tensor,
     *,
@@ -50,7 +50,7 @@ def fold(
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     seed: int = 0,
-) -> Folded:
+) -> Distilled:
     """Imitate a connector by one of its adapters' size.
 
     Args:
@@ -60,8 +60,9 @@ def fold(
     """
     connector = copy.deepcopy(connector).eval().float().requires_grad_(False)
     features = features.to(next(connector.parameters()).device)
-    width, hidden = connector[0].in_features, connector[0].out_features
-    projector = MLPConnector(width, hidden, 2).to(features.device)
+    first = connector[0]
+    assert isinstance(first, nn.Linear)
+    projector = MLPConnector(first.in_features, first.out_features, 2).to(features.device)
     base = {n: t for n, t in connector.state_dict().items() if n in projector.state_dict()}
     projector.load_state_dict(base)
     left_out = torch.arange(len(features)) % 10 == 9
@@ -83,7 +84,7 @@ def fold(
         loss.backward()
         optimizer.step()
         schedule.step()
-    return Folded(
+    return Distilled(
         projector,
         own,
         _error(projector, connector, fitted),
@@ -101,7 +102,7 @@ def _error(projector: nn.Module, connector: nn.Module, features: torch.Tensor) -
     return math.sqrt(missed / whole) if whole else math.nan
 
 
-def fold_checkpoint(
+def distil_checkpoint(
     model_path: str,
     model_base: str | None,
     data_path: str,
@@ -111,12 +112,12 @@ def fold_checkpoint(
     pictures: int = 500,
     device: str = "cpu",
     **options,
-) -> Folded:
-    """Fold the connector of a projector or LoRA folder into `output`, new or empty.
+) -> Distilled:
+    """Distil the connector of a projector or LoRA folder into `output`, new or empty.
 
     Args:
         data_path: LLaVA JSON; its first `pictures` pictures are looked at.
-        options: those of `fold`.
+        options: those of `distil`.
 
     Raises:
         InputError: no Pilot connector there, no picture, or something is in the way.
@@ -131,8 +132,8 @@ def fold_checkpoint(
     if not isinstance(connector, PilotConnector):
         kind = getattr(model.config, "mm_projector_type", None)
         raise InputError(f"{model_path}: mm_projector_type is {kind!r}, `pilot` is expected")
-    folded = fold(connector, _features(model, data_path, image_folder, pictures), **options)
-    state = {PROJECTOR_PREFIX + n: t for n, t in folded.projector.state_dict().items()}
+    distilled = distil(connector, _features(model, data_path, image_folder, pictures), **options)
+    state = {PROJECTOR_PREFIX + n: t for n, t in distilled.projector.state_dict().items()}
     is_lora = (source / lora.ADAPTER_CONFIG).is_file()
     if not is_lora and not (source / PROJECTOR_FILE).is_file():
         raise InputError(f"{model_path}: a folder of a projector or of LoRA is expected")
@@ -147,7 +148,7 @@ def fold_checkpoint(
     config.mm_projector_type = "mlp2x_gelu"
     del config.mm_pilot
     write_config(config, target, full=False)
-    return folded
+    return distilled
 
 
 @torch.no_grad()
@@ -175,7 +176,7 @@ def _features(model, data_path: str, image_folder: str, most: int) -> torch.Tens
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Fold a Pilot connector into an mlp2x_gelu.")
+    parser = argparse.ArgumentParser(description="Distil a Pilot connector into an mlp2x_gelu.")
     parser.add_argument("--model-path", required=True, help="a Pilot client's folder")
     parser.add_argument("--model-base", help="its language model")
     parser.add_argument("--data-path", required=True, help="LLaVA JSON, for its pictures")
@@ -191,10 +192,11 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("pictures", "steps", "batch_size"):
         if args[name] < 1:
             raise InputError(f"--{name.replace('_', '-')} is {args[name]}, at least 1 is expected")
-    folded = fold_checkpoint(**args)
+    distilled = distil_checkpoint(**args)
     print(
-        f"relative error of the tokens: {folded.left_out:.4f} on pictures left out, "
-        f"{folded.fitted:.4f} on those fitted to; {folded.own:.4f} by the own adapter as it was"
+        f"relative error of the tokens: {distilled.left_out:.4f} on pictures left out, "
+        f"{distilled.fitted:.4f} on those fitted to; {distilled.own:.4f} by the "
+        "own adapter as it was"
     )
     print(f"wrote {args['output']}")
 

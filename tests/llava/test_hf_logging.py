@@ -12,7 +12,7 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging
 
-from llava.model.quiet import quiet
+from llava.model.hf_logging import quiet
 
 
 @pytest.fixture(autouse=True)
