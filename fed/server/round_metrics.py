@@ -1,4 +1,4 @@
-"""What is told of a round: its record in rounds.jsonl, its curves, its lines on the screen."""
+"""The metrics of a round: its record in rounds.jsonl, its curves, its lines on the screen."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def round_record(
     failed: Mapping[str, str],
     **facts: object,
 ) -> dict:
-    """A line of rounds.jsonl; what `facts` has is the same for all clients."""
+    """A line of rounds.jsonl; `facts` are those of the whole round."""
     done = [(task, updates[task.name]) for task in tasks if task.name in updates]
     products = update_products([t.state for t, _ in done], [u.state for _, u in done])
     return {
@@ -89,19 +89,19 @@ def cosines_of(products: torch.Tensor) -> list[list[float | None]]:
 
 
 def drift_of(products: torch.Tensor, weights: Sequence[float]) -> float | None:
-    """How far clients are from their mean update, over how far they went: both root mean squares.
+    """The clients' distance from their mean update over their updates' length, root mean squares.
 
-    0 when all clients move alike, sqrt(1 − 1/K) when K equal ones move at right angles, 1 when they
-    cancel; None when nobody moved.
+    The root of 1 − kappa (`fed.numerics.consensus`): 0 when all clients move alike, sqrt(1 − 1/K)
+    when K equal ones move at right angles, 1 when they cancel; None when nobody moved.
     """
     kappa = consensus_of_gram(products, weights)
     return None if kappa is None else max(1 - kappa, 0.0) ** 0.5
 
 
 def suspicions(record: dict) -> Iterator[str]:
-    """What a person should look at: updates of zero, very long ones, and copies of each other."""
+    """Warnings: updates of zero, very long ones, and copies of each other."""
     names = [n for n, client in record["clients"].items() if client["samples"]]
-    places = [list(record["clients"]).index(name) for name in names]
+    places = [i for i, client in enumerate(record["clients"].values()) if client["samples"]]
     norms = [record["norms"][i] for i in places]
     typical = sorted(norms)[len(norms) // 2] if norms else 0.0
     for name, norm in zip(names, norms, strict=True):

@@ -58,7 +58,7 @@ class ProjectorPart:
     """`mm_projector.bin`."""
 
     flag = "pretrain_mm_mlp_adapter"
-    files = (PROJECTOR_FILE,)
+    files: tuple[str, ...] = (PROJECTOR_FILE,)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What a state is copied from, by the state's names: what clients share."""
@@ -104,7 +104,7 @@ class LoraPart:
     """
 
     flag = "lora_weight_path"
-    files = (ADAPTER_FILE, NON_LORA_FILE)
+    files: tuple[str, ...] = (ADAPTER_FILE, NON_LORA_FILE)
 
     def __init__(self, model: nn.Module):
         with tempfile.TemporaryDirectory() as folder:
