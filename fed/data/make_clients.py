@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fed.data.cutting import Column, Cut
-    from fed.data.mix665k import Mix
     from fed.data.samples import Sample, Source
 
 SHAPES = {
@@ -147,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace, wanted: list[str]) -> None:
-    """What is wrong with the flags by themselves: found before hours of reading."""
+    """Refuse flags that are wrong by themselves, before hours of reading."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if name in ("alpha", "size_alpha") and value is not None and not 0 < value < math.inf:
@@ -227,14 +226,17 @@ class Clusters:
         return assign(self.encoder, source, used, centroids)
 
 
-def _cut(args: argparse.Namespace, source: Source | Mix, columns: list[Column]) -> Cut:
+def _cut(args: argparse.Namespace, source: Source, columns: list[Column]) -> Cut:
     from fed.data import cutting
 
     if args.shape == "task":
+        from fed.data.mix665k import Mix
         from fed.data.shares import by_task
 
+        task, picture = columns
+        assert isinstance(source, Mix)  # `open_source` gives it for this shape
         shares = (args.tasks, args.clients_per_task, args.samples)
-        return by_task(*columns, source.counts, *shares, args.heldout, args.seed)
+        return by_task(task, picture, source.counts, *shares, args.heldout, args.seed)
     column = cutting.product(columns)
     held = cutting.hold_out(column.codes >= 0, args.heldout, args.seed)
     if args.shape == "dirichlet":

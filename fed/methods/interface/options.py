@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ class Range:
     says: str = ""
 
     def __contains__(self, value: float) -> bool:
-        left, low, high, right = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", self.interval).groups()
-        above = value > float(low) or (left == "[" and value == float(low))
-        return above and (value < float(high) or (right == "]" and value == float(high)))
+        low, high = map(float, self.interval[1:-1].split(", "))
+        above = value > low or (self.interval[0] == "[" and value == low)
+        return above and (value < high or (self.interval[-1] == "]" and value == high))
 
     def __str__(self) -> str:
         return self.says or f"in {self.interval}"

@@ -166,7 +166,10 @@ def test_a_task_is_told_by_folder_and_first_question(image, question, turns, tas
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["textvqa"], "--tasks textvqa: unknown; near: textcaps.*; known are gqa, ocr-vqa, textc"),
+        (
+            ["textvqa"],
+            r"--tasks textvqa: unknown \(did you mean textcaps.*\); known are gqa, ocr-vqa, textc",
+        ),
         (["OCR-VQA", "gqa"], "--tasks OCR-VQA: unknown; "),
         (["text"], "--tasks text: unknown"),
         (["gqa", "vg", "gqa"], "--tasks: gqa comes twice"),
