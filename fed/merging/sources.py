@@ -46,7 +46,7 @@ class Source:
     config: dict[str, Any] | None  # config.json as it is, of the folder or beside the file
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
         return f"{self.role} {self.given}"
 
     @property
@@ -77,7 +77,7 @@ class Source:
         if rows is not None and self.kind not in WHOLE:
             own[ROWS] = rows[-2:]  # upstream saves the whole table, and reads these two
         if not any(name.startswith(PROJECTOR_PREFIX) for name in own):
-            raise StateError(f"{self.who}: has no projector (no {PROJECTOR_PREFIX}* tensors)")
+            raise StateError(f"{self.label}: has no projector (no {PROJECTOR_PREFIX}* tensors)")
         return own
 
     @property
