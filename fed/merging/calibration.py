@@ -144,7 +144,7 @@ def spread(records: int, samples: int, seed: int) -> list[int]:
 
 
 def _data_arguments(llava: Any, version: str, image_folder: str | None) -> Any:
-    """What a data set reads, from the model's config; see `llava.train.session.load_session`."""
+    """The arguments of a data set, from the model's config as `load_session` has them."""
     config, tower = llava.config, llava.get_vision_tower()
     own = dict(
         version=version,

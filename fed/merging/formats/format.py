@@ -55,15 +55,15 @@ def check_names(sources: Sequence[Source], tensors: Sequence[Mapping[str, Tensor
     Raises:
         StateError: a tensor that is missing or too many.
     """
-    for source, own in zip(sources[1:], tensors[1:], strict=True):
+    for source, others in zip(sources[1:], tensors[1:], strict=True):
         first = tensors[0]
         for name in first:
-            if name not in own:
-                hint = near(name, own.keys() - first.keys())
+            if name not in others:
+                hint = near(name, others.keys() - first.keys())
                 raise StateError(
                     f"{source.label}: tensor {name} is missing{hint}, {sources[0].label} has it"
                 )
-        for name in own:
+        for name in others:
             if name not in first:
                 raise StateError(
                     f"{source.label}: tensor {name} is not expected, {sources[0].label} has none"

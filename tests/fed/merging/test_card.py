@@ -181,6 +181,12 @@ def test_a_bad_yaml(text, said, tmp_path):
         read_config(str(tmp_path / "none.yaml"), {})
 
 
+def test_keys_with_dashes_and_values_that_are_left_empty(tmp_path):
+    text = "experts: [a, b]\nmodel-base: llm\ncalibration_data: one.json\nbase:\nmethod:\n"
+    expected = MergeConfig(("a", "b"), model_base="llm", calibration_data=("one.json",))
+    assert read_config(recipe(tmp_path, text), {}) == expected
+
+
 def test_settings_survive_a_command_line():
     given = MergeConfig(
         ("a b", "c"), "o u t", base="b'", method="ties", weights=(0.1, 3.0), scope="all",
