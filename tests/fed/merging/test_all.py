@@ -86,7 +86,7 @@ def test_what_streams_has_no_place_for_a_method_of_the_whole(expert, tmp_path):
 
 
 def test_files_are_let_go_of_as_they_are_read(expert, tmp_path, monkeypatch):
-    """At most one file an expert is open, and none for longer than RELEASE_AFTER_BYTES of reading."""
+    """At most one file an expert is open, and none for longer than so many bytes were read."""
     monkeypatch.setattr("fed.merging.sources.RELEASE_AFTER_BYTES", 4000)
     released = []
     release = Shards.release
