@@ -17,6 +17,7 @@ from fed.clients.clients_yaml import ClientSpec, named
 from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver
 from fed.methods import Method
+from fed.yaml_file import read_yaml
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
@@ -167,15 +168,8 @@ def _options(method: str, words: Sequence[str]) -> list[str]:
     """
     if not words or "=" in words[0] or not words[0].endswith((".yaml", ".yml")):
         return list(words)
-    import yaml
-
     file, *words = words
-    try:
-        sections = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--fed_options {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--fed_options {file}: not YAML ({error})") from None
+    sections = read_yaml(file, "--fed_options")
     if not isinstance(sections, dict) or not isinstance(sections.get(method), dict):
         there = ", ".join(map(str, sections)) if isinstance(sections, dict) else "none"
         raise InputError(

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Protocol
 
 from fed.clients.yaml_values import flag_of, text_of, unquoted
 from fed.state import near
+from fed.yaml_file import read_yaml
 from llava.errors import InputError
 
 DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
@@ -82,15 +83,10 @@ def load_clients(
             data file that does not exist, or a task that only others have. The message names the
             client.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--fed_clients {path}: no such file")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--fed_clients {path}: not YAML ({error})") from None
+    document = read_yaml(path, "--fed_clients")
     entries = document.get("clients") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"--fed_clients {path}: a list under the key `clients` is expected")

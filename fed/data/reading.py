@@ -67,7 +67,7 @@ class LlavaJson:
         if not Path(path).is_file():
             raise InputError(f"--input {path}: no such file")
         if not Path(image_folder).is_dir():
-            raise InputError(f"--image-folder {image_folder}: no such folder")
+            raise InputError(f"--image_folder {image_folder}: no such folder")
         self.path = path
         self.image_folder: str | None = image_folder
         self.left_out = LeftOut(strict=not skip_bad)

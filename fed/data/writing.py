@@ -52,7 +52,7 @@ def write_records(
     if len(cut.clients) > MAX_CLIENTS:
         raise InputError(
             f"{len(cut.clients)} clients are more than {MAX_CLIENTS}; --clients and "
-            "--minimum-size make them fewer"
+            "--minimum_size make them fewer"
         )
     with contextlib.ExitStack() as stack:
         files = {

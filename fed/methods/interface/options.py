@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fed.state import near
 from llava.errors import InputError
+from llava.flags import pairs
 
 # Every method has the first three; the others are for those that ask for them. All else is options.
 ARGUMENTS = (
@@ -108,24 +109,11 @@ def options_of(name: str, function: Callable) -> dict[str, Option]:
     }
 
 
-def pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
-    """`["tau=0.3", …]` as a mapping."""
-    found: dict[str, str] = {}
-    for text in texts:
-        option, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"{name} option {text!r}: expected name=value")
-        if option in found:
-            raise InputError(f"{name} option {option} is given twice")
-        found[option] = value
-    return found
-
-
 def parse(
     name: str, known: Mapping[str, Option], given: Sequence[str] | Mapping[str, Any]
 ) -> dict[str, Any]:
     """The options that are given, typed; see `Method.parse`."""
-    given = given if isinstance(given, Mapping) else pairs(name, given)
+    given = given if isinstance(given, Mapping) else pairs(f"{name} options", given)
     for option in given:
         if option not in known:
             has = f"it has {', '.join(known) or 'none'}"

@@ -51,7 +51,7 @@ class TensorFile:
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor of the same type and shape in the place of the one called `name`."""
         first, last = self.header[name]["data_offsets"]
-        data = memoryview(_bytes(tensor))
+        data = _bytes(tensor)
         if len(data) != last - first:
             raise InputError(f"{self.path}: {name} takes {last - first} bytes, not {len(data)}")
         self._file.seek(self.start + first)
@@ -179,10 +179,10 @@ def copy_beside(source: Path, folder: Path) -> None:
 
 
 def model_bytes(source: Source) -> int:
-    """How much a full folder's weights take on disk."""
+    """The size of a full folder's weights on disk."""
     shards = source.weights.shards
     return sum(file.stat().st_size for file in {shards.place(name) for name in shards})
 
 
-def _bytes(tensor: Tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

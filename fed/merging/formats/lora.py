@@ -2,7 +2,7 @@
 
 `--lora factors` gives the method the matrices A and B of each module as they are, which is what is
 commonly done; the mean of the factors is not the mean of the updates B A. `product` gives it B A,
-and cuts the result back to the adapter's rank (see `products.py`).
+and cuts the result back to the adapter's rank (see `fed.numerics.lora_delta`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import contextlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fed import methods
 from fed.merging.compatibility import sample, sampled_fingerprint
-from fed.merging.config import Settings
-from fed.merging.formats import Put, by_layer, bytes_of, check_names, stand_in
-from fed.merging.rewrite import Streamed, copy_beside
+from fed.merging.config import MergeConfig
+from fed.merging.formats.format import Format, Put, by_layer, bytes_of, check_names, stand_in
+from fed.merging.formats.rewrite import Streamed, copy_beside
 from fed.merging.sources import Source, Weights, adapter_weights
 from fed.numerics.lora_delta import Products
 from fed.state import State
@@ -37,7 +37,7 @@ from llava.model.lora import (
 from llava.model.shards import read_json
 from llava.state import read_tensors, save
 
-# What must be one for matrices of two adapters to mean the same.
+# Keys in which adapters must agree for their matrices to mean the same.
 _ALIKE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora",
           "use_dora", "fan_in_fan_out", "bias", "modules_to_save", "target_parameters",
           "trainable_token_indices")  # fmt: skip
@@ -46,7 +46,7 @@ _ALIKE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", 
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
-class LoraFormat:
+class LoraFormat(Format):
     """Adapters and what trained beside them, in one mapping of names that do not meet."""
 
     name = "lora"
@@ -54,7 +54,7 @@ class LoraFormat:
         "A fingerprint is a SHA-256 over names, types, shapes and the first 4 KB of every tensor."
     )
 
-    def __init__(self, settings: Settings, experts: Sequence[Source], base: Source | None):
+    def __init__(self, config: MergeConfig, experts: Sequence[Source], base: Source | None):
         _check_alike(experts)
         self.sources = experts
         self.adapters = [adapter_weights(source.path) for source in experts]
@@ -62,32 +62,36 @@ class LoraFormat:
         self.others = [_others(source) for source in experts]
         check_names(experts, self.others)
         self._plain = [_join(a, o) for a, o in zip(self.adapters, self.others, strict=True)]
-        self._base = _start(self.adapters[0], base)
-        self._of_base = self._base if base and base.kind == "lora" else base and base.projector
-        self.notes = []
-        if base and (lost := [name for name in self._plain[0] if name not in self._base]):
-            self.notes.append(stand_in(base, lost))
-        self.experts, self.base, self.products = self._plain, self._base, None
-        if settings.lora == "product":
+        start = _start(self.adapters[0], base)
+        self._printed_base: Mapping[str, Tensor] | None = None
+        if base is not None:
+            self._printed_base = start if base.kind == "lora" else base.projector
+        notes: list[str] = []
+        if base and (lost := [name for name in self._plain[0] if name not in start]):
+            notes.append(stand_in(base, lost))
+        self.experts, self.base, self.notes = self._plain, start, notes
+        self.products: Products | None = None
+        if config.lora == "product":
             _check_products(experts[0], self.adapters[0])
             self.products = Products(self.adapters[0])
             self.experts = [self.products.of(tensors) for tensors in self._plain]
-            self.base = self.products.of(self._base)
+            self.base = self.products.of(start)
         names = list(self.experts[0])
-        whole = methods.get(settings.method).cross_layer and self.products is None
+        whole = methods.get(config.method).cross_layer and self.products is None
         self.groups = [names] if whole else by_layer(names)
         self.size = sum(map(bytes_of, (self.adapters[0], self.others[0])))
         self.written = (
             "This folder is a LoRA with the projector that belongs to it, to be loaded on its "
-            f"language model; merged were the {settings.lora} of the adapters."
+            f"language model; merged were the {config.lora} of the adapters."
         )
 
     def prints(self) -> tuple[list[str], str | None]:
-        found = [sampled_fingerprint(sample(tensors.items())) for tensors in self._plain]
-        of_base = self._of_base and sampled_fingerprint(sample(self._of_base.items()))
+        prints = [sampled_fingerprint(sample(tensors.items())) for tensors in self._plain]
+        base = self._printed_base
+        base_print = None if base is None else sampled_fingerprint(sample(base.items()))
         for adapter in self.adapters:
             adapter.shards.release()
-        return found, of_base
+        return prints, base_print
 
     @contextlib.contextmanager
     def writer(self, folder: Path) -> Iterator[Put]:
@@ -140,7 +144,7 @@ class _Zeros(Mapping[str, Tensor]):
 
 
 def _start(adapter: Weights, base: Source | None) -> Mapping[str, Tensor]:
-    """What the experts are measured from: a LoRA folder's tensors, or no adapter at all."""
+    """The start that experts are measured from: a LoRA folder's tensors, or no adapter at all."""
     if base is not None and base.kind == "lora":
         return _join(adapter_weights(base.path), _others(base))
     known = {} if base is None else dict(base.projector)
@@ -149,14 +153,15 @@ def _start(adapter: Weights, base: Source | None) -> Mapping[str, Tensor]:
 
 
 def _others(source: Source) -> State:
-    """What trained beside the adapter, by upstream's names."""
+    """The tensors that trained beside the adapter, by upstream's names."""
     if not (source.path / NON_LORA_FILE).is_file():
         return {}
     return {on_disk(n): t for n, t in read_non_lora(source.path, mapped=True).items()}
 
 
 def _join(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return ChainMap(first, second)
+    # A ChainMap writes into its first mapping only, and nothing is written into this one.
+    return ChainMap(cast("dict[str, Tensor]", first), cast("dict[str, Tensor]", second))
 
 
 def _check_products(first: Source, adapter: Mapping[str, Tensor]) -> None:
@@ -165,7 +170,7 @@ def _check_products(first: Source, adapter: Mapping[str, Tensor]) -> None:
     if shared or any(".lora_embedding_A" in name for name in adapter):
         what = "target_parameters" if shared else "LoRA of an embedding"
         raise InputError(
-            f"--lora product: {first.who} has {what}, and linear layers only are expected; "
+            f"--lora product: {first.label} has {what}, and linear layers only are expected; "
             "--lora factors is possible"
         )
 
@@ -176,8 +181,8 @@ def _check_alike(experts: Sequence[Source]) -> None:
         start = read_adapter_config(expert.path).init_lora_weights
         if str(start).lower().startswith(TAKES_FROM_BASE):
             raise InputError(
-                f"{expert.who}: init_lora_weights is {start!r}, whose matrices are not the change "
-                "to the base's weights; let peft save it as a plain LoRA "
+                f"{expert.label}: init_lora_weights is {start!r}, whose matrices are not the "
+                "change to the base's weights; let peft save it as a plain LoRA "
                 "(path_initial_model_for_weight_conversion)"
             )
     configs = [read_json(expert.path / ADAPTER_CONFIG) for expert in experts]
@@ -186,7 +191,7 @@ def _check_alike(experts: Sequence[Source]) -> None:
             found, expected = _value(config, key), _value(configs[0], key)
             if found != expected:
                 raise InputError(
-                    f"{expert.who}: {ADAPTER_CONFIG} has {key} {found!r}, {experts[0].who} has "
+                    f"{expert.label}: {ADAPTER_CONFIG} has {key} {found!r}, {experts[0].label} has "
                     f"{expected!r}; adapters that are merged have the same"
                 )
 

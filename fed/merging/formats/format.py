@@ -1,7 +1,4 @@
-"""What a merge goes through and what it writes, by the forms of the experts.
-
-A form has the experts' tensors, cut into groups, and takes the merged ones into a folder.
-"""
+"""The protocol of a format, which has the experts' tensors in groups and writes the merged ones."""
 
 from __future__ import annotations
 
@@ -25,11 +22,11 @@ class Format(Protocol):
     Attributes:
         name: as merge.json calls it.
         groups: names of the tensors that are merged together, group by group.
-        experts, base: where they are read from; a base may be None, or lack some.
+        experts, base: their tensors by name; a base may be None, or lack some.
         size: about how many bytes are written.
-        written: one sentence or two on what is in the folder, for the card.
-        notes: what the card says besides.
-        fingerprints: how `prints` are made, for the card.
+        written: one sentence or two on the contents of the folder, for the card.
+        notes: further sentences for the card.
+        fingerprints: a sentence on how `prints` are made, for the card.
     """
 
     name: str
@@ -48,7 +45,8 @@ class Format(Protocol):
         """Takes each group's merged state; the folder is whole at the end of the block."""
 
     def release(self) -> None:
-        """A group is done: let go of what was read."""
+        """A group is done: let go of the memory that was read."""
+        return
 
 
 def check_names(sources: Sequence[Source], tensors: Sequence[Mapping[str, Tensor]]) -> None:
@@ -57,25 +55,25 @@ def check_names(sources: Sequence[Source], tensors: Sequence[Mapping[str, Tensor
     Raises:
         StateError: a tensor that is missing or too many.
     """
-    for source, own in zip(sources[1:], tensors[1:], strict=True):
+    for source, others in zip(sources[1:], tensors[1:], strict=True):
         first = tensors[0]
         for name in first:
-            if name not in own:
-                hint = near(name, own.keys() - first.keys())
+            if name not in others:
+                hint = near(name, others.keys() - first.keys())
                 raise StateError(
-                    f"{source.who}: tensor {name} is missing{hint}, {sources[0].who} has it"
+                    f"{source.label}: tensor {name} is missing{hint}, {sources[0].label} has it"
                 )
-        for name in own:
+        for name in others:
             if name not in first:
                 raise StateError(
-                    f"{source.who}: tensor {name} is not expected, {sources[0].who} has none"
+                    f"{source.label}: tensor {name} is not expected, {sources[0].label} has none"
                 )
 
 
 def stand_in(base: Source, lost: Sequence[str]) -> str:
-    """What the card says of tensors that a base has not."""
+    """The card's sentence on tensors that a base has not."""
     return (
-        f"{base.who} lacks {len(lost)} of the tensors, as {lost[0]}: the experts' weighted mean "
+        f"{base.label} lacks {len(lost)} of the tensors, as {lost[0]}: the experts' weighted mean "
         "stands in for them."
     )
 
@@ -89,5 +87,5 @@ def by_layer(names: Sequence[str]) -> list[list[str]]:
 
 
 def bytes_of(state: Mapping[str, Tensor]) -> int:
-    """How much the tensors take on disk."""
+    """The size of the tensors on disk."""
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

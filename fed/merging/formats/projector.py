@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fed.merging.formats import Put, bytes_of, check_names
-from fed.merging.rewrite import copy_model, model_bytes
+from fed.merging.formats.format import Format, Put, bytes_of, check_names
+from fed.merging.formats.rewrite import copy_model, model_bytes
 from fed.merging.sources import Source
 from fed.state import State, fingerprint, save
 from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, ROWS
@@ -22,28 +22,28 @@ from llava.model.shards import read_json
 _FINGERPRINTS = "A fingerprint is the SHA-256 of the projector's names, types, shapes and values."
 
 
-class ProjectorFormat:
+class ProjectorFormat(Format):
     """The projector in a folder of its own, with the config that the experts have, if any."""
 
     fingerprints = _FINGERPRINTS
 
     def __init__(self, experts: Sequence[Source], base: Source | None, config: Path | None):
         self.sources, self.config = experts, config
-        self.experts = [dict(source.projector) for source in experts]
-        self.base = None if base is None else dict(base.projector)
+        self.experts = self._states = states = [dict(source.projector) for source in experts]
+        self.base = self._base = None if base is None else dict(base.projector)
         # Upstream saves no newline token, and a full model no rows; what not all have is left out.
         for name in (NEWLINE, ROWS):
-            if any(name not in state for state in self.experts):
-                for state in self.experts:
+            if any(name not in state for state in states):
+                for state in states:
                     state.pop(name, None)
-        check_names(experts, self.experts)
-        self.groups = [list(self.experts[0])]
+        check_names(experts, states)
+        self.groups = [list(states[0])]
         self.notes = [
-            f"{source.who}: its adapter is left out; --scope all merges adapters, too."
+            f"{source.label}: its adapter is left out; --scope all merges adapters, too."
             for source in experts
             if source.kind == "lora"
         ]
-        self.size = bytes_of(self.experts[0])
+        self.size = bytes_of(states[0])
         self.name = "projector"
         self.written = (
             "This folder holds a projector, to be loaded with its language model as the base "
@@ -54,7 +54,8 @@ class ProjectorFormat:
         )
 
     def prints(self) -> tuple[list[str], str | None]:
-        return [fingerprint(s) for s in self.experts], self.base and fingerprint(self.base)
+        base = None if self._base is None else fingerprint(self._base)
+        return [fingerprint(state) for state in self._states], base
 
     @contextlib.contextmanager
     def writer(self, folder: Path) -> Iterator[Put]:
@@ -63,9 +64,6 @@ class ProjectorFormat:
         save(merged, folder / PROJECTOR_FILE)
         if self.config:
             _write_config(self.config, folder)
-
-    def release(self) -> None:
-        pass
 
 
 class ProjectorInModelFormat(ProjectorFormat):
