@@ -24,12 +24,14 @@ from fed.server.loop import RoundLoop
 from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
+from llava.train.distributed import start_process_group
 from llava.train.train import prepare_output
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
     argv = validation.command_line(sys.argv[1:] if argv is None else argv)
+    start_process_group(argv)
     arguments, options = validation.check_flags(validation.parse_arguments(argv))
     fed_args = arguments.fed
     kind, method = drivers.get(fed_args.fed_driver), methods.get(fed_args.fed_method)

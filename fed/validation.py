@@ -245,9 +245,7 @@ def arguments_of(
     with named(spec):
         if spec.overrides:
             own = [text for key, value in spec.overrides.items() for text in (f"--{key}", value)]
-            model_args, data_args, training_args, _ = parse_arguments([*argv, *own])
-            # What loading the session sets on the command line's own arguments.
-            training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+            _, data_args, training_args, _ = parse_arguments([*argv, *own])
         _check_steps(training_args)
     return data_args, training_args
 

@@ -115,7 +115,7 @@ def plain_kind(data: bytes) -> str | None:
     """
     with _head(data) as image:
         plain = not _is_deep(image) and _orientation(image) not in range(2, 9)
-        return image.format.lower() if plain else None
+        return image.format.lower() if plain and image.format else None
 
 
 def _head(picture: str | os.PathLike | bytes) -> Image.Image:

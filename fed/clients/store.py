@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from transformers import PreTrainedConfig
 
@@ -17,7 +17,6 @@ from fed.clients.task import ClientTask, Log
 from fed.state import State
 from llava.model.checkpoint import write_config
 from llava.model.trainable_part import TrainablePart
-from llava.train.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from fed.server.round_state import RoundState
@@ -55,9 +54,9 @@ class ClientStore:
         """What takes a client's logs, where the run's would be `log`."""
         return log
 
-    def training_args(self, args: TrainingArguments, round: int) -> TrainingArguments:
-        """The client's arguments in a round."""
-        return args
+    def changed_arguments(self, round: int) -> dict[str, Any]:
+        """Training arguments that are others in a round, by name."""
+        return {}
 
     def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
         """Write the checkpoints that the run leaves. Every rank calls it."""

@@ -31,6 +31,7 @@ from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDat
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
 from llava.train.session import load_session
 from llava.train.train import make_trainer
+from llava.transformers_private import release
 
 
 @dataclass
@@ -155,16 +156,15 @@ class ResidentDriver(Driver):
     def _arguments(self, task: ClientTask) -> TrainingArguments:
         """The client's arguments for the task."""
         client, spans = task.client, self.schedule == "run"
-        args = dataclasses.replace(
+        return dataclasses.replace(
             client.args,
             output_dir=str(self.store.work_dir(task)),
             seed=seed_of(client.args.seed, client.name, task.round),
             report_to=[],
             schedule_samples=[len(indices) for indices in client.slices] if spans else [],
             schedule_round=task.round,
+            **self.store.changed_arguments(task.round),
         )
-        args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
-        return self.store.training_args(args, task.round)
 
     def _steps(
         self, task: ClientTask, trainer: LLaVATrainer, checkpoint: str | None
@@ -188,20 +188,6 @@ def _trained_numbers(model: nn.Module) -> int:
 
 def _numbers(state: State) -> int:
     return sum(tensor.numel() for tensor in state.values())
-
-
-def release(trainer: LLaVATrainer) -> None:
-    """Let go of optimizer and engine, so that the next client finds the model as it was."""
-    engine = getattr(trainer, "deepspeed", None)
-    if engine is not None:
-        engine.destroy()
-        # What it forgets: that would keep it alive, and at work in the next client's steps.
-        engine.module_forward_pre_hook.remove()
-        engine.module_forward_post_hook.remove()
-        for module in trainer.model.modules():
-            for name in ("pre_bwd_fn", "post_bwd_fn"):
-                module.__dict__.pop(name, None)
-    trainer.optimizer = trainer.lr_scheduler = trainer.model_wrapped = trainer.deepspeed = None
 
 
 class _Watch(TrainerCallback):

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
 from fed.merging.model_calibration import ModelCalibration
 from llava.errors import InputError
@@ -19,6 +17,7 @@ from llava.model.checkpoint import projector_parameters
 from llava.model.picture_tokens import separate_rows, uses_start_end
 from llava.train.arguments import DataArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.sample_format import SampleFormat
 from llava.train.session import make_feature_cache
 
 
@@ -64,12 +63,15 @@ def load_calibration(
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    args = _data_arguments(llava, version, image_folder)
-    cache = None if args.tiling else make_feature_cache(llava.get_vision_tower(), args)
+    sample_format = SampleFormat.of_model(llava, version)
+    tiled = sample_format.tiling is not None
+    cache = None if tiled else make_feature_cache(llava.get_vision_tower(), sample_format)
     collate = DataCollatorForSupervisedDataset(tokenizer)
     found = []
     for path in data:
-        dataset = LazySupervisedDataset(path, tokenizer, args, cache)
+        dataset = LazySupervisedDataset(
+            path, tokenizer, DataArguments(image_folder=image_folder), cache, sample_format
+        )
         dataset = dataset.select(spread(len(dataset), samples, seed))
         if cache is not None:
             cache.prefetch(dataset.pictures())
@@ -86,21 +88,3 @@ def spread(records: int, samples: int, seed: int) -> list[int]:
     ends = [records * i // samples for i in range(samples + 1)]
     draw = random.Random(seed)
     return [draw.randrange(low, high) for low, high in zip(ends[:-1], ends[1:], strict=True)]
-
-
-def _data_arguments(llava: Any, version: str, image_folder: str | None) -> Any:
-    """What a data set reads, from the model's config; see `llava.train.session.load_session`."""
-    config, tower = llava.config, llava.get_vision_tower()
-    own = dict(
-        version=version,
-        is_multimodal=True,
-        image_folder=image_folder,
-        image_aspect_ratio=getattr(config, "image_aspect_ratio", None) or "square",
-        image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
-        image_processor=tower.image_processor,
-        image_tokens=llava.get_model().mm_projector.num_tokens(tower.num_patches),
-        tiling=llava.tiling,
-        mm_use_im_start_end=getattr(config, "mm_use_im_start_end", False),
-        feature_cache="memory",
-    )
-    return SimpleNamespace(**{**vars(DataArguments()), **own})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,9 +28,13 @@ def evaluation_set(
     training_args: TrainingArguments,
 ) -> EvaluationSet:
     """A file of --fed_eval_data_path, checked whole, with its samples' domains."""
-    args = copy.copy(data_args)
-    args.image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
-    dataset = LazySupervisedDataset(path, session.tokenizer, args)
+    image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
+    dataset = LazySupervisedDataset(
+        path,
+        session.tokenizer,
+        dataclasses.replace(data_args, image_folder=image_folder),
+        sample_format=session.sample_format,
+    )
     report = prepare(dataset, f"held out, {path}", session.feature_cache, training_args.world_size)
     if report.truncated:
         raise InputError(

@@ -26,6 +26,7 @@ from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.shards import Shards, check_hub_name, not_found, read_json, write_shards
 from llava.model.tokenizer import write_tokenizer
 from llava.state import State, check
+from llava.transformers_private import causal_lm_class
 
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -118,10 +119,8 @@ def _rope_for_transformers_4(rope: dict) -> dict:
 
 
 def _causal_lm_class(config) -> type:
-    from transformers import AutoModelForCausalLM
-
     try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        return causal_lm_class(config)
     except KeyError:
         raise InputError(
             f"model_type {config.model_type!r} has no causal language model in transformers"

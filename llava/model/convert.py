@@ -33,6 +33,7 @@ from llava.model.hf_layout import (
     rename_to_llava,
 )
 from llava.model.quiet import quiet
+from llava.transformers_private import vision_model_class
 
 if TYPE_CHECKING:
     import torch
@@ -254,14 +255,14 @@ def _llava_weights(
 
 def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     from llava.model.checkpoint import on_disk
 
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
-            kind = AutoModel._model_mapping[type(getattr(config, "vision_config", config))]
+            kind = vision_model_class(getattr(config, "vision_config", config))
             model = kind.from_pretrained(name, dtype="auto", **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         why = reason(error)
@@ -356,10 +357,10 @@ def _read_pictures(folder: str | Path) -> Config:
 
 
 def _write_tower_config(out: Path, folder: Path, hf: Config) -> None:
-    from transformers import AutoModel, LlavaConfig
+    from transformers import LlavaConfig
 
     vision = LlavaConfig.from_dict(hf).vision_config
-    kind = AutoModel._model_mapping[type(vision)].__name__
+    kind = vision_model_class(vision).__name__
     _write_json(out / "config.json", {**vision.to_dict(), "architectures": [kind]})
     pictures = _read_pictures(folder)
     pictures["image_processor_type"] = kind.replace("VisionModel", "ImageProcessor")

@@ -464,7 +464,8 @@ def test_data_that_teach_nothing_are_refused_or_left_out(flags, tiny, tmp_path, 
     assert "training: 2 samples, 10 left out: their answers are" in capfd.readouterr().out
     records[11]["conversations"][1]["value"] = "blue \ud83c"
     (tmp_path / "a.json").write_text(json.dumps(records))
-    assert "a.json: record 11 (id 'a-11') has half a character" in told()
+    half = told(output_dir=tmp_path / "other")
+    assert "a.json: record 11 (id 'a-11') has half a character" in half
 
 
 @pytest.mark.parametrize(

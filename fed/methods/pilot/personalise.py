@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from fed import methods
 from fed.methods.pilot.private_parameters import PrivateParameters
@@ -23,6 +24,7 @@ from fed.state import check
 from llava.errors import InputError
 from llava.model.trainable_part import trainable_part
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.distributed import start_process_group
 from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import load_session
 from llava.train.settings import fingerprint, training_settings
@@ -39,15 +41,19 @@ class PersonaliseArguments:
 
 def personalise(argv: Sequence[str]) -> None:
     """Fit a newcomer's private parameters. Bad input is found before anything trains."""
+    start_process_group(argv)
     model_args, data_args, training_args, own_args = parse(
-        argv, ModelArguments, DataArguments, TrainingArguments, PersonaliseArguments
+        [*argv, "--prediction_loss_only", "True"],
+        ModelArguments,
+        DataArguments,
+        TrainingArguments,
+        PersonaliseArguments,
     )
     run = _read_run(model_args, own_args)
     known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
     task = own_args.pilot_task
     tasks = [task, *(other for other in known if other != task)]
-    model_args = dataclasses.replace(model_args, pilot_tasks=tasks)
-    training_args.prediction_loss_only = True
+    model_args = dataclasses.replace(cast(Any, model_args), pilot_tasks=tasks)
     prepare_output(training_args)
     settings = training_settings(model_args, data_args, training_args)
     settings |= {
@@ -75,7 +81,7 @@ def personalise(argv: Sequence[str]) -> None:
     kind = "a client of the known" if task in known else "the new"
     print(f"{kind} task {task}: {trained} parameters train", flush=True)
 
-    data = make_supervised_data_module(session.tokenizer, data_args)
+    data = make_supervised_data_module(session.tokenizer, data_args, session.sample_format)
     for name, title in (("train_dataset", "training"), ("eval_dataset", "validation")):
         if data[name] is not None:
             prepare(data[name], title, session.feature_cache, training_args.world_size)

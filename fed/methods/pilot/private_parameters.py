@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,7 +24,6 @@ from llava.model.checkpoint import PROJECTOR_PREFIX, copies, copy_in
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.trainable_part import TrainablePart
 from llava.state import read_tensors
-from llava.train.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from fed.server.round_state import RoundState
@@ -80,10 +79,10 @@ class PrivateParameters(ClientStore):
     def visit(self, client: str, beside: State, round: int) -> None:
         self._put(client, beside, round, kept_before=round + 1)
 
-    def training_args(self, args: TrainingArguments, round: int) -> TrainingArguments:
+    def changed_arguments(self, round: int) -> dict[str, Any]:
         if round == 1 and self.first_rate is not None:
-            args.learning_rate = self.first_rate
-        return args
+            return {"learning_rate": self.first_rate}
+        return {}
 
     def _put(self, client: str, beside: State, round: int, kept_before: int) -> None:
         """Make the connector the client's.

@@ -36,7 +36,8 @@ def exchanges(rounds: int) -> int:
 
 def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
     """The arguments with the tasks of clients.yaml; `InputError` where they do not go together."""
-    model, fed = arguments.model, arguments.fed
+    model: Any = arguments.model  # with the connector's flags
+    fed = arguments.fed
     if fed.fed_pool:
         raise InputError(
             f"{WHO} has no place with --fed_pool: all data in one place has no tasks to keep apart"
@@ -55,12 +56,13 @@ def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
     """The clients' private parameters, in OUTPUT/clients."""
     from fed.methods.pilot.private_parameters import PrivateParameters
 
+    model_flags: Any = run.arguments.model
     flags: Any = run.arguments.fed
     return PrivateParameters(
         model,
         run.output_dir / "clients",
         {spec.name: spec.task for spec in run.specs},
-        run.arguments.model.pilot_tasks,
+        model_flags.pilot_tasks,
         part=part,
         main=run.main,
         first_rate=flags.pilot_stage1_learning_rate,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from llava.errors import InputError, reason
 from llava.model.quiet import quiet
 from llava.model.shards import check_hub_name, not_found
 from llava.state import check
+from llava.transformers_private import without_zero3
 
 
 class CLIPVisionTower(nn.Module):
@@ -74,7 +74,7 @@ class CLIPVisionTower(nn.Module):
     def _load(self, device_map: Any, weights: Mapping[str, torch.Tensor] | None) -> None:
         processor, model = self._classes()
         self.image_processor = processor.from_pretrained(self.vision_tower_name)
-        with _whole_on_every_rank(), quiet():
+        with without_zero3(), quiet():
             if weights is None:
                 self.vision_tower = model.from_pretrained(
                     self.vision_tower_name, device_map=device_map, dtype=torch.float32
@@ -176,16 +176,3 @@ def vision_config(name: str) -> Any:
         why = f"no readable model there ({reason(error)})" if is_folder else not_found(error)
         raise InputError(f"vision tower {name}: {why}") from None
     return getattr(config, "vision_config", config)
-
-
-@contextlib.contextmanager
-def _whole_on_every_rank():
-    """ZeRO-3 would cut the tower into shards, but it is no part of the model that gathers them."""
-    from transformers.integrations import deepspeed
-
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config

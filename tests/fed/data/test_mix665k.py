@@ -221,12 +221,12 @@ def test_pilot_takes_what_was_made(make, mix):
     from fed.arguments import Arguments, FedArguments
     from fed.clients.clients_yaml import load_clients
     from fed.methods.pilot.run import prepare
-    from llava.train.arguments import DataArguments, ModelArguments
+    from llava.train.arguments import DataArguments, model_arguments
 
     tasks = ["ocr-vqa", "gqa", "refcoco"]
     folder = make("--tasks", *tasks, "--heldout", 1)
     specs = load_clients(folder / "clients.yaml", [])
-    model_args = ModelArguments(mm_projector_type="pilot")
+    model_args = model_arguments()(mm_projector_type="pilot")
     given = Arguments(model_args, DataArguments(), None, FedArguments(fed_method="pilot"))
     assert prepare(specs, given).model.pilot_tasks == tasks
     assert {Path(spec.image_folder).resolve() for spec in specs} == {mix.resolve()}

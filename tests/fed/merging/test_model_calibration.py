@@ -34,7 +34,12 @@ def aligned(tiny, tmp_path_factory):
     model_args, data_args, training_args = parse(argv + projector)
     session = load_session(model_args, data_args, training_args)
     session.model.eval()
-    dataset = LazySupervisedDataset(str(tiny / "heldout.json"), session.tokenizer, data_args)
+    dataset = LazySupervisedDataset(
+        str(tiny / "heldout.json"),
+        session.tokenizer,
+        data_args,
+        sample_format=session.sample_format,
+    )
     return out, session, dataset, DataCollatorForSupervisedDataset(session.tokenizer)
 
 
