@@ -29,7 +29,7 @@ class ClientStore:
     """The store of methods whose clients keep nothing.
 
     Args:
-        part: what trains.
+        part: what trains and is sent. A store may narrow the one that it is given.
         config: of the model, for `config.json`.
         main: whether this process writes.
     """

@@ -64,11 +64,15 @@ class ResidentDriver(Driver):
     def __init__(self, run: Run):
         args = run.arguments
         self.session = load_session(*args[:3])
-        self.part, self.initial = trained_part(self.session.model)
+        model = self.session.model
+        part, self.initial = trained_part(model)
         if run.method.store is None:
-            self.store = ClientStore(self.part, self.session.model.config, run.main)
+            self.store = ClientStore(part, model.config, run.main)
         else:
-            self.store = run.method.store(self.session.model, self.part, run)
+            self.store = run.method.store(model, part, run)
+        self.part = self.store.part
+        if self.part is not part:  # the store keeps some of what trains
+            self.initial = self.part.of_model(model)
         self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
         self.clients = self._clients(run)
         self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
