@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from llava.errors import InputError
 from llava.processes import NAME, is_gone, name_of
 
 
@@ -38,6 +40,37 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `path` at the end of the block, or goes if it raises.
+
+    A process that is killed leaves `.NAME.HOST.PID.BEGAN.tmp` beside it, and no `path`, or the one
+    that was there; in the instant of an exchange it may leave that one as `.….old` (`left_of`).
+
+    Args:
+        replace: take the place of a folder that is not empty, which is removed at the end.
+
+    Raises:
+        InputError: `path` is there already and not empty, and is not to be replaced.
+    """
+    path = Path(path).absolute()
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: is there already; name a folder that is new or empty")
+    temporary, aside = own_name(path), own_name(path, "old")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if replace and path.exists() and any(path.iterdir()):
+            os.replace(path, aside)
+        os.replace(temporary, path)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not path.exists():
+            os.replace(aside, path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def own_name(path: Path, end: str = "tmp") -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import os
@@ -16,6 +15,7 @@ import torch
 
 from llava.atomic import atomic_write
 from llava.errors import InputError
+from llava.suggest import did_you_mean
 
 State: TypeAlias = dict[str, torch.Tensor]
 
@@ -112,11 +112,11 @@ def check(state: State, like: State, *, who: str) -> None:
     """
     for name in like:
         if name not in state:
-            hint = near(name, state.keys() - like.keys())
+            hint = did_you_mean(name, state.keys() - like.keys())
             raise StateError(f"{who}: tensor {name} is missing{hint}")
     for name, tensor in state.items():
         if name not in like:
-            raise StateError(f"{who}: tensor {name} is not expected{near(name, like)}")
+            raise StateError(f"{who}: tensor {name} is not expected{did_you_mean(name, like)}")
         refuse_empty(name, tensor.shape, who)
         shape, expected = tuple(tensor.shape), tuple(like[name].shape)
         if shape != expected:
@@ -144,12 +144,6 @@ def fingerprint(state: State) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def near(name: str, among: Iterable[str]) -> str:
-    """The end of a message on an unknown name: what it may have meant, or nothing."""
-    close = difflib.get_close_matches(name, list(among), n=3)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _check_suffix(path: Path) -> None:

@@ -8,7 +8,8 @@ from collections import Counter
 
 from llava.atomic import write_text
 from llava.errors import InputError, one_clear_error
-from llava.eval.questions import answers_by_id, check_keys, read_json
+from llava.eval.questions import answers_by_id, check_keys
+from llava.json_files import read_any_json
 
 
 def answer_of(question_id, answers: dict) -> dict | None:
@@ -36,7 +37,7 @@ def show(annotations: dict, answers: dict, only: str | None = None) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    annotations, answers = read_json(args.annotation_file), answers_by_id(args.result_file)
+    annotations, answers = read_any_json(args.annotation_file), answers_by_id(args.result_file)
     check_keys(annotations, ("questions", "question_type"), args.annotation_file)
     for only in (None, "image", "video"):
         show(annotations, answers, only)

@@ -19,7 +19,8 @@ from convert_sqa_to_llava_base_prompt import build_prompt_chatbot
 
 from llava.atomic import write_text
 from llava.errors import one_clear_error
-from llava.eval.questions import check_keys, read_json
+from llava.eval.questions import check_keys
+from llava.json_files import read_any_json
 
 
 def convert_to_llava(base_dir: str, split: str, prompt_format: str = "QCM-LEA") -> None:
@@ -45,7 +46,8 @@ def convert_to_jsonl(base_dir: str, split: str, prompt_format: str = "QCM-LEPA")
 def _problems(base_dir: str, split: str, form: str) -> Iterator[tuple[dict, str, str]]:
     """Id and picture, what is asked, what is answered."""
     folder = Path(base_dir)
-    splits, problems = read_json(folder / "pid_splits.json"), read_json(folder / "problems.json")
+    splits = read_any_json(folder / "pid_splits.json")
+    problems = read_any_json(folder / "problems.json")
     check_keys(splits, (split,), str(folder / "pid_splits.json"))
     for number, (asked, answered) in build_prompt_chatbot(problems, splits[split], form).items():
         if asked.startswith("Question: "):

@@ -20,10 +20,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save-model-path", required=True, help="a folder that is new or empty")
     args = parser.parse_args(argv)
 
+    from llava.atomic import new_folder
+    from llava.json_files import read_json
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
     from llava.model.checkpoint import save_full
-    from llava.model.shards import Shards, copy_small_files, local_folder, new_folder, read_json
+    from llava.model.shards import Shards, copy_small_files, local_folder
 
     adapter = local_folder(args.model_path) / "adapter_config.json"
     if not adapter.is_file():

@@ -1,4 +1,4 @@
-"""What clients keep to themselves between their tasks, and what is left for each at the end.
+"""The store of clients' private parameters between their tasks, and the checkpoints of a run.
 
 This store keeps nothing: a run ends with one checkpoint, or with one a client where the method
 gives each client a state. A method whose clients have private parameters brings a store of its own
@@ -51,7 +51,7 @@ class ClientStore:
         return task.work_dir
 
     def log_of(self, client: str, log: Log) -> Log:
-        """What takes a client's logs, where the run's would be `log`."""
+        """The taker of a client's logs, where the run's would be `log`."""
         return log
 
     def changed_arguments(self, round: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The resident driver: one backbone stays in memory and clients take turns on what trains.
+"""The resident driver: one backbone stays in memory and clients use what trains one after another.
 
 K clients × R rounds cost one model load. Each task is LLaVA's own trainer with the client's own
 arguments, on the slice of its shard that the round sees.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from accelerate.utils import extract_model_from_parallel
@@ -29,7 +29,7 @@ from llava.model.trainable_part import trained_part
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
-from llava.train.session import load_session
+from llava.train.session import Session, load_session
 from llava.train.train import make_trainer
 from llava.transformers_private import release
 
@@ -44,11 +44,11 @@ class Client:
     slices: list[list[int]]
 
     def samples(self, round: int) -> int:
-        """How many samples round `round` (from 1) trains on."""
+        """The number of samples that round `round` (from 1) trains on."""
         return len(self.slices[round - 1])
 
     def steps(self, round: int) -> int:
-        """How many optimizer steps round `round` takes."""
+        """The number of optimizer steps that round `round` takes."""
         return steps_of(self.args, self.samples(round))
 
 
@@ -57,6 +57,9 @@ class ResidentDriver(Driver):
     """Runs clients' tasks on one `Session`, one after another."""
 
     trains_here = True
+
+    session: Session
+    datasets: list[LazySupervisedDataset]
 
     def __init__(self, run: Run):
         args = run.arguments
@@ -82,7 +85,8 @@ class ResidentDriver(Driver):
         gc.freeze()
 
     def _clients(self, run: Run) -> list[Client]:
-        specs, datasets, args = run.specs, self.datasets, [args for _, args in run.client_args]
+        specs, datasets = run.specs, self.datasets
+        args = [args for _, args in run.client_args]
         training, fed = run.arguments.training, run.arguments.fed
         if fed.fed_pool:
             specs, args = [ClientSpec("pool", "")], [training]
@@ -95,13 +99,13 @@ class ResidentDriver(Driver):
             seed=training.seed,
         )
         return [
-            Client(spec.name, own, dataset, slices)
-            for spec, own, dataset, slices in zip(specs, args, datasets, cuts, strict=True)
+            Client(spec.name, client_args, dataset, slices)
+            for spec, client_args, dataset, slices in zip(specs, args, datasets, cuts, strict=True)
         ]
 
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[ClientTask, Update]]:
+    ) -> Generator[tuple[ClientTask, Update], None, None]:
         for task in tasks:
             yield task, self.fit(task)
 
@@ -132,7 +136,7 @@ class ResidentDriver(Driver):
             callbacks=[watch],
             progress=False,
         )
-        checkpoint = last_checkpoint(trainer.args.output_dir)
+        checkpoint = last_checkpoint(str(trainer.args.output_dir))
         steps = self._steps(task, trainer, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         loss = result.training_loss
@@ -191,7 +195,7 @@ def _numbers(state: State) -> int:
 
 
 class _Watch(TrainerCallback):
-    """Times the steps, hands logs on, and says every ten seconds how far a long turn is."""
+    """Times the steps, hands logs on, and says every ten seconds how far a long task is."""
 
     def __init__(self, title: str, before: int, log):
         self.title, self.before, self.log, self.seconds = title, before, log, 0.0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from fed.arguments import FedArguments
 from fed.drivers.driver import Driver
@@ -18,6 +20,9 @@ from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.session import Session
 from llava.train.train import prepare
+
+# (client, state, beside, round) -> measures by data set.
+Measure: TypeAlias = Callable[[str, State, State, int], dict]
 
 
 def evaluation_set(
@@ -47,14 +52,16 @@ def evaluation_set(
 
 
 def measurer(
-    driver: Driver, sets: Sequence[EvaluationSet], args: TrainingArguments
-) -> Callable[[str, State, State, int], dict]:
-    """What measures a client's state after a round: (client, state, beside, round) -> measures.
+    driver: Driver, session: Session, sets: Sequence[EvaluationSet], args: TrainingArguments
+) -> Measure:
+    """A function that measures a client's state: (client, state, beside, round) -> measures.
 
-    Where clients train elsewhere, the model is on the device only for that.
+    The state is that after the round. Where clients train elsewhere, the model is on the device
+    only for that.
     """
-    model, visit = driver.session.model, not driver.trains_here
-    collator = DataCollatorForSupervisedDataset(driver.session.tokenizer)
+    model: nn.Module = session.model
+    visit = not driver.trains_here
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
 
     def measure(client: str, state: State, beside: State, round: int) -> dict:
         driver.store.visit(client, beside, round)

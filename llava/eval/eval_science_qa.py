@@ -15,7 +15,8 @@ from pathlib import Path
 
 from llava.atomic import write_text
 from llava.errors import InputError, one_clear_error
-from llava.eval.questions import answers_by_id, check_keys, read_json
+from llava.eval.questions import answers_by_id, check_keys
+from llava.json_files import read_any_json
 
 FAILED = "FAILED"
 
@@ -61,12 +62,12 @@ def score(problems: dict[str, dict], answers: dict[str, dict], options: Sequence
 
 def main(args: argparse.Namespace) -> None:
     """Print the accuracies and write both files."""
-    splits = read_json(Path(args.base_dir) / "pid_splits.json")
+    splits = read_any_json(Path(args.base_dir) / "pid_splits.json")
     check_keys(splits, (args.split,), str(Path(args.base_dir) / "pid_splits.json"))
     if not splits[args.split]:
         raise InputError(f"--split {args.split}: no problem in it")
     path = Path(args.base_dir) / "problems.json"
-    all_problems = read_json(path)
+    all_problems = read_any_json(path)
     check_keys(all_problems, splits[args.split], str(path))
     problems = {number: all_problems[number] for number in splits[args.split]}
     for number, problem in problems.items():

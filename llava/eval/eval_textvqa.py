@@ -11,7 +11,8 @@ from pathlib import Path
 
 from llava.errors import InputError, one_clear_error
 from llava.eval.m4c_evaluator import TextVQAAccuracyEvaluator
-from llava.eval.questions import check_keys, read_json, read_jsonl
+from llava.eval.questions import check_keys, read_jsonl
+from llava.json_files import read_any_json
 
 
 def prompt_processor(prompt: str) -> str:
@@ -36,7 +37,7 @@ def prompt_processor(prompt: str) -> str:
 
 def eval_single(annotation_file: str, result_file: str) -> float:
     """Print and return the accuracy (0 to 1) of one answers file."""
-    annotations = read_json(annotation_file)
+    annotations = read_any_json(annotation_file)
     check_keys(annotations, ("data",), annotation_file)
     people = {(a["image_id"], a["question"].lower()): a["answers"] for a in annotations["data"]}
     entries = []

@@ -14,15 +14,16 @@ import functools
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import filled
-from llava.eval.engine import Question, parser, run
+from llava.eval.eval_loop import Question, parser, run
 from llava.eval.model_vqa_mmbench import ANSWER_WITH_LETTER
-from llava.eval.questions import check_keys, picture_path, read_json
+from llava.eval.questions import check_keys, picture_path
+from llava.json_files import read_any_json
 
 
 def eval_model(args) -> None:
     """Answer `args.question_file`; `args` has the flags as attributes, missing ones are default."""
     args = filled(args, arguments([]))
-    rows = read_json(args.question_file)
+    rows = read_any_json(args.question_file)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{args.question_file}: expected a list of questions")
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Question and answer files: JSON lines, tables, whole JSON; their chunks; ids for answers."""
+"""Question and answer files: JSON lines and tables; their chunks; ids for answers."""
 
 from __future__ import annotations
 
@@ -48,25 +48,16 @@ def answers_by_id(path: str | os.PathLike, *keys: str) -> dict[Any, dict]:
     return {a["question_id"]: a for a in read_jsonl(path, "question_id", "text", *keys)}
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file holds; `InputError` when it is none."""
-    text = _read(path)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-
-
 def read_tsv(path: str | os.PathLike, *columns: str) -> list[dict[str, str]]:
     """The rows of a tab-separated table with a heading, which must name all `columns`."""
     csv.field_size_limit(sys.maxsize)  # a field may be a whole picture
     reader = csv.DictReader(io.StringIO(_read(path), newline=""), delimiter="\t")
-    check_keys({name: name for name in reader.fieldnames or ()}, columns, f"{path}: the heading")
+    heading = reader.fieldnames or ()
+    check_keys({name: name for name in heading}, columns, f"{path}: the heading")
     rows = []
     for row in reader:
         if None in row or None in row.values():
-            fields = len(reader.fieldnames)
-            raise InputError(f"{path} line {reader.line_num}: expected {fields} columns")
+            raise InputError(f"{path} line {reader.line_num}: expected {len(heading)} columns")
         rows.append(row)
     return _some(rows, path)
 

@@ -30,7 +30,8 @@ def add_base(path: str, base_path: str, output: str, sign: int) -> None:
     Raises:
         InputError: a tensor that the base does not have, or has in another shape.
     """
-    from llava.model.shards import Shards, copy_small_files, local_folder, new_folder, write_shards
+    from llava.atomic import new_folder
+    from llava.model.shards import Shards, copy_small_files, local_folder, write_shards
 
     folder = local_folder(path)
     own, base = Shards(folder), Shards(local_folder(base_path))

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from llava.errors import InputError, reason
+from llava.json_files import read_json
 from llava.model import lora
 from llava.model.checkpoint import (
     EXTRA_PREFIX,
@@ -26,11 +27,11 @@ from llava.model.checkpoint import (
     tower_weights,
 )
 from llava.model.hf_layout import FROM_HF
+from llava.model.hf_logging import quiet
 from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.picture_tokens import add_picture_tokens, grow_embeddings
 from llava.model.quantize import check_4bit_on_cpu, quantization
-from llava.model.quiet import quiet
-from llava.model.shards import Shards, check_hub_name, local_folder, read_json
+from llava.model.shards import Shards, check_hub_name, local_folder
 from llava.model.tokenizer import load_tokenizer
 from llava.state import State, load
 
@@ -72,27 +73,16 @@ def load_pretrained_model(
         InputError: a file that is missing, broken, or of another model.
     """
     device = device if device != "cuda" or torch.cuda.is_available() else "cpu"
-    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
-    use_flash_attn |= bool(kwargs.pop("use_flash_attention_2", False))  # the older name
-    kwargs.setdefault("attn_implementation", "flash_attention_2" if use_flash_attn else "sdpa")
     bits = 4 if load_4bit else 8 if load_8bit else 16
-    on_gpu = device.startswith("cuda")
-    # "auto" spreads over all GPUs, so not when one of them is named.
-    spread = device == "cuda" or (on_gpu and device_map != "auto")
-    where = device_map if spread else {"": device}
-
     folder = local_folder(model_path)
     is_lora = (folder / lora.ADAPTER_CONFIG).is_file()
     is_projector = (folder / PROJECTOR_FILE).is_file() and not has_weights(folder)
     source = _source(folder, model_base, is_lora, is_projector)
     config = _config(folder, source, is_lora, is_projector)
 
-    kwargs.update(quantization(bits, dtype, where))
-    if on_gpu and bits == 16:
-        kwargs["device_map"] = where
-    model, missing = _from_pretrained(source, config, dtype=dtype, **kwargs)
-    if not on_gpu and bits == 16:
+    options = _load_options(device, device_map, bits, use_flash_attn, kwargs)
+    model, missing = _from_pretrained(source, config, **options)
+    if "device_map" not in options:
         model.to(device)
     tokenizer = load_tokenizer(source)
     tower = tower_weights(folder_of(source)) if hasattr(model, "get_vision_tower") else None
@@ -106,15 +96,53 @@ def load_pretrained_model(
         tower = own_tower or tower
         tokenizer = _own_tokenizer(folder, trained) or tokenizer
         model = _with_lora(model, folder, trained, merged=bits == 16)
-        # These go into the embedding once it has their tokens; a whole one is there already.
-        trained[ROWS] = trained.pop(SEPARATE_ROWS, None)
+        trained = _rows_of_tokens(trained)
     if bits == 4 and device == "cpu":
         check_4bit_on_cpu(model)
+    _check_loaded(missing, trained, folder, source)
+    return _with_pictures(model.eval(), tokenizer, tower, options["dtype"], trained, str(folder))
+
+
+def _rows_of_tokens(trained: State) -> State:
+    """`trained` with the rows of start and end token, if it has them, as the embedding's.
+
+    They go into it once it has their tokens; a whole embedding is there already.
+    """
+    others = {n: t for n, t in trained.items() if n not in (ROWS, SEPARATE_ROWS)}
+    return {**others, ROWS: trained[SEPARATE_ROWS]} if SEPARATE_ROWS in trained else others
+
+
+def _load_options(
+    device: str,
+    device_map: str | dict,
+    bits: int,
+    use_flash_attn: bool,
+    given: dict[str, Any],
+) -> dict[str, Any]:
+    """The arguments of `from_pretrained`; without `device_map` if the model is to be moved later.
+
+    `given` are the caller's own, perhaps under older names.
+    """
+    options = dict(given)
+    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
+    use_flash_attn |= bool(options.pop("use_flash_attention_2", False))
+    options.setdefault("attn_implementation", "flash_attention_2" if use_flash_attn else "sdpa")
+    on_gpu = device.startswith("cuda")
+    # "auto" spreads over all GPUs, so not when one of them is named.
+    spread = device == "cuda" or (on_gpu and device_map != "auto")
+    placement = device_map if spread else {"": device}
+    if on_gpu and bits == 16:
+        options["device_map"] = placement
+    return {**options, "dtype": dtype, **quantization(bits, dtype, placement)}
+
+
+def _check_loaded(missing: list[str], trained: State, folder: Path, source: str) -> None:
+    """`InputError` for a tensor `missing` in the weights of `source` that `folder` lacks, too."""
     extra = PROJECTOR_PREFIX + EXTRA
     loaded = {n.replace(EXTRA_PREFIX, extra, 1) for n in trained} | trained.keys()
     if lost := [name for name in missing if name not in loaded and name != NEWLINE]:
         raise InputError(f"{folder}: no {lost[0]} there, nor in {source}")
-    return _with_pictures(model.eval(), tokenizer, tower, dtype, trained, str(folder))
 
 
 def _config(folder: Path, source: str, is_lora: bool, is_projector: bool):
@@ -193,8 +221,8 @@ def _with_pictures(
         weight = next(
             model.get_model().mm_projector.parameters(), model.get_input_embeddings().weight
         )
-        tower = model.load_vision_tower(dtype, weight.device, weights=tower)
-        image_processor = tower.image_processor
+        loaded = model.load_vision_tower(dtype, weight.device, weights=tower)
+        image_processor = loaded.image_processor
     context_len = getattr(model.config, "max_sequence_length", None) or 2048
     return tokenizer, model, image_processor, context_len
 
@@ -232,7 +260,9 @@ def folder_of(path: str) -> Path:
         return Path(path)
     from transformers.utils import cached_file
 
-    return Path(cached_file(path, "config.json")).parent
+    file = cached_file(path, "config.json")
+    assert file is not None  # else it has raised
+    return Path(file).parent
 
 
 def from_pretrained(path: str, config, **kwargs):
@@ -254,11 +284,12 @@ def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
         _check_weights(path, config)
     try:
         with quiet():
-            model, found = model_class(config).from_pretrained(
+            loaded: Any = model_class(config).from_pretrained(
                 path, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
             )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights do not load ({reason(error)})") from None
+    model, found = loaded  # as `output_loading_info` asks
     # A projector that is not there yet is no news; what else is missing is an error.
     missing = sorted(found["missing_keys"])
     own = [name for name in missing if name.startswith(PROJECTOR_PREFIX) or name == NEWLINE]

@@ -12,8 +12,9 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,12 +22,18 @@ from torch import nn
 
 from llava.atomic import write_text
 from llava.errors import InputError, reason
+from llava.json_files import read_json
 from llava.model.hf_layout import language_model_type, llava_config
 from llava.model.multimodal_projector.pilot import EXTRA
-from llava.model.shards import Shards, check_hub_name, not_found, read_json, write_shards
+from llava.model.shards import Shards, check_hub_name, not_found, write_shards
 from llava.model.tokenizer import write_tokenizer
 from llava.state import State, check
 from llava.transformers_private import causal_lm_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llava.model.llava_arch import LlavaMixin
 
 PROJECTOR_FILE = "mm_projector.bin"
 PROJECTOR_PREFIX = "model.mm_projector."
@@ -60,9 +67,11 @@ def read_config(path: str | os.PathLike):
     if not folder.is_dir():
         check_hub_name(path)
         try:
-            file = Path(cached_file(str(path), "config.json"))
+            cached = cached_file(str(path), "config.json")
         except OSError as error:
             raise InputError(f"{path}: {not_found(error)}") from None
+        assert cached is not None  # else it has raised
+        file = Path(cached)
     raw = read_json(file)
     for key, kind in (("mm_vision_tower", str), ("mm_hidden_size", int)):
         if not isinstance(raw.get(key) or kind(), kind):
@@ -83,7 +92,7 @@ def read_config(path: str | os.PathLike):
 
 
 def aspect_of(folder: Path) -> str:
-    """How the picture processor of transformers' layout treats pictures that are not square."""
+    """`image_aspect_ratio` of a folder in transformers' layout: `pad` if its processor pads."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             values = read_json(folder / name)
@@ -118,7 +127,7 @@ def _rope_for_transformers_4(rope: dict) -> dict:
     return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
-def _causal_lm_class(config) -> type:
+def _causal_lm_class(config: Any) -> type[PreTrainedModel]:
     try:
         return causal_lm_class(config)
     except KeyError:
@@ -127,7 +136,7 @@ def _causal_lm_class(config) -> type:
         ) from None
 
 
-def model_class(config) -> type:
+def model_class(config: Any) -> type[PreTrainedModel]:
     """The class a config asks for: its language model's LLaVA, or that model if without mm keys."""
     from llava.model.llava_arch import llava_class
 
@@ -135,8 +144,13 @@ def model_class(config) -> type:
     return llava_class(base) if getattr(config, "mm_hidden_size", None) else base
 
 
+def grafted(model: nn.Module) -> LlavaMixin:
+    """`model`, a LLaVA, which peft may have wrapped: a wrapper has the attributes of its model."""
+    return cast("LlavaMixin", model)
+
+
 @contextlib.contextmanager
-def gathered(parameters, *, write: bool = False):
+def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
     """Each parameter whole inside the block, under ZeRO-3 too; `write` keeps rank 0's edits."""
     parameters = list(parameters)
     if not any(hasattr(p, "ds_id") for p in parameters):
@@ -201,7 +215,7 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
         if name.startswith(PROJECTOR_PREFIX) or name in parameters
     }
     if ROWS in own:
-        own[ROWS] = own_rows(own[ROWS], {model.get_input_embeddings().num_embeddings})
+        own[ROWS] = own_rows(own[ROWS], {grafted(model).get_input_embeddings().num_embeddings})
     base_alone = not any(name.startswith(EXTRA_PREFIX) for name in own)
     left_out = {NEWLINE, ROWS} - own.keys()
     if base_alone:
@@ -213,14 +227,14 @@ def load_projector(model: nn.Module, tensors: State, source: str) -> None:
 
 def derive_projector(model: nn.Module) -> None:
     """Set what a connector has beside its base from the base; under ZeRO-3 on every rank."""
-    projector = model.get_model().mm_projector
+    projector = grafted(model).get_model().mm_projector
     with gathered(projector.parameters(), write=True):
         projector.derive()
 
 
 def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The projector's own parameters, named as in `projector_state`."""
-    parts = model.get_model()
+    parts = grafted(model).get_model()
     found = {projector_name(name): p for name, p in parts.mm_projector.named_parameters()}
     if hasattr(parts, "image_newline"):
         found[NEWLINE] = parts.image_newline
@@ -231,7 +245,7 @@ def projector_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def separated_rows(model: nn.Module) -> nn.Parameter | None:
     """The rows (2, hidden) of start and end token, where they are a parameter of their own."""
-    return getattr(model.get_input_embeddings(), SEPARATE, None)
+    return getattr(grafted(model).get_input_embeddings(), SEPARATE, None)
 
 
 def own_rows(tensor: torch.Tensor, tables: Container[int]) -> torch.Tensor:
@@ -261,7 +275,9 @@ def split_tower(tensors: State) -> tuple[State, State]:
     return tower, {name: tensors[name] for name, m in matches.items() if not m}
 
 
-def save_full(model: nn.Module, tokenizer, folder: str | os.PathLike, state: State | None = None):
+def save_full(
+    model: PreTrainedModel, tokenizer, folder: str | os.PathLike, state: State | None = None
+) -> None:
     """Write a full folder: weights under upstream's names, config, tokenizer.
 
     Args:

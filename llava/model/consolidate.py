@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 def consolidate(src: str, dst: str) -> None:
     """Write the weights of `src`, its config and its tokenizer to the new folder `dst`."""
+    from llava.atomic import new_folder
     from llava.model.checkpoint import read_config, write_config
-    from llava.model.shards import Shards, copy_small_files, local_folder, new_folder, write_shards
+    from llava.model.shards import Shards, copy_small_files, local_folder, write_shards
 
     folder = local_folder(src)
     config = read_config(folder)

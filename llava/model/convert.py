@@ -17,9 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import ChainMap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llava.atomic import write_text
 from llava.errors import InputError, one_clear_error, reason
@@ -32,11 +32,12 @@ from llava.model.hf_layout import (
     rename_to_hf,
     rename_to_llava,
 )
-from llava.model.quiet import quiet
+from llava.model.hf_logging import quiet
 from llava.transformers_private import vision_model_class
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     Tensors = Mapping[str, torch.Tensor]
     Stream = Iterable[tuple[str, torch.Tensor]]
@@ -69,55 +70,38 @@ def to_hf(
     Raises:
         InputError: bad input, or a model that transformers' LLaVA-1.5 cannot express.
     """
+    from llava.atomic import new_folder
     from llava.model import hf_processor
-    from llava.model.builder import load_tokenizer
-    from llava.model.multimodal_encoder.clip_encoder import vision_config
-    from llava.model.shards import copy_small_files, local_folder, new_folder, write_shards
+    from llava.model.shards import copy_small_files, local_folder, write_shards
 
     folder = local_folder(model_path)
     config = _read_llava_config(folder)
     vision_tower = vision_tower or config["mm_vision_tower"]
-    vision = vision_config(vision_tower).to_dict()
-    vision.pop("_name_or_path", None)
+    vision = _read_tower_config(vision_tower)
     template = hf_processor.template_of(config, conv_mode)
     hf_config(config, vision, image_token_index=0, vocab_size=1)  # refuses before the long work
 
     weights, beside = _llava_weights(folder, config, model_base, dtype)
-    if EMBEDDING not in weights:
-        raise InputError(f"{model_path}: the weights have no {EMBEDDING}")
-    if not any(name.startswith(TOWER) for name in weights):
-        if config.get("unfreeze_mm_vision_tower"):
-            raise InputError(f"{model_path}: its vision tower was tuned but is not in the weights")
-        weights = ChainMap(weights, _tower_weights(vision_tower))
+    weights = _with_tower(weights, config, vision_tower, model_path)
     embedding = weights[EMBEDDING]
-    tokenizer = load_tokenizer(str(beside))
-    if len(tokenizer) > len(embedding):
-        raise InputError(
-            f"{beside}: the tokenizer has {len(tokenizer)} tokens, "
-            f"the embedding of {model_path} only {len(embedding)} rows"
-        )
-    with_image = hf_processor.with_image_token(tokenizer, hf_processor.picture_mark(config))
+    mark = hf_processor.picture_mark(config)
+    tokenizer = _read_tokenizer(beside, len(embedding), model_path)
+    with_image = hf_processor.with_image_token(tokenizer, mark)
     hf_processor.check_same_ids(tokenizer, with_image, template)
     rows = -(-max(len(embedding), len(with_image)) // 64) * 64
     values = hf_config(
         {**config, "vocab_size": len(embedding), "dtype": dtype or str(embedding.dtype)[6:]},
         vision,
-        image_token_index=with_image.convert_tokens_to_ids("<image>"),
+        image_token_index=hf_processor.image_id(with_image),
         vocab_size=rows,
         pad_token_id=with_image.pad_token_id,
     )
 
-    def tensors() -> Stream:
-        for name in weights:
-            if new := rename_to_hf(name):
-                tensor = weights[name]
-                yield new, _add_rows(tensor, rows) if name in (EMBEDDING, HEAD) else tensor
-
     with new_folder(output) as out:
         shapes: Shapes = {}
-        write_shards(out, _noted(_cast(tensors(), dtype), shapes), shard_bytes)
+        write_shards(out, _noted(_cast(_hf_tensors(weights, rows), dtype), shapes), shard_bytes)
         _check_whole(shapes, values, model_path)
-        chat = hf_processor.chat_template(template, hf_processor.picture_mark(config))
+        chat = hf_processor.chat_template(template, mark)
         hf_processor.write_tokenizer(with_image, out, chat)
         pad = config.get("image_aspect_ratio") == "pad"
         hf_processor.write_processor(out, _read_pictures(vision_tower), values, chat, pad)
@@ -145,28 +129,17 @@ def to_llava(
     """
     from transformers import AutoConfig
 
+    from llava.atomic import new_folder
+    from llava.json_files import read_json
     from llava.model.checkpoint import aspect_of, write_config
-    from llava.model.shards import (
-        Shards,
-        copy_small_files,
-        local_folder,
-        new_folder,
-        read_json,
-        write_shards,
-    )
+    from llava.model.shards import Shards, copy_small_files, local_folder, write_shards
 
     folder = local_folder(model_path)
     hf = read_json(folder / "config.json")
     name = vision_tower or str(Path(output).absolute() / TOWER_FOLDER)
+    kept = KEPT in hf and (folder / KEPT).is_dir()
     values = llava_config(hf, name, aspect_of(folder))
-    # The tower stands by itself now, where readers look that know nothing of this flag.
-    values.pop("unfreeze_mm_vision_tower", None)
-    beside = folder
-    if KEPT in hf and (folder / KEPT).is_dir():
-        beside = folder / KEPT
-        values |= {key: hf[KEPT][key] for key in ("vocab_size", "pad_token_id")}
-    if dtype:
-        values["dtype"] = values["torch_dtype"] = dtype
+    values = _upstream_config(values, hf[KEPT] if kept else {}, dtype)
     rows = values["vocab_size"]
 
     weights = Shards(folder)
@@ -192,18 +165,18 @@ def to_llava(
             _write_tower_config(out / TOWER_FOLDER, folder, hf)
         else:
             _check_same_tower(_noted(tower_tensors(), shapes, TOWER), vision_tower, model_path)
-        shapes = {rename_to_hf(name): shape for name, shape in shapes.items()}
+        shapes = {_hf_name(name): shape for name, shape in shapes.items()}
         text = {**hf["text_config"], "vocab_size": rows, "pad_token_id": None}
         _check_whole(shapes, {**hf, "text_config": text}, model_path)
-        copy_small_files(beside, out)
+        copy_small_files(folder / KEPT if kept else folder, out)
         write_config(AutoConfig.for_model(values.pop("model_type"), **values), out, full=True)
 
 
-# -- what there is --------------------------------------------------------------------------------
+# -- the input --------------------------------------------------------------------------------
 
 
 def _read_llava_config(folder: Path) -> Config:
-    from llava.model.shards import read_json
+    from llava.json_files import read_json
 
     config = read_json(folder / "config.json")
     if "text_config" in config:
@@ -211,6 +184,38 @@ def _read_llava_config(folder: Path) -> Config:
     if not config.get("mm_vision_tower"):
         raise InputError(f"{folder}: config.json has no mm_vision_tower, so this is no LLaVA")
     return {**config, "model_type": language_model_type(config)}
+
+
+def _upstream_config(values: Config, kept: Config, dtype: str | None) -> Config:
+    """The config to write, of `values`; `kept` is upstream's own, if transformers' has kept it."""
+    # The tower stands by itself now, where readers look that know nothing of this flag.
+    values = {key: value for key, value in values.items() if key != "unfreeze_mm_vision_tower"}
+    if kept:
+        values |= {key: kept[key] for key in ("vocab_size", "pad_token_id")}
+    if dtype:
+        values["dtype"] = values["torch_dtype"] = dtype
+    return values
+
+
+def _read_tower_config(name: str) -> Config:
+    from llava.model.multimodal_encoder.clip_encoder import vision_config
+
+    config = vision_config(name).to_dict()
+    config.pop("_name_or_path", None)
+    return config
+
+
+def _read_tokenizer(folder: Path, rows: int, who: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; `InputError` if it has more tokens than the embedding has rows."""
+    from llava.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, "
+            f"the embedding of {who} only {rows} rows"
+        )
+    return tokenizer
 
 
 def _llava_weights(
@@ -222,10 +227,11 @@ def _llava_weights(
     """
     import torch
 
+    from llava.json_files import read_json
     from llava.model.builder import has_weights, load_pretrained_model
     from llava.model.checkpoint import PROJECTOR_FILE, on_disk
     from llava.model.lora import ADAPTER_CONFIG
-    from llava.model.shards import Shards, local_folder, read_json
+    from llava.model.shards import Shards, local_folder
     from llava.state import load
 
     lora = (folder / ADAPTER_CONFIG).is_file()
@@ -241,7 +247,7 @@ def _llava_weights(
     weights: Tensors = Shards(base_folder)
     if not lora:
         own = {k: v for k, v in load(projector).items() if k.startswith("model.mm_projector.")}
-        return ChainMap(own, weights), base_folder
+        return _chained(own, weights), base_folder
     merge_in = getattr(torch, dtype) if dtype else weights[EMBEDDING].dtype
     _, model, _, _ = load_pretrained_model(
         str(folder), base, folder.name, device="cpu", dtype=merge_in
@@ -253,6 +259,17 @@ def _llava_weights(
     return merged, base_folder
 
 
+def _with_tower(weights: Tensors, config: Config, tower: str, who: str) -> Tensors:
+    """The weights of `who`, with those of the vision tower `tower` where they have none."""
+    if EMBEDDING not in weights:
+        raise InputError(f"{who}: the weights have no {EMBEDDING}")
+    if any(name.startswith(TOWER) for name in weights):
+        return weights
+    if config.get("unfreeze_mm_vision_tower"):
+        raise InputError(f"{who}: its vision tower was tuned but is not in the weights")
+    return _chained(weights, _tower_weights(tower))
+
+
 def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
     from transformers import AutoConfig
@@ -262,7 +279,7 @@ def _tower_weights(name: str, **kwargs) -> Tensors:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kwargs)
-            kind = vision_model_class(getattr(config, "vision_config", config))
+            kind: Any = vision_model_class(getattr(config, "vision_config", config))
             model = kind.from_pretrained(name, dtype="auto", **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         why = reason(error)
@@ -270,7 +287,21 @@ def _tower_weights(name: str, **kwargs) -> Tensors:
     return {on_disk(f"vision_tower.{name}"): tensor for name, tensor in model.state_dict().items()}
 
 
+def _chained(*parts: Tensors) -> Tensors:
+    """One mapping over several: the first that has a name gives its tensor."""
+    # ChainMap is typed as one that may be written to, which it is not here.
+    return ChainMap(*(cast("MutableMapping[str, torch.Tensor]", part) for part in parts))
+
+
 # -- tensors on their way -------------------------------------------------------------------------
+
+
+def _hf_tensors(weights: Tensors, rows: int) -> Stream:
+    """Weights under transformers' names, with `rows` tokens in embedding and head."""
+    for name in weights:
+        if new := rename_to_hf(name):
+            tensor = weights[name]
+            yield new, _add_rows(tensor, rows) if name in (EMBEDDING, HEAD) else tensor
 
 
 def _add_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -307,11 +338,12 @@ def _check_whole(shapes: Shapes, hf: Config, who: str) -> None:
     config = LlavaConfig.from_dict({key: value for key, value in hf.items() if key != KEPT})
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    expected = {
-        rename_to_hf(rename_to_llava(name)): tuple(tensor.shape)
+    expected: Shapes = {
+        _hf_name(new): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
+        if (new := rename_to_llava(name))
     }
-    head = rename_to_hf(HEAD)
+    head = _hf_name(HEAD)
     if config.tie_word_embeddings and head not in shapes:
         del expected[head]
     for name in sorted(expected.keys() | shapes.keys()):
@@ -320,19 +352,26 @@ def _check_whole(shapes: Shapes, hf: Config, who: str) -> None:
             raise InputError(f"{who}: tensor {name} is {found}, its config makes it {wanted}")
 
 
+def _hf_name(name: str) -> str:
+    """`rename_to_hf` of a tensor that both layouts have."""
+    new = rename_to_hf(name)
+    assert new is not None, name
+    return new
+
+
 def _check_same_tower(own: Stream, name: str, who: str) -> None:
     """`InputError` if the tower `name` is on this machine and is not the folder's own."""
     import torch
 
     from llava.model.checkpoint import on_disk
 
-    own = dict(own)
+    tensors = dict(own)
     try:
         other = _tower_weights(name, local_files_only=True)
     except InputError:
         print(f"{name} is not on this machine: that it is the tower of {who} is taken on trust")
         return
-    for key, tensor in own.items():
+    for key, tensor in tensors.items():
         theirs = other.get(on_disk(f"vision_tower.{key}"), tensor[:0])
         if not torch.equal(tensor, theirs.to(tensor.dtype)):
             raise InputError(
@@ -359,7 +398,7 @@ def _read_pictures(folder: str | Path) -> Config:
 def _write_tower_config(out: Path, folder: Path, hf: Config) -> None:
     from transformers import LlavaConfig
 
-    vision = LlavaConfig.from_dict(hf).vision_config
+    vision: Any = LlavaConfig.from_dict(hf).vision_config  # a config, made of the dict
     kind = vision_model_class(vision).__name__
     _write_json(out / "config.json", {**vision.to_dict(), "architectures": [kind]})
     pictures = _read_pictures(folder)
@@ -370,7 +409,7 @@ def _write_tower_config(out: Path, folder: Path, hf: Config) -> None:
 
 
 def _write_generation_config(out: Path, hf: Config) -> None:
-    from llava.model.shards import read_json
+    from llava.json_files import read_json
 
     own = out / KEPT / "generation_config.json"
     values = {key: hf["text_config"].get(key) for key in ("bos_token_id", "eos_token_id")}

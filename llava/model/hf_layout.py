@@ -11,9 +11,12 @@ transformers' layout has had three dialects, all of which are read:
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llava.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig, PreTrainedConfig
 
 Config = dict[str, Any]
 
@@ -87,29 +90,15 @@ def llava_config(hf: Config, vision_tower: str, image_aspect_ratio: str = "squar
     Raises:
         InputError: another model type, or a setting that upstream's layout cannot express.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlavaConfig
-
-    if hf.get("model_type") != "llava" or "text_config" not in hf:
-        raise InputError(
-            f"model_type is {hf.get('model_type')!r}; transformers' llava-1.5 ('llava' with a "
-            "text_config) is expected"
-        )
-    try:
-        full = LlavaConfig.from_dict({key: value for key, value in hf.items() if key != KEPT})
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"transformers does not take this LLaVA config: {error}") from None
-    if not isinstance(full.vision_feature_layer, int):
-        _refuse("vision_feature_layer", full.vision_feature_layer, "one layer")
-    if full.projector_hidden_act != "gelu":
-        _refuse("projector_hidden_act", full.projector_hidden_act, "gelu")
-    if not full.multimodal_projector_bias:
-        _refuse("multimodal_projector_bias", False, "true")
-    has_class_token = full.vision_config.model_type == "clip_vision_model"
+    full = _read_hf_config(hf)
+    # Its class has made configs of the dicts, and of what was missing.
+    text_part = cast("PreTrainedConfig", full.text_config)
+    vision: Any = full.vision_config
+    has_class_token = vision.model_type == "clip_vision_model"
     strategy = full.vision_feature_select_strategy
     if strategy == "default" and not has_class_token:
         _refuse("vision_feature_select_strategy", strategy, "full (the tower has no class token)")
-    text = full.text_config.to_dict()
+    text = text_part.to_dict()
     text["torch_dtype"] = hf.get("dtype") or hf.get("torch_dtype") or text.get("dtype")
     text["dtype"] = text["torch_dtype"]
     text["tie_word_embeddings"] = bool(full.tie_word_embeddings)
@@ -128,7 +117,7 @@ def llava_config(hf: Config, vision_tower: str, image_aspect_ratio: str = "squar
         **kept,
         "use_mm_proj": True,
         "mm_vision_tower": vision_tower,
-        "mm_hidden_size": full.vision_config.hidden_size,
+        "mm_hidden_size": vision.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": full.vision_feature_layer,
         "mm_vision_select_feature": (
@@ -136,6 +125,29 @@ def llava_config(hf: Config, vision_tower: str, image_aspect_ratio: str = "squar
         ),
         "image_aspect_ratio": image_aspect_ratio,
     }
+
+
+def _read_hf_config(hf: Config) -> LlavaConfig:
+    """Transformers' config of a dict; `InputError` if upstream's layout cannot express it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlavaConfig
+
+    if hf.get("model_type") != "llava" or "text_config" not in hf:
+        raise InputError(
+            f"model_type is {hf.get('model_type')!r}; transformers' llava-1.5 ('llava' with a "
+            "text_config) is expected"
+        )
+    try:
+        full = LlavaConfig.from_dict({key: value for key, value in hf.items() if key != KEPT})
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise InputError(f"transformers does not take this LLaVA config: {error}") from None
+    if not isinstance(full.vision_feature_layer, int):
+        _refuse("vision_feature_layer", full.vision_feature_layer, "one layer")
+    if full.projector_hidden_act != "gelu":
+        _refuse("projector_hidden_act", full.projector_hidden_act, "gelu")
+    if not full.multimodal_projector_bias:
+        _refuse("multimodal_projector_bias", False, "true")
+    return full
 
 
 def hf_config(
@@ -159,17 +171,7 @@ def hf_config(
     Raises:
         InputError: a setting that transformers' llava-1.5 cannot express.
     """
-    projector = llava.get("mm_projector_type") or "linear"
-    if projector != "mlp2x_gelu":
-        _refuse("mm_projector_type", projector, "mlp2x_gelu")
-    merge = llava.get("mm_patch_merge_type") or "flat"
-    if merge != "flat":
-        _refuse("mm_patch_merge_type", merge, "flat")
-    aspect = llava.get("image_aspect_ratio") or "square"
-    if aspect.startswith("anyres"):
-        _refuse("image_aspect_ratio", aspect, "pad or square")
-    if llava.get("s2"):
-        _refuse("s2", True, "one scale")
+    _check_expressible(llava)
     text = {
         key: value
         for key, value in llava.items()
@@ -203,6 +205,21 @@ def hf_config(
             **{key: llava.get(key) for key in ("vocab_size", "pad_token_id")},
         },
     }
+
+
+def _check_expressible(llava: Config) -> None:
+    """Refuse an upstream config that transformers' llava-1.5 cannot express."""
+    projector = llava.get("mm_projector_type") or "linear"
+    if projector != "mlp2x_gelu":
+        _refuse("mm_projector_type", projector, "mlp2x_gelu")
+    merge = llava.get("mm_patch_merge_type") or "flat"
+    if merge != "flat":
+        _refuse("mm_patch_merge_type", merge, "flat")
+    aspect = llava.get("image_aspect_ratio") or "square"
+    if aspect.startswith("anyres"):
+        _refuse("image_aspect_ratio", aspect, "pad or square")
+    if llava.get("s2"):
+        _refuse("s2", True, "one scale")
 
 
 def language_model_type(llava: Config) -> str:

@@ -1,4 +1,4 @@
-"""What transformers' `LlavaProcessor` reads beside the weights: tokenizer, pictures, chat template.
+"""The files of transformers' `LlavaProcessor`: tokenizer, pictures, chat template.
 
 They give the same ids and pixels as `tokenizer_image_token` and `process_images`, to the bit.
 """
@@ -76,11 +76,18 @@ def _normalize_first(spec: dict[str, Any], rule: dict[str, Any]) -> None:
         spec["normalizer"] = {"type": "Sequence", "normalizers": [rule, old]} if old else rule
 
 
+def image_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `<image>`."""
+    found = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    assert isinstance(found, int)  # a list is given for a list
+    return found
+
+
 def check_same_ids(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, template: Conversation
 ) -> None:
     """`InputError` if the tokenizer with `<image>` reads a prompt differently from LLaVA's way."""
-    image = theirs.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    image = image_id(theirs)
     prompt = template.copy()
     for after in ("\nWhat is it?", "Why?", " Is it?"):
         prompt.append_message(prompt.roles[0], f"{DEFAULT_IMAGE_TOKEN}{after}")
@@ -180,7 +187,7 @@ def chat_template(template: Conversation, image: str = DEFAULT_IMAGE_TOKEN) -> s
 
 
 def picture_mark(llava_config: dict[str, Any]) -> str:
-    """What stands for a picture in a prompt of this model."""
+    """The text that stands for a picture in a prompt of this model."""
     if llava_config.get("mm_use_im_start_end"):
         return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
     return DEFAULT_IMAGE_TOKEN
@@ -202,7 +209,7 @@ def _split(template: Conversation, turns: int, *, opened: bool = False) -> list[
 
 
 def _around_system(template: Conversation) -> tuple[str, str]:
-    """What stands before and after the system's text, up to the first user's."""
+    """The text before and after the system's, up to the first user's."""
     talk = template.copy()
     head = re.match(r"<\|im_start\|>system\n", talk.system)
     talk.system = (head[0] if head else "") + "\0system\0"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,16 +19,39 @@ from torch.nn.utils.rnn import pad_sequence
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.mm_utils import expand_image_tokens
-from llava.model.attention import eager_attention
+from llava.model.attention_impl import attention_of, eager_attention
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.tiling import MERGE_TYPES, Size, Tiling, read_resolutions
 from llava.tiling import unpad_image as unpad_image  # upstream has it here
 
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
 
-class LlavaMixin:
-    """What the graft adds to a causal language model class; see `llava_class`."""
+    from llava.model.multimodal_projector.connector import Connector
+
+    class HeadlessModel(PreTrainedModel):
+        """The language model without its head, as the graft has it."""
+
+        mm_projector: Connector
+        image_newline: nn.Parameter
+        vision_tower: CLIPVisionTower | None
+
+    class _CausalLM(PreTrainedModel, GenerationMixin):
+        """A causal language model of transformers, whose config may have upstream's keys."""
+
+        config: Any
+
+        def get_input_embeddings(self) -> nn.Embedding: ...
+        def get_output_embeddings(self) -> nn.Linear: ...
+
+else:
+    _CausalLM = object  # `llava_class` puts the real one there
+
+
+class LlavaMixin(_CausalLM):
+    """The graft's part of a class; `llava_class` adds a causal language model."""
 
     # One mean over the labelled tokens of each micro-batch, as upstream: the Trainer then divides
     # by the accumulation steps instead of passing a token count.
@@ -46,7 +69,7 @@ class LlavaMixin:
                     torch.randn(config.hidden_size) * config.hidden_size**-0.5
                 )
 
-    def get_model(self) -> nn.Module:
+    def get_model(self) -> HeadlessModel:
         """The headless language model, which carries `mm_projector` and `vision_tower`."""
         return getattr(self, self.base_model_prefix)
 
@@ -57,6 +80,11 @@ class LlavaMixin:
             tower = build_vision_tower(self.config, delay_load=True)
             object.__setattr__(model, "vision_tower", tower)
         return model.vision_tower
+
+    def _named_tower(self) -> CLIPVisionTower:
+        tower = self.get_vision_tower()
+        assert tower is not None, "config.mm_vision_tower names no vision tower"
+        return tower
 
     def load_vision_tower(
         self,
@@ -83,17 +111,17 @@ class LlavaMixin:
 
     def tune_vision_tower(self) -> None:
         """Train the tower too: from now on it is a submodule, and part of the state dict."""
-        tower = self.get_vision_tower()
+        tower = self._named_tower()
         tower.requires_grad_(True)
         self.get_model().vision_tower = tower
         self.config.unfreeze_mm_vision_tower = True
 
     @property
     def tiling(self) -> Tiling | None:
-        """How `anyres` pictures are tiled; None when the config says that pictures are not."""
+        """The tiling of `anyres` pictures; None when the config says that pictures are not."""
         if getattr(self.config, "image_aspect_ratio", None) != "anyres":
             return None
-        tower = self.get_vision_tower()
+        tower = self._named_tower()
         return Tiling(
             resolutions=read_resolutions(getattr(self.config, "image_grid_pinpoints", None)),
             tile=tower.config.image_size,
@@ -102,14 +130,14 @@ class LlavaMixin:
         )
 
     def picture_length(self, size: Size) -> int:
-        """How many tokens a picture of `size` becomes."""
+        """The number of tokens that a picture of `size` becomes."""
         if (tiling := self.tiling) is not None:
             return tiling.num_tokens(size)
-        return self.get_model().mm_projector.num_tokens(self.get_vision_tower().num_patches)
+        return self.get_model().mm_projector.num_tokens(self._named_tower().num_patches)
 
     @property
     def most_picture_length(self) -> int:
-        """How many tokens a picture of any size becomes at most."""
+        """The largest number of tokens that a picture of any size becomes."""
         sizes = self.tiling.resolutions if self.tiling else [(1, 1)]
         return max(map(self.picture_length, sizes))
 
@@ -121,13 +149,13 @@ class LlavaMixin:
         A picture is pixels (3, H, W) or the tower's features of it (patches, mm_hidden_size), as
         a feature cache gives them; a list may hold both kinds.
         """
-        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        projector = self.get_model().mm_projector
         weight = next(projector.parameters(), self.get_input_embeddings().weight)
         if torch.is_tensor(images):
-            features = tower(images) if images.ndim == 4 else images
+            features = self._named_tower()(images) if images.ndim == 4 else images
         else:
             pixels = [image for image in images if image.ndim == 3]
-            encoded = iter(tower(torch.stack(pixels)) if pixels else ())
+            encoded = iter(self._named_tower()(torch.stack(pixels)) if pixels else ())
             features = torch.stack(
                 [next(encoded).to(weight) if i.ndim == 3 else i.to(weight) for i in images]
             )
@@ -202,9 +230,8 @@ class LlavaMixin:
         pictures = self.picture_tokens(images, image_sizes)
         if image_positions is None:
             pictures = _those_in_text(input_ids, attention_mask, pictures)
-            counts = [len(picture) for picture in pictures]
-            found = int((input_ids == IMAGE_TOKEN_INDEX).sum())
-            if found == len(pictures):
+            if not _is_expanded(input_ids, pictures):
+                counts = [len(picture) for picture in pictures]
                 side = padding_side or getattr(self.config, "tokenizer_padding_side", None)
                 limit = getattr(self.config, "tokenizer_model_max_length", None)
                 input_ids, attention_mask, labels = _expand_rows(
@@ -212,12 +239,6 @@ class LlavaMixin:
                 )
                 if position_ids is not None:
                     position_ids = attention_mask.cumsum(-1).sub(1).clamp(0)
-            elif found != sum(counts):
-                kinds = sorted(set(counts))
-                raise InputError(
-                    f"{len(pictures)} pictures of {' or '.join(map(str, kinds))} tokens were "
-                    f"given, the text has {found} image tokens"
-                )
             image_positions = (input_ids.flatten() == IMAGE_TOKEN_INDEX).nonzero().flatten()
         tokens = torch.cat(pictures)
         if len(tokens) != len(image_positions):
@@ -242,7 +263,7 @@ class LlavaMixin:
 
     def _attention(self, asked: bool | None) -> contextlib.AbstractContextManager:
         """Inside, attention has weights to show if they are `asked` for (`output_attentions`)."""
-        openly = asked and self.config._attn_implementation != "eager"
+        openly = asked and attention_of(self) != "eager"
         return eager_attention(self) if openly else contextlib.nullcontext()
 
     def forward(
@@ -306,7 +327,7 @@ class LlavaMixin:
         return outputs
 
     def _forward_base(self, inputs: dict, attention_mask, labels, positions):
-        """What the base says, or of the labelled positions alone where that is all it takes."""
+        """The outputs of the base, or of the labelled positions alone where that suffices."""
         routed = inputs.get("output_router_logits")
         if routed is None and (routed := getattr(self.config, "output_router_logits", False)):
             # Routers' logits are there for their loss. In generation, where the mask is longer than
@@ -341,8 +362,8 @@ class LlavaMixin:
 
     def _no_picture(self) -> torch.Tensor:
         """A scalar that depends on everything between pixels and tokens."""
-        tower = self.get_vision_tower()
-        shape = (1, 1, self.config.mm_hidden_size)
+        tower = self._named_tower()
+        shape: tuple[int, ...] = (1, 1, self.config.mm_hidden_size)
         if tower.is_tuned:
             shape = (1, 3, tower.config.image_size, tower.config.image_size)
         tokens = self.encode_images(torch.zeros(shape, device=self.device, dtype=tower.dtype))
@@ -420,8 +441,9 @@ def _keeping(model: nn.Module, positions: torch.Tensor) -> Iterator[list]:
 
     kept: list[bool] = []
     handles = [model.register_forward_hook(keep)]
-    last = model.layers[-1] if hasattr(model, "layers") else None
-    if not getattr(last, "gradient_checkpointing", False):
+    layers = getattr(model, "layers", None)
+    last = None if layers is None else layers[-1]
+    if last is not None and not getattr(last, "gradient_checkpointing", False):
         for name in ("self_attn.o_proj", "mlp"):
             with contextlib.suppress(AttributeError):
                 handles += _only_at(positions, last.get_submodule(name))
@@ -434,7 +456,7 @@ def _keeping(model: nn.Module, positions: torch.Tensor) -> Iterator[list]:
 
 def _only_at(positions: torch.Tensor, module: nn.Module) -> list:
     """Hooks by which `module`, (B, T, …) → (B, T, …), works at `positions`; 0 elsewhere."""
-    shape = []
+    shape: list[int] = []
 
     def gather(module, args):
         shape[:] = args[0].shape[:2]
@@ -456,6 +478,23 @@ def _those_in_text(ids, mask, pictures: list[torch.Tensor]) -> list[torch.Tensor
     if len(pictures) != len(ids) or all(has_picture) or as_many:
         return pictures
     return [picture for picture, kept in zip(pictures, has_picture, strict=True) if kept]
+
+
+def _is_expanded(ids, pictures: list[torch.Tensor]) -> bool:
+    """Whether a text has a place for each token of the pictures, and not one for each picture.
+
+    Raises:
+        InputError: it has neither.
+    """
+    counts = [len(picture) for picture in pictures]
+    places = int((ids == IMAGE_TOKEN_INDEX).sum())
+    if places not in (len(counts), sum(counts)):
+        kinds = " or ".join(map(str, sorted(set(counts))))
+        raise InputError(
+            f"{len(pictures)} pictures of {kinds} tokens were given, the text has {places} image "
+            "tokens"
+        )
+    return places != len(counts)
 
 
 def _expand_rows(ids, mask, labels, counts: list[int], side: str, limit: int | None):
@@ -489,7 +528,7 @@ def _expand_rows(ids, mask, labels, counts: list[int], side: str, limit: int | N
     return pad(rows, 0), pad(ones, 0), padded
 
 
-def llava_class(base: type) -> type:
+def llava_class(base: type[PreTrainedModel]) -> type[LlavaMixin]:
     """The LLaVA of a causal language model: `LlamaForCausalLM` → `LlavaLlamaForCausalLM`.
 
     The class is made once and lives in this module under its name, so that it pickles.

@@ -17,15 +17,15 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
 
 from llava.atomic import write_text
 from llava.errors import InputError, reason
+from llava.json_files import read_json
 from llava.model.checkpoint import ROWS, SEPARATE, copies, copy_in, on_disk, separated_rows
-from llava.model.shards import read_json
 from llava.state import State, StateError, read_tensors, save
 
 if TYPE_CHECKING:
@@ -91,11 +91,12 @@ def add_lora(
     """
     from peft import LoraConfig
 
+    known_bias: Any = bias  # peft has the check
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        bias=bias,
+        bias=known_bias,
         target_modules=find_all_linear_names(model),
         task_type="CAUSAL_LM",
     )
@@ -176,7 +177,7 @@ def _excluded(also: str | Iterable[str] | None) -> str:
 # -- its tensors ----------------------------------------------------------------------------------
 
 
-def is_lora(model: nn.Module) -> bool:
+def is_lora(model: nn.Module) -> TypeGuard[PeftModel]:
     """Whether `model` is one that `add_lora` or `attach_lora` gave."""
     from peft import PeftModel
 
@@ -189,7 +190,7 @@ def adapter_state(model: PeftModel) -> State:
 
 
 def non_lora_state(model: PeftModel) -> State:
-    """What trains beside the adapter, under upstream's names; under ZeRO-3 on every rank."""
+    """The other tensors that train, under upstream's names; under ZeRO-3 on every rank."""
     return copies(other_parameters(model))
 
 
@@ -221,8 +222,8 @@ def load_non_lora(model: nn.Module, tensors: State, source: str) -> None:
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """What belongs into the adapter's file, as peft has it: LoRA, and the biases that train."""
-    bias = model.peft_config["default"].bias
+    """The parameters of the adapter's file, as peft has it: LoRA, and the biases that train."""
+    bias = cast("LoraConfig", model.peft_config["default"]).bias
     found = {}
     for name, parameter in model.named_parameters():
         is_bias = name.endswith(".bias") and not _PICTURE.fullmatch(name)
@@ -238,14 +239,14 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def other_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """What belongs into `non_lora_trainables.bin`: whatever else trains, all of a connector of
+    """The parameters of `non_lora_trainables.bin`: whatever else trains, all of a connector of
     which a part trains, rows of start and end token, and what `keep_beside` names."""
     adapter = {id(parameter) for parameter in adapter_parameters(model).values()}
     others = {n: p for n, p in model.named_parameters() if id(p) not in adapter}
     connector = {n for n in others if ".mm_projector." in n}
     if not any(others[name].requires_grad for name in connector):
         connector = set()
-    kept = getattr(model, "kept_beside", frozenset())
+    kept: frozenset[str] = getattr(model, "kept_beside", frozenset())
     return {
         PEFT_PREFIX + on_disk(name.removeprefix(PEFT_PREFIX)): parameter
         for name, parameter in others.items()
@@ -261,7 +262,8 @@ def keep_beside(model: PeftModel, names: Iterable[str]) -> None:
 
     They are what the run began from: without them the adapter would be on another base.
     """
-    model.kept_beside = frozenset(map(on_disk, names))
+    wrapper: Any = model
+    wrapper.kept_beside = frozenset(map(on_disk, names))
 
 
 def _check_tables(model: nn.Module, tensors: State, source: str) -> None:
@@ -326,7 +328,7 @@ def read_beside(folder: str | os.PathLike, mapped: bool = False) -> State:
 
 
 def beside_file(folder: str | os.PathLike) -> str:
-    """How messages call the place of what `read_beside` gives."""
+    """The file of what `read_beside` gives, for messages."""
     file = Path(folder) / NON_LORA_FILE
     return str(file if file.is_file() else _adapter_file(Path(folder)))
 

@@ -56,7 +56,8 @@ def keep_trainable(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
 
 
 def check_4bit_on_cpu(model: torch.nn.Module) -> None:

@@ -5,7 +5,6 @@ Reads `model.safetensors`, `pytorch_model.bin`, and both in shards; writes safet
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from llava.atomic import own_name, remove_leftovers, write_text
 from llava.errors import InputError, reason
+from llava.json_files import read_json
 from llava.state import read_tensors, refuse_empty
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
@@ -31,9 +31,11 @@ SMALL_FILES = (
     "vocab.json",
     "merges.txt",
     "generation_config.json",
+    "chat_template.jinja",
 )
-FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
-# With the file that is read and the copy that is written, thrice this is in memory.
+# The files of a model on the hub: weights, and every kind of small file.
+DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+# With the file that is read and the copy that is written, three times this is in memory.
 SHARD_BYTES = 2_000_000_000
 
 
@@ -211,28 +213,6 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `path` at the end of the block, or goes if it raises.
-
-    A process that is killed leaves `.NAME.HOST.PID.BEGAN.tmp` beside it, and no `path`.
-
-    Raises:
-        InputError: `path` is there already and not empty.
-    """
-    path = Path(path).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: is there already; name a folder that is new or empty")
-    temporary = own_name(path)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def copy_small_files(folder: Path, out: Path, dtype: str | None = None) -> None:
     """Copy what stands beside the weights; config.json too if a `dtype` for it is given."""
     out.mkdir(exist_ok=True)
@@ -254,7 +234,7 @@ def local_folder(path: str | os.PathLike) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=FILES))
+        return Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(f"{path}: {not_found(error)}") from None
 
@@ -266,16 +246,5 @@ def check_hub_name(path: str | os.PathLike) -> None:
 
 
 def not_found(error: Exception) -> str:
-    """What is said of a name under which there is neither a folder nor, for `error`, a model."""
+    """The message on a name under which there is neither a folder nor, for `error`, a model."""
     return f"no such folder, looked for from {Path.cwd()}, nor one on the hub ({reason(error)})"
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; `InputError` if it is missing or none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: a JSON object is expected, found a {type(found).__name__}")
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from llava.atomic import write_text
 from llava.errors import InputError, reason
-from llava.model.quiet import quiet
+from llava.model.hf_logging import quiet
 
 
 def load_tokenizer(path: str, **kwargs: Any):

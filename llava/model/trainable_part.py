@@ -1,6 +1,6 @@
-"""The two forms of a state: a projector, or LoRA with what trains beside it.
+"""The two kinds of trainable part: a projector, or LoRA with what trains beside it.
 
-A form knows how a state is read from a model and put into it, which files it is on disk, and with
+A part knows how a state is read from a model and put into it, which files it is on disk, and with
 which flag a client is told to start from them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from llava.model.checkpoint import (
     ROWS,
     copies,
     copy_in,
+    grafted,
     projector_name,
     projector_parameters,
 )
@@ -38,6 +39,9 @@ from llava.model.lora import (
     write_adapter_config,
 )
 from llava.state import State, StateError, read_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class TrainablePart(Protocol):
@@ -58,15 +62,15 @@ class ProjectorPart:
     """`mm_projector.bin`."""
 
     flag = "pretrain_mm_mlp_adapter"
-    files = (PROJECTOR_FILE,)
+    files: tuple[str, ...] = (PROJECTOR_FILE,)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """What a state is copied from, by the state's names: what clients share."""
+        """The parameters that clients share, by the state's names."""
         home = set(map(projector_name, _at_home(model)))
         return {n: p for n, p in projector_parameters(model).items() if n not in home}
 
     def of_model(self, model: nn.Module) -> State:
-        """What trains in `model`, float32 on the CPU; under ZeRO-3 every rank must call it."""
+        """The state in `model`, float32 on the CPU; under ZeRO-3 every rank must call it."""
         return _float(copies(self.parameters(model)))
 
     def into_model(self, model: nn.Module, state: State, source: str) -> None:
@@ -104,24 +108,28 @@ class LoraPart:
     """
 
     flag = "lora_weight_path"
-    files = (ADAPTER_FILE, NON_LORA_FILE)
+    files: tuple[str, ...] = (ADAPTER_FILE, NON_LORA_FILE)
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PeftModel):
         with tempfile.TemporaryDirectory() as folder:
             write_adapter_config(model, folder)
             self.config = (Path(folder) / ADAPTER_CONFIG).read_text()
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        others = {n.removeprefix(PEFT_PREFIX): p for n, p in other_parameters(model).items()}
+        others = {
+            n.removeprefix(PEFT_PREFIX): p for n, p in other_parameters(_adapted(model)).items()
+        }
         home = {PROJECTOR_PREFIX + name for name in _at_home(model)}
-        return adapter_parameters(model) | {n: p for n, p in others.items() if n not in home}
+        return adapter_parameters(_adapted(model)) | {
+            n: p for n, p in others.items() if n not in home
+        }
 
     def of_model(self, model: nn.Module) -> State:
         return _float(copies(self.parameters(model)))
 
     def into_model(self, model: nn.Module, state: State, source: str) -> None:
         adapter, others = _halves(state)
-        load_adapter(model, adapter, source)
+        load_adapter(_adapted(model), adapter, source)
         load_non_lora(model, others, source)
 
     def write(self, state: State, folder: Path) -> None:
@@ -135,42 +143,47 @@ class LoraPart:
 
     def read(self, folder: Path, like: State) -> State:
         adapter, others = _halves(like)
-        found = {}
-        for file, tensors, part in (
+        found: State = {}
+        for file, tensors, expected in (
             (ADAPTER_FILE, read_tensors(folder / ADAPTER_FILE), adapter),
             (NON_LORA_FILE, read_non_lora(folder), others),
         ):
-            states.check(tensors, part, who=str(folder / file))
+            states.check(tensors, expected, who=str(folder / file))
             found |= tensors
         return _float(found)
 
 
 def trainable_part(model: nn.Module) -> TrainablePart:
-    """The form of what trains in a model."""
+    """The kind of what trains in a model."""
     return LoraPart(model) if is_lora(model) else ProjectorPart()
 
 
 def trained_part(model: nn.Module) -> tuple[TrainablePart, State]:
-    """What trains in a model, and its state, checked."""
+    """The trainable part of a model and its state, checked."""
     part = trainable_part(model)
     state = part.of_model(model)
     states.check(state, state, who="the state to start from")
     return part, state
 
 
-def read_result(form: TrainablePart, folder: Path, like: State) -> State:
-    """What a client has left in its --output_dir.
+def read_result(part: TrainablePart, folder: Path, like: State) -> State:
+    """The state that a client has left in its --output_dir.
 
     Raises:
         StateError: a file is missing, not one of tensors, or does not fit; the rest of a sentence.
     """
-    for name in form.files:
+    for name in part.files:
         if not (folder / name).is_file():
             raise StateError(f"left no {name} in its --output_dir")
     try:
-        return form.read(folder, like)
+        return part.read(folder, like)
     except StateError as error:
         raise StateError(f"left {error}") from None
+
+
+def _adapted(model: nn.Module) -> PeftModel:
+    assert is_lora(model), "the state of a model with LoRA"
+    return model
 
 
 def _halves(state: State) -> tuple[State, State]:
@@ -182,7 +195,7 @@ def _halves(state: State) -> tuple[State, State]:
 def _at_home(model: nn.Module) -> set[str]:
     """The parameters of a connector, by its own names, that do not travel: the client's own, and
     what it was sent frozen."""
-    connector = model.get_model().mm_projector
+    connector = grafted(model).get_model().mm_projector
     groups = connector.groups()
     return {*groups["client"], *groups["frozen"]}
 

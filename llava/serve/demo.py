@@ -21,7 +21,7 @@ from pathlib import Path
 
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import add_model_flags
-from llava.serve.web import check_installed
+from llava.serve.http_server import check_installed
 
 WAIT = 600  # seconds for a model to load
 QUICKSTART = Path("runs/quickstart")
@@ -188,9 +188,9 @@ def named(models: list[str]) -> dict[str, str]:
 
 def base_of(path: str) -> str | None:
     """The language model that a projector's folder says it was trained on, if that is there."""
+    from llava.json_files import read_json
     from llava.model.builder import has_weights
     from llava.model.checkpoint import PROJECTOR_FILE
-    from llava.model.shards import read_json
 
     folder = Path(path)
     if not (folder / PROJECTOR_FILE).is_file() or has_weights(folder):

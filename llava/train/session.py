@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from llava.errors import InputError
-from llava.model.attention import choose_attention
+from llava.model.attention_impl import choose_attention
 from llava.model.builder import folder_of, from_pretrained, load_tokenizer
 from llava.model.checkpoint import (
     PROJECTOR_PREFIX,

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from llava.atomic import atomic_write, left_of, own_name, remove_leftovers
-from llava.model.shards import new_folder
+from llava.atomic import atomic_write, left_of, new_folder, own_name, remove_leftovers
+from llava.errors import InputError
 from llava.processes import group_of, host, is_gone, name_of
 
 WAIT = "import sys; print(1, flush=True); sys.stdin.read()"
@@ -109,3 +109,19 @@ def test_two_processes_and_two_hosts_never_write_to_one_name(tmp_path, monkeypat
         assert own_name(tmp_path / "y").is_dir()
     monkeypatch.setattr("llava.processes.host", lambda: "another-host-123abc")
     assert own_name(path) != mine
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with pytest.raises(InputError, match="out: is there already"), new_folder(out):
+        pass
+    with pytest.raises(ZeroDivisionError), new_folder(out, replace=True):
+        raise ZeroDivisionError
+    assert [path.name for path in out.iterdir()] == ["old"]
+    with new_folder(out, replace=True) as folder:
+        (folder / "new").touch()
+        assert (out / "old").exists()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]

@@ -17,7 +17,7 @@ from transformers.training_args import ParallelMode
 
 from llava.errors import InputError
 from llava.eval.run_llava import arguments, eval_model
-from llava.model.attention import choose_attention
+from llava.model.attention_impl import choose_attention
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import projector_state, read_config, save_full, write_config
 from llava.state import save

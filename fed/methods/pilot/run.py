@@ -48,8 +48,13 @@ def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
     for spec in specs:
         if spec.task is None:
             raise InputError(f"{WHO}: client {spec.name} of {fed.fed_clients} has no `task`")
-    tasks = list(dict.fromkeys(spec.task for spec in specs))
+    tasks = list(dict.fromkeys(_task_of(specs).values()))
     return arguments._replace(model=dataclasses.replace(model, pilot_tasks=tasks))
+
+
+def _task_of(specs: Sequence[ClientSpec]) -> dict[str, str]:
+    """The task of each client."""
+    return {spec.name: spec.task for spec in specs if spec.task is not None}
 
 
 def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
@@ -61,7 +66,7 @@ def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
     return PrivateParameters(
         model,
         run.output_dir / "clients",
-        {spec.name: spec.task for spec in run.specs},
+        _task_of(run.specs),
         model_flags.pilot_tasks,
         part=part,
         main=run.main,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llava.errors import InputError, reason
-from llava.model.quiet import quiet
+from llava.model.hf_logging import quiet
 from llava.model.shards import check_hub_name, not_found
 from llava.state import check
 from llava.transformers_private import without_zero3
@@ -84,7 +84,7 @@ class CLIPVisionTower(nn.Module):
                 self._take(weights)
 
     @staticmethod
-    def _classes() -> tuple[type, type]:
+    def _classes() -> tuple[type[Any], type[Any]]:
         from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
         # The Pillow backend gives upstream's pixels to the bit; torchvision's does not.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
@@ -11,7 +13,7 @@ class SigLipVisionTower(CLIPVisionTower):
     class_tokens = 0
 
     @staticmethod
-    def _classes() -> tuple[type, type]:
+    def _classes() -> tuple[type[Any], type[Any]]:
         from transformers import SiglipImageProcessorPil, SiglipVisionModel
 
         return SiglipImageProcessorPil, SiglipVisionModel

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fed import methods
 from fed.evaluate import EvaluationSet, evaluate
-from fed.merging.calibration_data import load_calibration, spread
+from fed.merging.calibration import load_calibration, spread
 from fed.state import StateError
 from llava.errors import InputError
 from llava.model.checkpoint import load_projector, projector_state
