@@ -20,8 +20,6 @@ from llava.processes import name_of
 from llava.state import read_tensors
 from tests.conftest import assert_moved_alike
 
-from ..conftest import assert_moved_alike
-
 NAMES = {
     f"model.mm_projector.{layer}.{part}": shape
     for layer, width in ((0, 32), (2, 48))
