@@ -404,7 +404,7 @@ def test_a_system_message_takes_the_place_of_the_templates_own():
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
         ({"mm_vision_tower": None}, "no mm_vision_tower, so this is no LLaVA"),
-        ({"mm_vision_tower": "/no/such/tower"}, "/no/such/tower: no readable model"),
+        ({"mm_vision_tower": "/no/such/tower"}, "/no/such/tower: no such folder"),
         ({"text_config": {}}, "transformers' layout already"),
         ({"conversation_template": "vicuna"}, "'vicuna' is no conversation template"),
         ({"mm_use_im_start_end": True}, "the tokenizer has no <im_start>"),
