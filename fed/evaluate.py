@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
+
+
+class Samples(Protocol):
+    """A data set: samples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict: ...
 
 
 @dataclass(frozen=True)
@@ -15,13 +24,13 @@ class EvaluationSet:
     """A named data set to measure on; `domains` has a name per sample, or None."""
 
     name: str
-    dataset: Sequence[dict]
+    dataset: Samples
     domains: Sequence[str] | None = None
 
 
 @torch.no_grad()  # not inference_mode: ZeRO-3 keeps tensors that it gathers here for training
 def evaluate(
-    forward: Callable[..., object],
+    forward: Callable[..., Any],
     data: EvaluationSet,
     collate: Callable[[list[dict]], dict],
     batch_size: int = 32,

@@ -1,9 +1,9 @@
-"""A grid of held-out pictures with what each model says of them beside the truth.
+"""A grid of held-out pictures, with each model's caption and the truth under them.
 
 A record with several pictures takes one place: they stand side by side.
 
-    python -m fed.gallery --models "FedAvg=runs/fedavg" "Fed-CMP=runs/fedcmp" --model-base LLM \\
-        --data heldout.json --image-folder images --output gallery.png
+    python -m fed.gallery --models "FedAvg=runs/fedavg" "Fed-CMP=runs/fedcmp" --model_base LLM \\
+        --data heldout.json --image_folder images --output gallery.png
 
 The backbone is loaded once; the models are projector-only folders that share it.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava.atomic import atomic_write
 from llava.errors import InputError, one_clear_error
+from llava.flags import FlagParser, pairs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,9 +30,9 @@ def captions(
     pictures: Sequence[Sequence[Path]],
     max_new_tokens: int = 24,
 ) -> list[list[str]]:
-    """What each model (outer list) says of each record's pictures, greedily.
+    """Each model's (outer list) greedy caption of each record's pictures.
 
-    It is asked as in plain pre-training, with the pictures alone.
+    The prompt is that of plain pre-training, the pictures alone.
     """
     from fed import state
     from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -70,7 +71,7 @@ def beside(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def shown(record: dict[str, Any], folder: Path, source: str) -> tuple[list[Path], str]:
-    """A record's pictures, and what is said of them; `InputError` names the record in `source`."""
+    """A record's pictures and its caption; `InputError` names the record in `source`."""
     from llava.train.preprocess import read_turns
 
     image = record["image"]
@@ -133,26 +134,24 @@ def draw(
     pyplot.close(figure)
 
 
+def parser() -> argparse.ArgumentParser:
+    top = FlagParser(description=__doc__.split("\n")[0])
+    top.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
+    top.add_argument("--model_base", required=True)
+    top.add_argument("--data", required=True, help="LLaVA JSON with one-turn captions")
+    top.add_argument("--image_folder", type=Path, required=True)
+    top.add_argument("--output", type=Path, required=True)
+    top.add_argument("--pictures", type=int, default=16)
+    top.add_argument("--seed", type=int, default=0)
+    return top
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--model-base", required=True)
-    parser.add_argument("--data", required=True, help="LLaVA JSON with one-turn captions")
-    parser.add_argument("--image-folder", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     with one_clear_error():
         from llava.train.data import load_records
 
-        names, folders = [], []
-        for text in args.models:
-            name, equals, folder = text.partition("=")
-            if not equals:
-                raise InputError(f"--models {text}: NAME=FOLDER is expected")
-            names.append(name)
-            folders.append(folder)
+        models = pairs("--models", args.models, "NAME=FOLDER")
         if args.pictures < 1:
             raise InputError(f"--pictures {args.pictures}: at least 1 is expected")
         records = [r for r in load_records(args.data) if r.get("image")]
@@ -162,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         pictures, truths = zip(
             *(shown(r, args.image_folder, args.data) for r in records), strict=True
         )
-        said = captions(folders, args.model_base, pictures)
-        draw(pictures, truths, names, said, args.output)
+        said = captions(list(models.values()), args.model_base, pictures)
+        draw(pictures, truths, list(models), said, args.output)
         print(f"wrote {args.output}")
 
 

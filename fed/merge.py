@@ -15,7 +15,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fed.merging.config import MergeConfig
+from fed.merging.recipe import add_flags, options_of, read_config
 from llava.errors import InputError, one_clear_error
+from llava.flags import FlagParser
 
 if TYPE_CHECKING:
     from fed.merging.run import Result
@@ -30,26 +33,24 @@ def merge(
     calibration_data: Sequence[str] = (),
     **settings: Any,
 ) -> Result:
-    """Merge models; what the flags of the same names do.
+    """Merge models, as the flags of the same names do.
 
     Args:
         experts: two or more paths.
         output: the folder to write; None writes nothing and gives the merged projector back.
         options: the method's, by name or as name=value.
-        settings: as `fed.merging.config.Settings` has them: base, method, scope, …
+        settings: as `fed.merging.config.MergeConfig` has them: base, method, scope, …
 
     Raises:
         InputError: what the command line refuses with one sentence and exit code 2.
     """
-    from fed.merging.config import Settings
-    from fed.merging.recipe import pairs
     from fed.merging.run import run
 
     return run(
-        Settings(
+        MergeConfig(
             tuple(map(str, experts)),
             None if output is None else str(output),
-            options=pairs(options),
+            options=options_of(options),
             weights=None if weights is None else tuple(map(float, weights)),
             calibration_data=tuple(map(str, calibration_data)),
             **settings,
@@ -59,57 +60,33 @@ def merge(
 
 def parser() -> argparse.ArgumentParser:
     """The command line; a flag that is not given is not in what it parses to."""
-    made = argparse.ArgumentParser(
+    top = FlagParser(
         prog="python -m fed.merge",
         description="Merge models that were aligned on different data into one, without training.",
+        epilog="Flags may be written with dashes, too: --dry-run.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    add = made.add_argument
-    add("recipe", nargs="?", help="a YAML file with the flags below as keys")
-    add("--method", help="how to merge; default pivotmerge (--methods lists all)")
-    add("--experts", nargs="+", metavar="PATH", help="projector files, or folders of any form")
-    add("--base", metavar="PATH", help="what the experts were trained from; else their mean")
-    add("--output", metavar="OUT", help="the folder to write")
-    add("--weights", nargs="+", type=float, metavar="W", help="one for each expert; default 1")
-    add("--options", nargs="+", metavar="NAME=VALUE", help="the method's options")
-    add("--scope", help="projector (default), or all that is trainable: LoRA, full weights")
-    add("--lora", help="with --scope all: factors (default) merges A and B, product merges BA")
-    add("--config", metavar="FILE", help="config.json for OUT, where projector files have none")
-    add(
-        "--dry-run",
-        "--dry_run",
-        action="store_true",
-        help="say how the experts lie to each other; write nothing",
-    )
-    add(
-        "--force", action="store_true", help="merge models of different backbones; the card says so"
-    )
-    add("--overwrite", action="store_true", help="replace OUT")
-    add("--calibration_data", nargs="+", metavar="JSON", help="LLaVA data: one, or one an expert")
-    add("--image_folder", metavar="DIR", help="the pictures of the calibration data")
-    add("--model-base", "--model_base", metavar="LLM", help="language model to calibrate with")
-    add("--calibration_samples", type=int, metavar="N", help="records of each file; default 256")
-    add("--version", help="conversation template of the calibration; default plain")
-    add("--device", help="where calibration computes; default cpu")
-    add("--methods", action="store_true", help="list all methods with their options")
-    return made
+    top.add_argument("recipe", nargs="?", help="a YAML file with the flags below as keys")
+    add_flags(top)
+    top.add_argument("--methods", action="store_true", help="list all methods with their options")
+    return top
 
 
 def list_methods() -> str:
     """The methods that can merge, each with its options, their defaults and their ranges."""
     from fed import methods
 
-    found = []
+    lines = []
     for name in methods.names():
         method = methods.get(name)
         if not method.merges:
             continue
         options = " ".join(f"{o}={str(v).lower()}" for o, v in method.defaults.items())
         notes = " (needs --calibration_data)" if method.needs_calibration else ""
-        found.append(f"{name:16} {options}{notes}".rstrip())
-        found += [f"    {option}: {known.allowed}" for option, known in method.options.items()]
-    return "\n".join(found)
+        lines.append(f"{name:16} {options}{notes}".rstrip())
+        lines += [f"    {option}: {known.allowed}" for option, known in method.options.items()]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,14 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.pop("methods", False):
         print(list_methods())
         return
-    from fed.merging.recipe import settings
-
-    what = settings(flags.pop("recipe", None), flags)
-    if what.output is None and not what.dry_run:
-        raise InputError("--output is missing: the folder to write; or give --dry-run")
+    config = read_config(flags.pop("recipe", None), flags)
+    if config.output is None and not config.dry_run:
+        raise InputError("--output is missing: the folder to write; or give --dry_run")
     from fed.merging.run import run
 
-    for line in run(what).lines:
+    for line in run(config).lines:
         print(line, flush=True)
 
 

@@ -22,6 +22,8 @@ def personalise(argv: Sequence[str] | None = None) -> None:
     able = {n: m.personalise for n in methods.names() if (m := methods.get(n)).personalise}
     flags = {f"--{name}_run": fit for name, fit in able.items()}
     given = [flags[flag] for word in argv if (flag := word.partition("=")[0]) in flags]
+    if not given and not {"-h", "--help"}.isdisjoint(argv):
+        given = list(able.values())
     if not given:
         raise InputError(f"{' or '.join(flags)} is missing: the --output_dir of a finished run")
     given[0](argv)

@@ -1,4 +1,4 @@
-"""What federated runs achieved, side by side: a table and two pictures.
+"""Results of federated runs side by side: a table and two pictures.
 
     python -m fed.report --runs "FedAvg=runs/fedavg" "Fed-CMP=runs/fedcmp" --output runs/report
 
@@ -8,14 +8,15 @@ clients' updates agree), and prints the table.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fed.markdown import markdown_table
 from llava.atomic import atomic_write, write_text
 from llava.errors import InputError, one_clear_error
+from llava.flags import FlagParser, pairs
 
 # Colours that people with a colour-vision deficiency can tell apart (Okabe and Ito).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -66,7 +67,7 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
     body = [
         [row["model"], *(cell for name in sets for cell in _cells(row.get(name)))] for row in rows
     ]
-    parts = [markdown(head, body)]
+    parts = [markdown_table(head, body)]
     domains = sorted({d for row in rows for d in _domains(row, sets[0])})
     for what, title in (("exact", "Exact names"), ("loss", "Caption loss")):
         if domains:
@@ -74,7 +75,8 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
                 [row["model"], *(_cell(_domains(row, sets[0]).get(d), what) for d in domains)]
                 for row in rows
             ]
-            parts.append(f"{title} per domain, {sets[0]}:\n\n{markdown(['model', *domains], body)}")
+            lines = markdown_table(["model", *domains], body)
+            parts.append(f"{title} per domain, {sets[0]}:\n\n{lines}")
     return "\n".join(parts)
 
 
@@ -90,22 +92,6 @@ def _cell(measures: dict | None, what: str) -> str:
     if not measures or measures[what] is None:
         return "–"
     return f"{measures[what]:.3f}" if what == "loss" else f"{100 * measures[what]:.1f} %"
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = (
-        "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|"
-    )
-    return "\n".join([line(head), rule, *map(line, body)]) + "\n"
 
 
 def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
@@ -133,7 +119,7 @@ def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
         else:
             axes.plot(rounds, losses, color=colour, marker="o", lw=2, label=run.name)
     axes.set(xlabel="round", ylabel=f"caption loss, {data} (nats a token)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
@@ -199,19 +185,15 @@ def report(runs: Sequence[Run], output: Path, title: str, note: str = "") -> str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--title", default="Federated pre-training")
     parser.add_argument("--note", default="", help="a paragraph under the title")
     args = parser.parse_args(argv)
     with one_clear_error():
-        runs = []
-        for text in args.runs:
-            name, equals, folder = text.partition("=")
-            if not equals:
-                raise InputError(f"--runs {text}: NAME=FOLDER is expected")
-            runs.append(Run.load(name, folder))
+        folders = pairs("--runs", args.runs, "NAME=FOLDER")
+        runs = [Run.load(name, folder) for name, folder in folders.items()]
         print(report(runs, args.output, args.title, args.note), end="")
 
 

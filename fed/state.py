@@ -1,10 +1,29 @@
 """The state that travels: the trainable part as a flat dict of named tensors.
 
 What passes between `llava` and `fed` is this and nothing else, and it is the same thing that lies
-on disk as `mm_projector.bin`; so the code is llava's, and these are its names here.
+on disk as `mm_projector.bin`; so the code is llava's. `fed` takes these names from here.
 """
 
-from llava.state import State, StateError, check, fingerprint, is_finite, load, save
+from llava.state import (
+    State,
+    StateError,
+    check,
+    fingerprint,
+    is_finite,
+    load,
+    read_tensors,
+    save,
+)
 from llava.suggest import did_you_mean as near
 
-__all__ = ["State", "StateError", "check", "fingerprint", "is_finite", "load", "near", "save"]
+__all__ = [
+    "State",
+    "StateError",
+    "check",
+    "fingerprint",
+    "is_finite",
+    "load",
+    "near",
+    "read_tensors",
+    "save",
+]

@@ -15,25 +15,28 @@ import torch
 import transformers
 
 from fed import methods, validation
-from fed.arguments import CLIENT_FLAGS
+from fed.arguments import CLIENT_FLAGS, Arguments
 from fed.clients.clients_yaml import load_clients
 from fed.drivers import driver as drivers
-from fed.drivers.driver import Run
-from fed.server.heldout import evaluation_set, measurer
+from fed.drivers.driver import Driver, Run
+from fed.server.heldout import Measure, evaluation_set, measurer
 from fed.server.loop import RoundLoop
 from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
+from llava.train.distributed import start_process_group
 from llava.train.train import prepare_output
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
     argv = validation.command_line(sys.argv[1:] if argv is None else argv)
+    start_process_group(argv)
     arguments, options = validation.check_flags(validation.parse_arguments(argv))
     fed_args = arguments.fed
     kind, method = drivers.get(fed_args.fed_driver), methods.get(fed_args.fed_method)
     rounds = method.exchanges(fed_args.fed_rounds)
+    assert fed_args.fed_clients is not None  # `check_flags` refuses to go on without
     specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, kind, validation.driver_keys())
     if method.prepare is not None:
         arguments = method.prepare(specs, arguments)
@@ -43,12 +46,8 @@ def train(argv: Sequence[str] | None = None) -> None:
 
     run = Run(specs, arguments, client_args, method, options, logger.of_client)
     driver = kind(run)
-    at_work = [sum(c.samples(r) > 0 for c in driver.clients) for r in range(1, rounds + 1)]
-    validation.rehearse(fed_args, options, at_work)  # once more: a slice may be empty
-    sets = [
-        evaluation_set(path, arguments.data, fed_args, driver.session, arguments.training)
-        for path in fed_args.fed_eval_data_path
-    ]
+    counts = [sum(c.samples(r) > 0 for c in driver.clients) for r in range(1, rounds + 1)]
+    validation.rehearse(fed_args, options, counts)  # once more: a slice may be empty
     loop = RoundLoop(
         driver,
         method,
@@ -60,7 +59,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
         task_of={spec.name: spec.task for spec in specs if spec.task is not None},
-        evaluate=measurer(driver, sets, arguments.training) if sets else None,
+        evaluate=_measurer(driver, arguments),
         evaluate_every=fed_args.fed_eval_every,
         log=logger.of_round,
         main=run.main,
@@ -71,6 +70,18 @@ def train(argv: Sequence[str] | None = None) -> None:
     driver.store.config.use_cache = True
     driver.store.export(final, loop.sent, run.output_dir)
     logger.close()
+
+
+def _measurer(driver: Driver, arguments: Arguments) -> Measure | None:
+    """The measurer on the files of --fed_eval_data_path, where there are some."""
+    if not arguments.fed.fed_eval_data_path:
+        return None
+    assert driver.session is not None  # a driver loads a model where something is measured
+    sets = [
+        evaluation_set(path, arguments.data, arguments.fed, driver.session, arguments.training)
+        for path in arguments.fed.fed_eval_data_path
+    ]
+    return measurer(driver, driver.session, sets, arguments.training)
 
 
 def _barrier() -> None:

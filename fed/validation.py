@@ -17,6 +17,7 @@ from fed.clients.clients_yaml import ClientSpec, named
 from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver
 from fed.methods import Method
+from fed.yaml_file import read_yaml
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
@@ -35,9 +36,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
 
 
 def _kinds() -> tuple[type, ...]:
-    """What the command line is parsed into: FedArguments has the methods' own flags, too."""
-    own = [flags for name in methods.names() if (flags := methods.get(name).flags)]
-    fed = dataclasses.make_dataclass("FedArguments", [], bases=(FedArguments, *own))
+    """The dataclasses of the command line; FedArguments has the methods' own flags, too."""
+    of_methods = [flags for name in methods.names() if (flags := methods.get(name).flags)]
+    fed = dataclasses.make_dataclass("FedArguments", [], bases=(FedArguments, *of_methods))
     return ModelArguments, DataArguments, TrainingArguments, fed
 
 
@@ -167,15 +168,8 @@ def _options(method: str, words: Sequence[str]) -> list[str]:
     """
     if not words or "=" in words[0] or not words[0].endswith((".yaml", ".yml")):
         return list(words)
-    import yaml
-
     file, *words = words
-    try:
-        sections = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--fed_options {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--fed_options {file}: not YAML ({error})") from None
+    sections = read_yaml(file, "--fed_options")
     if not isinstance(sections, dict) or not isinstance(sections.get(method), dict):
         there = ", ".join(map(str, sections)) if isinstance(sections, dict) else "none"
         raise InputError(
@@ -187,20 +181,20 @@ def _options(method: str, words: Sequence[str]) -> list[str]:
     return [*(f"{name}={value}" for name, value in own.items()), *words]
 
 
-def rehearse(fed_args: FedArguments, options: Mapping[str, Any], at_work: Sequence[int]) -> None:
+def rehearse(fed_args: FedArguments, options: Mapping[str, Any], counts: Sequence[int]) -> None:
     """Rounds on next to nothing: find a method that cannot, or a value out of range, before anybody
     trains.
 
     Args:
-        at_work: for each round, how many clients have samples in it.
+        counts: for each round, the number of clients that have samples in it.
     """
     method = methods.get(fed_args.fed_method)
     tiny = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
     make_rule = method.rule(options)
     sent = make_rule(tiny, {}, {}).end().extras if make_rule else {}
     sizes: dict[int, str] = {}
-    for round, there in enumerate(at_work, start=1):
-        drawn = min(fed_args.fed_clients_per_round or there, there)
+    for round, count in enumerate(counts, start=1):
+        drawn = min(fed_args.fed_clients_per_round or count, count)
         sizes.setdefault(drawn, f"round {round} has {drawn}")
         if 0 < fed_args.fed_min_clients < drawn:
             least = fed_args.fed_min_clients
@@ -245,24 +239,21 @@ def arguments_of(
     with named(spec):
         if spec.overrides:
             own = [text for key, value in spec.overrides.items() for text in (f"--{key}", value)]
-            model_args, data_args, training_args, _ = parse_arguments([*argv, *own])
-            # What loading the session sets on the command line's own arguments.
-            training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
+            _, data_args, training_args, _ = parse_arguments([*argv, *own])
         _check_steps(training_args)
     return data_args, training_args
 
 
 def _check_steps(args: TrainingArguments) -> None:
-    """Refuse what does not go with a client's turn."""
+    """Refuse flags that do not go with a client's task."""
     if args.dataloader_drop_last:
         raise InputError("--dataloader_drop_last True would drop samples that are seen only once")
     if args.eval_strategy != "no":
         raise InputError("--eval_strategy has no place in a federated run; --fed_eval_every has")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    options: Any = args.lr_scheduler_kwargs  # a dict, once transformers has read the flag's text
     try:
-        schedule = transformers.get_scheduler(
-            args.lr_scheduler_type, optimizer, 0, 10, args.lr_scheduler_kwargs
-        )
+        schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, options)
         schedule.lr_lambdas  # noqa: B018
     except (TypeError, ValueError, AttributeError):
         raise InputError(

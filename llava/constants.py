@@ -12,5 +12,5 @@ CONTROLLER_HEART_BEAT_EXPIRATION = 30
 WORKER_HEART_BEAT_INTERVAL = 15
 LOGDIR = "."
 
-MOST_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000
 """The largest picture that is taken from a stranger; ours. Its head tells before it is decoded."""

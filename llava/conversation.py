@@ -93,7 +93,7 @@ class Conversation:
         """Role and bare text of each message; a picture in the first is announced in front."""
         turns = [(role, _text(message)) for role, message in self.messages]
         if self.messages and isinstance(self.messages[0][1], tuple):
-            role, text = turns[0]
+            role, text = self.messages[0][0], self.messages[0][1][0]
             text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
             if "mmtag" in self.version:
                 shown = f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"
@@ -106,7 +106,7 @@ class Conversation:
         """Add a turn; None as `message` opens the assistant's."""
         self.messages.append([role, message])
 
-    def get_images(self, return_pil: bool = False) -> list[Image.Image] | list[str]:
+    def get_images(self, return_pil: bool = False) -> list[Image.Image | str]:
         """The users' pictures after the template's own messages: PIL, or PNG in base64."""
         pictures = []
         for _, text in self.messages[self.offset :: 2]:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffTags, UnidentifiedImageError
 
-from llava.constants import MOST_PIXELS
+from llava.constants import MAX_PIXELS
 from llava.errors import InputError, reason
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """The largest picture that is taken from an address."""
 
 LONGEST_SIDE = 100_000
@@ -70,7 +70,7 @@ def image_size(picture: str | os.PathLike | bytes, name: str | None = None) -> t
 def load_image(path_or_url: str) -> Image.Image:
     """An upright RGB picture from a file, or from an http(s) address.
 
-    An address that is silent for 30 seconds, or sends over `MOST_BYTES`, is an `InputError` too.
+    An address that is silent for 30 seconds, or sends over `MAX_BYTES`, is an `InputError` too.
     """
     if not path_or_url.startswith(("http://", "https://")):
         return open_image(path_or_url)
@@ -81,9 +81,9 @@ def load_image(path_or_url: str) -> Image.Image:
         # Some servers refuse Python's own name.
         request = Request(path_or_url, headers={"User-Agent": "fedllava"})
         with urlopen(request, timeout=30) as response:
-            data = response.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise InputError(f"more than {MOST_BYTES >> 20} MiB")
+            data = response.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"more than {MAX_BYTES >> 20} MiB")
     except Exception as error:
         raise _unreadable(name, error) from error
     return open_image(data, name)
@@ -97,7 +97,7 @@ def load_images(paths_or_urls: Sequence[str]) -> list[Image.Image]:
 def load_image_from_base64(image: str | bytes) -> Image.Image:
     """The whole picture that a request carries, upright and RGB.
 
-    `InputError` when it is none, or has over `MOST_PIXELS`: a stranger's few kilobytes must not
+    `InputError` when it is none, or has over `MAX_PIXELS`: a stranger's few kilobytes must not
     become gigabytes.
     """
     name = "the base64 picture"
@@ -105,7 +105,7 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
         data = base64.b64decode(image)
     except ValueError as error:
         raise _unreadable(name, error) from error
-    return open_image(data, name, MOST_PIXELS)
+    return open_image(data, name, MAX_PIXELS)
 
 
 def plain_kind(data: bytes) -> str | None:
@@ -115,7 +115,7 @@ def plain_kind(data: bytes) -> str | None:
     """
     with _head(data) as image:
         plain = not _is_deep(image) and _orientation(image) not in range(2, 9)
-        return image.format.lower() if plain else None
+        return image.format.lower() if plain and image.format else None
 
 
 def _head(picture: str | os.PathLike | bytes) -> Image.Image:

@@ -3,7 +3,7 @@
 A picture is squared by padding it, or the processor scales its shorter side to the tower's and cuts
 out the centre. Of a thin picture both make something vast on the way: a web page of 1200 x 30000
 pixels becomes 30000 x 30000, a line of 20000 x 1 becomes 4480000 x 224. Where that would be more
-than `MOST_BETWEEN` pixels, the same pixels are made without it, a grey level apart at most.
+than `MAX_BETWEEN_PIXELS` pixels, the same pixels are made without it, a grey level apart at most.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-MOST_BETWEEN = 1 << 25
+MAX_BETWEEN_PIXELS = 1 << 25
 """Pixels of the largest picture that is made on the way to the tower's."""
 
 _BAND = 1 << 22  # pixels that are padded at a time
@@ -91,12 +91,12 @@ def for_processor(image: Image.Image, processor: Any, background_color: Any = No
     resizes = processor.do_resize and not size.get("longest_edge")
     if background_color is not None:
         square = resizes and side == (short or size.get("width"))
-        if square and max(image.size) ** 2 > MOST_BETWEEN:
+        if square and max(image.size) ** 2 > MAX_BETWEEN_PIXELS:
             return square_of(image, background_color, side, processor.resample)
         return expand2square(image, background_color)
     if resizes and short and getattr(processor, "do_center_crop", False):
         shown = int(short * max(image.size) / min(image.size))
-        if short * shown > MOST_BETWEEN:
+        if short * shown > MAX_BETWEEN_PIXELS:
             return _centre_of(image, short, shown, processor)
     return image
 

@@ -80,6 +80,7 @@ class Tiling:
         grid = rows.flatten(0, 1).flatten(1, 2)
         left, top = _padding((grid.shape[1], grid.shape[0]), size)
         grid = grid[top : grid.shape[0] - top, left : grid.shape[1] - left]
+        assert newline is not None, "spatial_unpad has a newline token"
         ends = newline.to(grid).expand(len(grid), 1, -1)
         return torch.cat([whole, torch.cat([grid, ends], dim=1).flatten(0, 1)])
 

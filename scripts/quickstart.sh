@@ -38,7 +38,7 @@ other styles. The frozen tower and language model have seen them; the projector 
 thrown away. unseen: pictures of concepts that neither a client nor the frozen parts have seen."
 "$PYTHON" -m fed.gallery \
     --models "objects alone=$out/alone/clients/objects" "FedAvg=$out/fedavg" "Fed-CMP=$out/fedcmp" "central=$out/central" \
-    --model-base playground/backbones/llm --data $data/heldout_test.json --image-folder $data/images \
+    --model_base playground/backbones/llm --data $data/heldout_test.json --image_folder $data/images \
     --output $out/gallery.png
 
 ask() { # print the command that asks the model, then run it

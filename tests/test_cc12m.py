@@ -124,7 +124,7 @@ def test_a_dry_run_prints_every_command_and_makes_nothing(place):
     done = place.run("--dry-run", "--report_to", "none", K="11", EVALS="pope mmvet")
     assert done.returncode == 0, done.stderr
     commands = [line[2:] for line in done.stdout.splitlines() if line.startswith("$ ")]
-    kinds = ["make_clients.py", "fresh_start.py", *["v1_5/pretrain.sh"] * 12]
+    kinds = ["fed.data", "fresh_start.py", *["v1_5/pretrain.sh"] * 12]
     kinds += ["fed.merge", "v1_5/finetune.sh", "eval/pope.sh", "eval/mmvet.sh"]
     assert len(commands) == len(kinds)
     assert all(kind in command for kind, command in zip(kinds, commands, strict=True))

@@ -16,14 +16,15 @@ A driver may have keys of its own: for --fed_driver script see fed/drivers/clien
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fed.clients.yaml_values import flag_of, text_of, unquoted
+from fed.state import near
+from fed.yaml_file import read_yaml
 from llava.errors import InputError
 
 DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
@@ -49,7 +50,7 @@ class ClientSpec:
 class KeyReader(Protocol):
     """A driver, as much as clients.yaml knows of it; `fed.drivers.driver.Driver`."""
 
-    keys: tuple[str, ...]
+    keys: ClassVar[tuple[str, ...]]
 
     @classmethod
     def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> Any: ...
@@ -82,15 +83,10 @@ def load_clients(
             data file that does not exist, or a task that only others have. The message names the
             client.
     """
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--fed_clients {path}: no such file")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--fed_clients {path}: not YAML ({error})") from None
+    document = read_yaml(path, "--fed_clients")
     entries = document.get("clients") if isinstance(document, dict) else None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"--fed_clients {path}: a list under the key `clients` is expected")
@@ -136,19 +132,18 @@ def _client(
         if key in of_others and key not in known:
             raise InputError(f"{where} has {key}, which is for --fed_driver {of_others[key]}")
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise InputError(f"{where} has unknown key {key!r}{hint}")
+            raise InputError(f"{where} has unknown key {key!r}{near(str(key), known)}")
     if entry.get("data_path") is None:
         raise InputError(f"{where} has no data_path")
-    data_path = path.parent / Path(text_of("data_path", entry["data_path"], where)).expanduser()
+    data_path = _path(path.parent, "data_path", entry["data_path"], where)
     if not data_path.is_file():
         raise InputError(f"{where}: data_path {data_path} does not exist")
-    image_folder = entry.get("image_folder")
-    if image_folder is not None:
-        image_folder = path.parent / Path(text_of("image_folder", image_folder, where)).expanduser()
-        if not image_folder.is_dir():
-            raise InputError(f"{where}: image_folder {image_folder} does not exist")
+    image_folder = None
+    if entry.get("image_folder") is not None:
+        folder = _path(path.parent, "image_folder", entry["image_folder"], where)
+        if not folder.is_dir():
+            raise InputError(f"{where}: image_folder {folder} does not exist")
+        image_folder = str(folder)
     task = entry.get("task")
     if "task" in entry and not (isinstance(task, str) and re.fullmatch(r"[A-Za-z0-9_-]+", task)):
         raise InputError(
@@ -159,6 +154,9 @@ def _client(
     if not isinstance(first, int) or isinstance(first, bool) or first < 1:
         raise InputError(f"{where} has from_round {first!r}; a round's number is expected, from 1")
     overrides = {key: flag_of(key, value, where) for key, value in entry.items() if key in flags}
-    own = driver.read_keys(entry, path.parent, where) if driver else None
-    folder = image_folder and str(image_folder)
-    return ClientSpec(name, str(data_path), folder, overrides, own, task, first)
+    of_driver = driver.read_keys(entry, path.parent, where) if driver else None
+    return ClientSpec(name, str(data_path), image_folder, overrides, of_driver, task, first)
+
+
+def _path(folder: Path, key: str, value: object, where: str) -> Path:
+    return folder / Path(text_of(key, value, where)).expanduser()

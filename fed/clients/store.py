@@ -1,4 +1,4 @@
-"""What clients keep to themselves between their tasks, and what is left for each at the end.
+"""The store of clients' private parameters between their tasks, and the checkpoints of a run.
 
 This store keeps nothing: a run ends with one checkpoint, or with one a client where the method
 gives each client a state. A method whose clients have private parameters brings a store of its own
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from transformers import PreTrainedConfig
 
@@ -17,7 +17,6 @@ from fed.clients.task import ClientTask, Log
 from fed.state import State
 from llava.model.checkpoint import write_config
 from llava.model.trainable_part import TrainablePart
-from llava.train.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from fed.server.round_state import RoundState
@@ -30,7 +29,7 @@ class ClientStore:
     """The store of methods whose clients keep nothing.
 
     Args:
-        part: what trains.
+        part: what trains and is sent. A store may narrow the one that it is given.
         config: of the model, for `config.json`.
         main: whether this process writes.
     """
@@ -52,12 +51,12 @@ class ClientStore:
         return task.work_dir
 
     def log_of(self, client: str, log: Log) -> Log:
-        """What takes a client's logs, where the run's would be `log`."""
+        """The taker of a client's logs, where the run's would be `log`."""
         return log
 
-    def training_args(self, args: TrainingArguments, round: int) -> TrainingArguments:
-        """The client's arguments in a round."""
-        return args
+    def changed_arguments(self, round: int) -> dict[str, Any]:
+        """Training arguments that are others in a round, by name."""
+        return {}
 
     def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
         """Write the checkpoints that the run leaves. Every rank calls it."""

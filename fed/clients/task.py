@@ -69,6 +69,6 @@ def keep_failure(task: ClientTask, reason: str) -> None:
 
 
 def may_fail(tasks: Sequence[ClientTask], at_least: int) -> int:
-    """How many of the clients that have samples may leave the round; at_least 0: none."""
+    """The number of clients with samples that may leave the round; at_least 0: none."""
     working = sum(task.client.samples(task.round) > 0 for task in tasks)
     return working - min(at_least or working, working)

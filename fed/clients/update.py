@@ -11,9 +11,9 @@ from fed.state import State
 
 @dataclass
 class Update:
-    """What a client sends back: its state (float32), how many samples it saw, what it measured.
+    """A client's state (float32), its number of samples, and its measures, as it sends them back.
 
-    `extras` travels beside the state, `kept` is for the client's own next turn, as the method's
+    `extras` travels beside the state, `kept` is for the client's own next task, as the method's
     client rule says.
     """
 

@@ -141,7 +141,7 @@ def fit(
     if not 1 <= clusters <= min(len(there), samples):
         raise InputError(
             f"--clusters {clusters}: 1 to {min(len(there), samples)} are possible with "
-            f"{len(there)} samples and --fit-samples {samples}"
+            f"{len(there)} samples and --fit_samples {samples}"
         )
     chosen = np.zeros(len(used), dtype=bool)
     draw = np.random.RandomState(seed_of(seed, "make_clients", "fit"))

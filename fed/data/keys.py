@@ -1,4 +1,4 @@
-"""What clients shall differ in: a key of a sample, as text."""
+"""Keys, by which clients differ: read from a sample, as text."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 from fed.data import keys
 from llava.errors import InputError
+from llava.flags import FlagParser
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fed.data.cutting import Column, Cut
-    from fed.data.mix665k import Mix
     from fed.data.samples import Sample, Source
 
 SHAPES = {
@@ -40,16 +40,16 @@ COUNTS = (
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    top = FlagParser(description=__doc__.splitlines()[0])
     shapes = top.add_subparsers(dest="shape", required=True, metavar="SHAPE")
     for name, text in SHAPES.items():
         one = shapes.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         add = one.add_argument
         add("--input", nargs="+", required=True, help="a LLaVA JSON, or tars: a-{000..123}.tar")
         add("--output", required=True, type=Path, help="a folder that is new or empty")
-        add("--image-folder", help="JSON: where the pictures lie")
+        add("--image_folder", help="JSON: where the pictures lie")
         add(
-            "--skip-bad",
+            "--skip_bad",
             action="store_true",
             help="JSON: leave out records without picture, key or style",
         )
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         add("--seed", type=int, default=0)
         if name == "task":
             add("--tasks", nargs="+", required=True, help="which, as docs/data.md has it")
-            add("--clients-per-task", type=int, default=3)
+            add("--clients_per_task", type=int, default=3)
             add("--samples", type=int, help="of each client; else as many as the tasks allow")
             one.set_defaults(styles=[], key=["task", "picture"])
             continue
@@ -78,19 +78,19 @@ def parser() -> argparse.ArgumentParser:
         if name in ("source", "dirichlet"):
             add("--key", nargs="+", required=True, help=keys.HELP)
         add("--clients", type=int, required=name == "dirichlet", help="how many; else the largest")
-        add("--minimum-size", type=int, default=1, help="samples that a client has at least")
+        add("--minimum_size", type=int, default=1, help="samples that a client has at least")
         if name != "dirichlet":
             add("--rare", choices=("pool", "drop"), default="pool", help="smaller ones: `other`")
         else:
             add("--alpha", type=float, required=True, help="small: a client has few keys")
-            add("--size-alpha", type=float, help="small: sizes differ much; else alpha decides")
+            add("--size_alpha", type=float, help="small: sizes differ much; else alpha decides")
         if name != "style":
             need = name == "cluster"
             add("--tower", required=need, help="vision tower of clusters: a path or a hub name")
             add("--clusters", type=int, help="how many")
             add("--centroids", help="centroids.safetensors of another cut, instead of new ones")
-            add("--fit-samples", type=int, default=20000, help="pictures that k-means is fitted on")
-            add("--batch-size", type=int, default=64)
+            add("--fit_samples", type=int, default=20000, help="pictures that k-means is fitted on")
+            add("--batch_size", type=int, default=64)
             add("--device", default="cpu")
     return top
 
@@ -147,9 +147,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace, wanted: list[str]) -> None:
-    """What is wrong with the flags by themselves: found before hours of reading."""
+    """Refuse flags that are wrong by themselves, before hours of reading."""
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{name}"
         if name in ("alpha", "size_alpha") and value is not None and not 0 < value < math.inf:
             raise InputError(f"{flag} {value}: a number over 0 is expected")
         if name in COUNTS and value is not None and value < 1:
@@ -188,14 +188,14 @@ def open_source(args: argparse.Namespace) -> Source:
     if all(tars) and args.shape != "task":
         for flag in ("image_folder", "meta"):
             if getattr(args, flag):
-                raise InputError(f"--{flag.replace('_', '-')} is for a JSON, not for tar files")
+                raise InputError(f"--{flag} is for a JSON, not for tar files")
         return Shards(paths, args.caption, args.question, args.decode)
     if len(paths) > 1 or any(tars):
         if args.shape == "task":
             raise InputError("--input: one JSON is expected, the mix of LLaVA 1.5")
         raise InputError("--input: one JSON, or files that end in .tar, are expected")
     if not args.image_folder:
-        raise InputError("--image-folder is missing: where the pictures of the JSON lie")
+        raise InputError("--image_folder is missing: where the pictures of the JSON lie")
     if args.shape == "task":
         from fed.data.mix665k import Mix
 
@@ -227,14 +227,17 @@ class Clusters:
         return assign(self.encoder, source, used, centroids)
 
 
-def _cut(args: argparse.Namespace, source: Source | Mix, columns: list[Column]) -> Cut:
+def _cut(args: argparse.Namespace, source: Source, columns: list[Column]) -> Cut:
     from fed.data import cutting
 
     if args.shape == "task":
+        from fed.data.mix665k import Mix
         from fed.data.shares import by_task
 
+        task, picture = columns
+        assert isinstance(source, Mix)  # `open_source` gives it for this shape
         shares = (args.tasks, args.clients_per_task, args.samples)
-        return by_task(*columns, source.counts, *shares, args.heldout, args.seed)
+        return by_task(task, picture, source.counts, *shares, args.heldout, args.seed)
     column = cutting.product(columns)
     held = cutting.hold_out(column.codes >= 0, args.heldout, args.seed)
     if args.shape == "dirichlet":

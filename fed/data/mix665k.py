@@ -6,13 +6,13 @@ sets share a folder, the wording of its first question.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fed.data.reading import LlavaJson
 from fed.data.samples import Sample
+from fed.state import near
 from llava.errors import InputError
 
 REGION = (
@@ -56,9 +56,8 @@ def check_tasks(names: Sequence[str]) -> None:
     """`InputError` for a name that no task has, or that comes twice."""
     for name in names:
         if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=3)
-            hint = f"; near: {', '.join(near)}" if near else ""
-            raise InputError(f"--tasks {name}: unknown{hint}; known are {', '.join(TASKS)}")
+            known = ", ".join(TASKS)
+            raise InputError(f"--tasks {name}: unknown{near(name, TASKS)}; known are {known}")
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"--tasks: {doubled[0]} comes twice")
 
@@ -113,6 +112,7 @@ class Mix(LlavaJson):
             self.counts["text"] += 1
             return None
         sample = super()._sample(index, record)
+        assert sample is not None  # only this class passes records over
         task = task_of(sample.record)
         self.counts[task] += 1
         if task not in self.tasks:

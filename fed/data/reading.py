@@ -67,7 +67,7 @@ class LlavaJson:
         if not Path(path).is_file():
             raise InputError(f"--input {path}: no such file")
         if not Path(image_folder).is_dir():
-            raise InputError(f"--image-folder {image_folder}: no such folder")
+            raise InputError(f"--image_folder {image_folder}: no such folder")
         self.path = path
         self.image_folder: str | None = image_folder
         self.left_out = LeftOut(strict=not skip_bad)
@@ -84,11 +84,15 @@ class LlavaJson:
     def read(self, check: bool) -> Iterator[Sample | None]:
         for index, record in enumerate(stream_json(self.path)):
             sample = self._sample(index, record)
-            pictures = sample.pictures() if sample and check else []
-            fault = next(filter(None, (check_picture(p, self._decode) for p in pictures)), None)
-            if fault:
+            fault = self._fault(sample) if sample and check else None
+            if sample and fault:
                 self.left_out.add(sample.name, fault)
             yield None if fault else sample
+
+    def _fault(self, sample: Sample) -> str | None:
+        """The first fault of its pictures."""
+        faults = (check_picture(picture, self._decode) for picture in sample.pictures())
+        return next(filter(None, faults), None)
 
     def _sample(self, index: int, record: Any) -> Sample | None:
         """The sample; None (a subclass's) if the record is passed over. Malformed: `InputError`."""
@@ -98,8 +102,8 @@ class LlavaJson:
         if "id" in record:
             name += f" (id {record['id']!r})"
         image = record.get("image")
-        images = image if isinstance(image, list) else [image]
-        if not images or not all(isinstance(one, str) and one for one in images):
+        images: list[Any] = image if isinstance(image, list) else [image]
+        if not images or not all(isinstance(path, str) and path for path in images):
             raise InputError(f"{name} has no `image`: a path, or a list of paths, is expected")
         turns = record.get("conversations")
         if (
@@ -110,7 +114,7 @@ class LlavaJson:
             raise InputError(f"{name} has no `conversations`: a list of turns is expected")
         fields = {**self._meta_of(record, name), **record}
         fields.setdefault("answer", turns[1]["value"])
-        paths = [os.path.join(self.image_folder or "", one) for one in images]
+        paths = [os.path.join(self.image_folder or "", path) for path in images]
         return Sample(record, fields, name, lambda: list(paths))
 
     def _meta_of(self, record: dict[str, Any], name: str) -> dict[str, Any]:

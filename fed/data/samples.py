@@ -1,4 +1,4 @@
-"""What both kinds of input give: a sample, and the ones that had to be left out."""
+"""Samples, as both kinds of input give them, and those that had to be left out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class LeftOut:
 
 
 def check_picture(picture: str | bytes, whole: bool) -> str | None:
-    """What is wrong with a picture's file, or None; `whole` decodes all of it (slow)."""
+    """The fault of a picture's file, or None; `whole` decodes all of it (slow)."""
     if isinstance(picture, str) and not os.path.isfile(picture):
         return f"picture {picture} does not exist"
     if isinstance(picture, str) and not whole:
@@ -83,5 +83,5 @@ def check_picture(picture: str | bytes, whole: bool) -> str | None:
 
 
 def name_of(picture: str | bytes) -> str:
-    """How a message calls a picture's file."""
+    """A picture's file, as messages name it."""
     return "its picture" if isinstance(picture, bytes) else f"picture {picture}"

@@ -16,9 +16,9 @@ from llava.errors import InputError, reason
 from llava.texts import half_character
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-MOST_TEXT = 1 << 20
+MAX_TEXT = 1 << 20
 """The largest .txt or .json member that is read, in bytes."""
-MOST_PICTURE = 256 << 20
+MAX_PICTURE = 256 << 20
 """The largest picture that is read, in bytes."""
 
 
@@ -103,8 +103,8 @@ class Shards:
 
     def _sample(
         self, tar: tarfile.TarFile, shard: str, key: str, members: list[_Member], name: str
-    ) -> tuple[Sample | None, str]:
-        """The sample and "", or None and what is wrong with it."""
+    ) -> tuple[Sample | None, str | None]:
+        """The sample, or what is wrong with it."""
         parts = {kind: member for kind, member in members}
         if len(parts) < len(members):
             return None, "two members of one kind"
@@ -115,13 +115,13 @@ class Shards:
         fields: dict[str, Any] = {}
         try:
             if "json" in parts:
-                fields = json.loads(_read(tar, parts["json"], MOST_TEXT))
+                fields = json.loads(_read(tar, parts["json"], MAX_TEXT))
                 if not isinstance(fields, dict):
                     return None, "its .json is no object"
             if "txt" in parts:
-                fields["txt"] = _read(tar, parts["txt"], MOST_TEXT).decode().strip()
-            if picture.size > MOST_PICTURE:
-                return None, f"its picture has more than {MOST_PICTURE >> 20} MiB"
+                fields["txt"] = _read(tar, parts["txt"], MAX_TEXT).decode().strip()
+            if picture.size > MAX_PICTURE:
+                return None, f"its picture has more than {MAX_PICTURE >> 20} MiB"
         except (ValueError, RecursionError) as error:
             return None, f"its text cannot be read ({reason(error)})"
         if (half := half_character(fields)) is not None:
@@ -138,7 +138,7 @@ class Shards:
                 {"from": "gpt", "value": answer.strip()},
             ],
         }
-        return Sample(record, fields, name, lambda: [_read(tar, picture, MOST_PICTURE)]), ""
+        return Sample(record, fields, name, lambda: [_read(tar, picture, MAX_PICTURE)]), None
 
 
 _Member = tuple[str, tarfile.TarInfo]
@@ -159,7 +159,8 @@ def open_tar(path: str) -> tarfile.TarFile:
 
 def _groups(tar: tarfile.TarFile, path: str) -> Iterator[tuple[str, list[_Member]]]:
     """Neighbours that share a key: the path up to the first dot of its last part."""
-    key, group, seen = "", [], 0
+    key, seen = "", 0
+    group: list[_Member] = []
     for member in _members(tar, path):
         folder, name = os.path.split(member.name.removeprefix("./"))
         stem, _, kind = name.partition(".")
@@ -180,7 +181,8 @@ def _members(tar: tarfile.TarFile, path: str) -> Iterator[tarfile.TarInfo]:
     """Plain files; a link, or a path that leads outside, is an `InputError`, and so is a cut."""
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # or the list would grow with the file
+            # Or the list would grow with the file; typeshed does not know of it.
+            tar.members.clear()  # type: ignore[attr-defined]
             if member.isdir():
                 continue
             parts = member.name.split("/")
@@ -200,6 +202,9 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
     if member.size > limit:
         raise ValueError(f"{member.size} bytes")
     try:
-        return tar.extractfile(member).read()
+        file = tar.extractfile(member)
+        assert file is not None  # `_members` gives plain files alone
+        return file.read()
     except tarfile.TarError as error:
-        raise InputError(f"{tar.name}: cut short in {member.name} ({reason(error)})") from None
+        path = os.fsdecode(tar.name or "")
+        raise InputError(f"{path}: cut short in {member.name} ({reason(error)})") from None

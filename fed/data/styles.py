@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,11 @@ def keywords(text: str) -> str:
     return ", ".join(kept or dict.fromkeys(words))
 
 
-FORMS = {"": str.strip, "first-sentence": first_sentence, "keywords": keywords}
+FORMS: dict[str, Callable[[str], str]] = {
+    "": str.strip,
+    "first-sentence": first_sentence,
+    "keywords": keywords,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Style:
 
 def read_styles(texts: Sequence[str]) -> list[Style]:
     """Styles from `NAME=FIELD` or `NAME=FIELD:FORM`."""
-    styles = []
+    styles: list[Style] = []
     for text in texts:
         match = re.fullmatch(r"([^=]+)=([^:]+)(?::(.+))?", text)
         if not match:

@@ -1,4 +1,4 @@
-"""What is written: a folder for each client, clients.yaml, the held-out part, and a report."""
+"""The output: a folder for each client, clients.yaml, the held-out part, and a report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fed.data.cutting import HELD_OUT, LEFT_OUT, Cut
 from fed.data.samples import LeftOut, Sample, Source
 from llava.errors import InputError
 
-MOST_CLIENTS = 500
+MAX_CLIENTS = 500
 """As many files are open at once."""
 SHOWN = 5
 """So many of a client's keys are in the report."""
@@ -49,10 +49,10 @@ def write_records(
         folder: empty.
         record_of: number and sample → the record to be written.
     """
-    if len(cut.clients) > MOST_CLIENTS:
+    if len(cut.clients) > MAX_CLIENTS:
         raise InputError(
-            f"{len(cut.clients)} clients are more than {MOST_CLIENTS}; --clients and "
-            "--minimum-size make them fewer"
+            f"{len(cut.clients)} clients are more than {MAX_CLIENTS}; --clients and "
+            "--minimum_size make them fewer"
         )
     with contextlib.ExitStack() as stack:
         files = {
@@ -87,10 +87,12 @@ def _paths(cut: Cut) -> Iterator[tuple[int, str]]:
 
 
 def _write_picture(path: Path, sample: Sample) -> None:
+    (picture,) = sample.pictures()
+    assert isinstance(picture, bytes)  # of a shard: an input without a folder of pictures
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "xb") as file:
-            file.write(sample.pictures()[0])
+            file.write(picture)
     except FileExistsError:
         raise InputError(f"{sample.name}: another sample of the shard has this key") from None
 

@@ -1,1 +1,1 @@
-"""Drivers: how the work of a client in a round is run."""
+"""Drivers: ways to run a client's task."""

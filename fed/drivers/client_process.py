@@ -1,4 +1,4 @@
-"""What clients.yaml says of a client's process, for clients that are run as one.
+"""The keys of clients.yaml that describe a client's process, for clients that are run as one.
 
 ```yaml
   - name: st-mary

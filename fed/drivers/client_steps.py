@@ -11,8 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from fed.clients.update import Update
 from fed.methods.interface.client_rule import ClientRule
-from fed.state import State, save
-from llava.state import read_tensors
+from fed.state import State, read_tensors, save
 
 SUMS_FILE = "client_rule.safetensors"
 
@@ -26,7 +25,7 @@ class ClientSteps(TrainerCallback):
 
     Args:
         rule: `(start, sent, kept) -> ClientRule`, its tensors on the parameters' device.
-        parameters: by the state's names, as the turn begins; those that are frozen stay as they
+        parameters: by the state's names, as the task begins; those that are frozen stay as they
             are, and have no gradients.
         sent, kept: as `ClientRule` has them.
     """
@@ -51,7 +50,7 @@ class ClientSteps(TrainerCallback):
                 self.rule.running[name].copy_(tensor)
 
     def finish(self, update: Update) -> None:
-        """Put what the turn leaves beside its state into its update: float32, on the CPU."""
+        """Put what the task leaves beside its state into its update: float32, on the CPU."""
         for part, tensors in self.rule.end()._asdict().items():
             setattr(update, part, {n: t.float().cpu() for n, t in tensors.items()})
 

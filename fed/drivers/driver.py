@@ -1,11 +1,11 @@
-"""A driver: how the tasks of clients are run. One file, one driver, found by its name."""
+"""A driver runs the tasks of clients. One file, one driver, found by its name."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -30,19 +30,19 @@ class Participant(Protocol):
     name: str
 
     def samples(self, round: int) -> int:
-        """How many samples round `round` (from 1) trains on."""
+        """The number of samples that round `round` (from 1) trains on."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a driver is built from.
+    """The description of a run, from which a driver is built.
 
     Attributes:
         specs: the clients of clients.yaml.
         arguments: the command line's.
         client_args: the same with each client's own flags.
         method, options: the aggregation method.
-        log_of: a client's name -> what takes its logs.
+        log_of: a client's name -> the taker of its logs.
     """
 
     specs: Sequence[ClientSpec]
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """How often clients send something back."""
+        """The number of times that clients send something back."""
         return self.method.exchanges(self.arguments.fed.fed_rounds)
 
     @property
@@ -72,7 +72,7 @@ class Driver(ABC):
     """Clients with their data, and what runs their tasks.
 
     Attributes:
-        keys: what it adds to the keys of a client in clients.yaml; `read_keys` reads them.
+        keys: those that it adds to a client's in clients.yaml; `read_keys` reads them.
         flags: the fields of FedArguments that are for such drivers only.
         lr_schedule: the default of --fed_lr_schedule.
         trains_here: whether clients step in this process, on its model: then a method may change
@@ -91,7 +91,7 @@ class Driver(ABC):
     trains_here: ClassVar[bool] = False
 
     clients: Sequence[Participant]
-    datasets: Sequence[Sequence[Any]]
+    datasets: Sequence[Sized]
     part: TrainablePart
     initial: State
     session: Session | None
@@ -103,7 +103,7 @@ class Driver(ABC):
     @abstractmethod
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[ClientTask, Result]]:
+    ) -> Generator[tuple[ClientTask, Result], None, None]:
         """Run tasks, in any order, and give each result when it is there.
 
         A `ClientError` may be given for an update; any other exception ends the run. `go_on()` is
@@ -127,7 +127,7 @@ class Driver(ABC):
 
     @classmethod
     def settings_of(cls, spec: ClientSpec) -> dict[str, Any]:
-        """What of a client's own keys decides the result; JSON types."""
+        """Those of a client's own keys that decide the result; JSON types."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""The resident driver: one backbone stays in memory and clients take turns on what trains.
+"""The resident driver: one backbone stays in memory and clients use what trains one after another.
 
 K clients × R rounds cost one model load. Each task is LLaVA's own trainer with the client's own
 arguments, on the slice of its shard that the round sees.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from accelerate.utils import extract_model_from_parallel
@@ -29,8 +29,9 @@ from llava.model.trainable_part import trained_part
 from llava.train.arguments import TrainingArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
-from llava.train.session import load_session
+from llava.train.session import Session, load_session
 from llava.train.train import make_trainer
+from llava.transformers_private import release
 
 
 @dataclass
@@ -43,11 +44,11 @@ class Client:
     slices: list[list[int]]
 
     def samples(self, round: int) -> int:
-        """How many samples round `round` (from 1) trains on."""
+        """The number of samples that round `round` (from 1) trains on."""
         return len(self.slices[round - 1])
 
     def steps(self, round: int) -> int:
-        """How many optimizer steps round `round` takes."""
+        """The number of optimizer steps that round `round` takes."""
         return steps_of(self.args, self.samples(round))
 
 
@@ -57,14 +58,21 @@ class ResidentDriver(Driver):
 
     trains_here = True
 
+    session: Session
+    datasets: list[LazySupervisedDataset]
+
     def __init__(self, run: Run):
         args = run.arguments
         self.session = load_session(*args[:3])
-        self.part, self.initial = trained_part(self.session.model)
+        model = self.session.model
+        part, self.initial = trained_part(model)
         if run.method.store is None:
-            self.store = ClientStore(self.part, self.session.model.config, run.main)
+            self.store = ClientStore(part, model.config, run.main)
         else:
-            self.store = run.method.store(self.session.model, self.part, run)
+            self.store = run.method.store(model, part, run)
+        self.part = self.store.part
+        if self.part is not part:  # the store keeps some of what trains
+            self.initial = self.part.of_model(model)
         self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
         self.clients = self._clients(run)
         self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
@@ -77,7 +85,8 @@ class ResidentDriver(Driver):
         gc.freeze()
 
     def _clients(self, run: Run) -> list[Client]:
-        specs, datasets, args = run.specs, self.datasets, [args for _, args in run.client_args]
+        specs, datasets = run.specs, self.datasets
+        args = [args for _, args in run.client_args]
         training, fed = run.arguments.training, run.arguments.fed
         if fed.fed_pool:
             specs, args = [ClientSpec("pool", "")], [training]
@@ -90,13 +99,13 @@ class ResidentDriver(Driver):
             seed=training.seed,
         )
         return [
-            Client(spec.name, own, dataset, slices)
-            for spec, own, dataset, slices in zip(specs, args, datasets, cuts, strict=True)
+            Client(spec.name, client_args, dataset, slices)
+            for spec, client_args, dataset, slices in zip(specs, args, datasets, cuts, strict=True)
         ]
 
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[ClientTask, Update]]:
+    ) -> Generator[tuple[ClientTask, Update], None, None]:
         for task in tasks:
             yield task, self.fit(task)
 
@@ -127,7 +136,7 @@ class ResidentDriver(Driver):
             callbacks=[watch],
             progress=False,
         )
-        checkpoint = last_checkpoint(trainer.args.output_dir)
+        checkpoint = last_checkpoint(str(trainer.args.output_dir))
         steps = self._steps(task, trainer, checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         loss = result.training_loss
@@ -151,16 +160,15 @@ class ResidentDriver(Driver):
     def _arguments(self, task: ClientTask) -> TrainingArguments:
         """The client's arguments for the task."""
         client, spans = task.client, self.schedule == "run"
-        args = dataclasses.replace(
+        return dataclasses.replace(
             client.args,
             output_dir=str(self.store.work_dir(task)),
             seed=seed_of(client.args.seed, client.name, task.round),
             report_to=[],
             schedule_samples=[len(indices) for indices in client.slices] if spans else [],
             schedule_round=task.round,
+            **self.store.changed_arguments(task.round),
         )
-        args.tune_mm_mlp_adapter = client.args.tune_mm_mlp_adapter
-        return self.store.training_args(args, task.round)
 
     def _steps(
         self, task: ClientTask, trainer: LLaVATrainer, checkpoint: str | None
@@ -186,22 +194,8 @@ def _numbers(state: State) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
-def release(trainer: LLaVATrainer) -> None:
-    """Let go of optimizer and engine, so that the next client finds the model as it was."""
-    engine = getattr(trainer, "deepspeed", None)
-    if engine is not None:
-        engine.destroy()
-        # What it forgets: that would keep it alive, and at work in the next client's steps.
-        engine.module_forward_pre_hook.remove()
-        engine.module_forward_post_hook.remove()
-        for module in trainer.model.modules():
-            for name in ("pre_bwd_fn", "post_bwd_fn"):
-                module.__dict__.pop(name, None)
-    trainer.optimizer = trainer.lr_scheduler = trainer.model_wrapped = trainer.deepspeed = None
-
-
 class _Watch(TrainerCallback):
-    """Times the steps, hands logs on, and says every ten seconds how far a long turn is."""
+    """Times the steps, hands logs on, and says every ten seconds how far a long task is."""
 
     def __init__(self, title: str, before: int, log):
         self.title, self.before, self.log, self.seconds = title, before, log, 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ def load_clients_data(
     ]
     for spec, (_, args), dataset in zip(specs, client_args, datasets, strict=True):
         # The cache holds features of one processing of the pictures; another one goes without.
-        same = dataset.data_args.image_aspect_ratio == data_args.image_aspect_ratio
+        ratio = session.sample_format.image_aspect_ratio
+        same = dataset.sample_format.image_aspect_ratio == ratio
         cache = session.feature_cache if same else None
         with named(spec):
             prepare(dataset, f"client {spec.name}", cache, args.world_size)
@@ -37,20 +37,17 @@ def load_clients_data(
 def _dataset(
     spec: ClientSpec, data_args: DataArguments, own: DataArguments, session: Session
 ) -> LazySupervisedDataset:
-    own = _of_session(own, data_args)
-    own.image_folder = spec.image_folder or data_args.image_folder
+    image_folder = spec.image_folder or data_args.image_folder
+    sample_format = dataclasses.replace(
+        session.sample_format, image_aspect_ratio=own.image_aspect_ratio
+    )
     with named(spec):
-        return LazySupervisedDataset(spec.data_path, session.tokenizer, own)
-
-
-def _of_session(own: DataArguments, data_args: DataArguments) -> DataArguments:
-    """`own` with what loading the session filled into `data_args`."""
-    merged = copy.copy(own)
-    flags = {f.name for f in dataclasses.fields(DataArguments)} - {"is_multimodal"}
-    for name, value in vars(data_args).items():
-        if name not in flags:
-            setattr(merged, name, value)
-    return merged
+        return LazySupervisedDataset(
+            spec.data_path,
+            session.tokenizer,
+            dataclasses.replace(own, image_folder=image_folder),
+            sample_format=sample_format,
+        )
 
 
 def pool(
@@ -62,4 +59,6 @@ def pool(
         for i, record in enumerate(dataset.records):
             paths = [os.path.abspath(path) for path in dataset.paths(i)]
             records.append({**record, "image": paths} if paths else record)
-    return LazySupervisedDataset(records, session.tokenizer, data_args, session.feature_cache)
+    return LazySupervisedDataset(
+        records, session.tokenizer, data_args, session.feature_cache, session.sample_format
+    )

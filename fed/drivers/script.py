@@ -25,7 +25,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,10 @@ class ScriptDriver(Driver):
         self.clients = make_clients(run)
         self.datasets = [client.records for client in self.clients]
         self.session = None
-        if _is_projector_in_a_file(args) and not fed.fed_eval_data_path:
+        file = _projector_file(args)
+        if file and not fed.fed_eval_data_path:
             config, self.part = training_config(*args[:3]), ProjectorPart()
-            self.initial = _read_initial(config, args.model.pretrain_mm_mlp_adapter)
+            self.initial = _read_initial(config, file)
         else:
             session = load_session(*args[:3])
             config = session.model.config
@@ -116,7 +117,7 @@ class ScriptDriver(Driver):
 
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
-    ) -> Iterator[tuple[ClientTask, Result]]:
+    ) -> Generator[tuple[ClientTask, Result], None, None]:
         """As `Driver.run`. Closing it, Ctrl-C, SIGTERM and SIGHUP end all processes."""
         if not tasks:
             return
@@ -125,7 +126,9 @@ class ScriptDriver(Driver):
         with locked(self.output_dir / "logs", refusal), unwound_by_signals():
             yield from self._side_by_side(tasks, go_on)
 
-    def _side_by_side(self, tasks, go_on) -> Iterator[tuple[ClientTask, Result]]:
+    def _side_by_side(
+        self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
+    ) -> Generator[tuple[ClientTask, Result], None, None]:
         waiting, running = list(tasks), dict[Future, ClientTask]()
         groups = ProcessGroups()
         with ThreadPoolExecutor(self.parallel) as pool:
@@ -281,13 +284,11 @@ def _tail(log: Path, start: int, lines: int = 15) -> list[str]:
     return [line for line in last if line][-lines:]
 
 
-def _is_projector_in_a_file(args: Arguments) -> bool:
-    """Whether the state to start from is there without a model."""
-    return bool(
-        args.model.pretrain_mm_mlp_adapter
-        and not args.training.lora_enable
-        and "unpad" not in args.model.mm_patch_merge_type  # with it goes a newline token
-    )
+def _projector_file(args: Arguments) -> str | None:
+    """The file that holds all of the state to start from; None where a model is needed for it."""
+    if args.training.lora_enable or "unpad" in args.model.mm_patch_merge_type:
+        return None  # with `unpad` goes a newline token
+    return args.model.pretrain_mm_mlp_adapter
 
 
 def _read_initial(config: PreTrainedConfig, file: str) -> State:

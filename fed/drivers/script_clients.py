@@ -28,7 +28,7 @@ class ScriptClient:
     process: ProcessSpec = field(default_factory=ProcessSpec)
 
     def samples(self, round: int) -> int:
-        """How many samples round `round` (from 1) trains on."""
+        """The number of samples that round `round` (from 1) trains on."""
         return len(self.slices[round - 1])
 
     def shares_gpu(self, other: ScriptClient) -> bool:

@@ -1,6 +1,6 @@
-"""Merging: several aligned models in, one out. `python -m fed.merge` is the way in.
+"""Merging: several aligned models in, one out. `python -m fed.merge` is the command.
 
-A model of any form on disk is a `Source`. Its tensors, by upstream's names, go through `core`
-group by group: all of a projector at once, a whole model layer by layer. What comes out is written
-in the form of the experts by `writing`, `copying` and `lora`, with a card.
+`run` goes through it all. A model of any form on disk is a `Source`; a `Format` has the tensors of
+all sources in groups, one layer or the whole projector each; `merge_group` calls the method on a
+group; the format writes the result in the form of the experts, with merge.json and a model card.
 """

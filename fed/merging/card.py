@@ -1,61 +1,21 @@
-"""What a merge tells of itself: merge.json, and the same in words as the model card README.md."""
+"""The facts of a merge in words: the model card README.md, and the lines that are printed."""
 
 from __future__ import annotations
 
 import json
-import platform
-import re
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fed.merging.sources import Source
+from fed.markdown import markdown_table
+from fed.merging.config import MergeConfig
 
 LIBRARIES = {"transformers": "transformers", "lora": "peft"}
-MANY = 32  # layers; above it the card's table is of kinds of layers
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("fedllava", "torch", "safetensors"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def license_of(source: Source) -> str | None:
-    """The `license` in the front matter of a model's README.md, None where it says none."""
-    import yaml
-
-    try:
-        text = (source.folder / "README.md").read_text(encoding="utf-8")
-        front = yaml.safe_load(re.match(r"---\n(.*?)\n---\s*\n", text + "\n", re.DOTALL)[1])
-        found = front.get("license")
-    except (OSError, UnicodeDecodeError, TypeError, AttributeError, yaml.YAMLError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def inherited(licenses: Sequence[str | None]) -> tuple[str | None, str]:
-    """The licence that all experts have, None where there is no such, and a sentence on it."""
-    if None in licenses:
-        missing = sum(one is None for one in licenses)
-        return None, (
-            f"{missing} of {len(licenses)} experts state no licence in a README.md of theirs, so "
-            "none is stated here: see where the experts come from."
-        )
-    if len(set(licenses)) > 1:
-        names = ", ".join(sorted(set(licenses)))
-        return None, f"The experts have different licences ({names}): all of them have to be met."
-    return licenses[0], f"All experts have the licence {licenses[0]}."
+MANY = 32  # layers; above it kinds of layers are listed
 
 
 def write(folder: Path, facts: dict[str, Any]) -> None:
-    """Write both files."""
+    """merge.json and README.md in `folder`."""
     text = json.dumps(facts, indent=2, allow_nan=False)
     (folder / "merge.json").write_text(text + "\n", encoding="utf-8")
     (folder / "README.md").write_text(render(facts), encoding="utf-8")
@@ -75,8 +35,8 @@ def render(facts: dict[str, Any]) -> str:
         for name, e in zip(names, experts, strict=True)
     ]
     if base:
-        rows.append((f"{_code(base['path'])} (base)", "", base["kind"], base["dtype"],
-                     f"`{base['fingerprint'][:16]}`"))  # fmt: skip
+        name, fingerprint = f"{_code(base['path'])} (base)", f"`{base['fingerprint'][:16]}`"
+        rows.append((name, "", base["kind"], base["dtype"], fingerprint))
     parts.append("## Experts\n\n" + _table(["", "weight", "form", "type", "fingerprint"], rows))
     parts.append(facts["fingerprints"])
     if not base:
@@ -93,43 +53,81 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _front(facts: dict[str, Any]) -> str:
-    import yaml
+    from huggingface_hub import ModelCardData
 
-    values: dict[str, Any] = {
-        "base_model": [expert["path"] for expert in facts["experts"]],
-        "base_model_relation": "merge",
-        "library_name": LIBRARIES.get(facts["form"], "llava"),
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["merge", "llava"],
-    }
-    if facts["license"]:
-        values["license"] = facts["license"]
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+    values = ModelCardData(
+        base_model=[expert["path"] for expert in facts["experts"]],
+        base_model_relation="merge",
+        library_name=LIBRARIES.get(facts["form"], "llava"),
+        license=facts["license"],
+        pipeline_tag="image-text-to-text",
+        tags=["merge", "llava"],
+    )
+    return f"---\n{values.to_yaml()}\n---"
 
 
 def _layers(facts: dict[str, Any]) -> str:
-    what = (
+    legend = (
         "T_k is what expert k learnt, its difference from the base; the cosines are between these, "
         "and kappa is the share of them that is common (1 where all agree)."
     )
     layers = facts["layers"] if len(facts["layers"]) <= MANY else facts["kinds"]
     rows = []
-    for name, of in {**layers, "all": facts["all"]}.items():
-        cosines = [c for j, row in enumerate(of["cosines"]) for c in row[:j] if c is not None]
+    for name, layer in {**layers, "all": facts["all"]}.items():
+        cosines = [c for j, row in enumerate(layer["cosines"]) for c in row[:j] if c is not None]
         spread = f"{min(cosines):.3f} to {max(cosines):.3f}" if cosines else ""
-        norms = " ".join(f"{norm:.4g}" for norm in of["norms"])
-        kappa = "" if of["kappa"] is None else f"{of['kappa']:.3f}"
-        rows.append((f"`{name}`", f"{of['base']:.4g}", norms, spread, kappa))
+        norms = " ".join(f"{norm:.4g}" for norm in layer["norms"])
+        kappa = "" if layer["kappa"] is None else f"{layer['kappa']:.3f}"
+        rows.append((f"`{name}`", f"{layer['base']:.4g}", norms, spread, kappa))
     text = _table(["layer", "base", "T_k", "cosines", "kappa"], rows)
     more = " What the method says of each layer is in `merge.json`."
-    return f"{what}{more if facts['method_facts'] else ''}\n\n{text}"
+    return f"{legend}{more if facts['method_facts'] else ''}\n\n{text}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell for cell in line) + " |" for line in lines)
+    return markdown_table(head, rows, padded=False).rstrip("\n")
 
 
 def _code(text: str) -> str:
     """A path as code in a table's cell."""
     return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
+
+
+def lines(facts: dict[str, Any], config: MergeConfig) -> list[str]:
+    """The whole of a dry run, or the end of a merge, as lines of text."""
+    layers = facts["layers"] if len(facts["layers"]) <= MANY else facts["kinds"]
+    options = " ".join(f"{name}={value}" for name, value in facts["options"].items())
+    where = config.output or "nowhere: no --output is given"
+    if not config.dry_run:
+        everything = _layer_lines("all layers", facts["all"], {})
+        done = f"merged with {facts['method']} {options}".rstrip()
+        return [*everything, done, f"-> {where}", facts["written"]]
+    said = [
+        f"expert {i}: {e['path']} ({e['kind']}, {e['dtype']}, weight {e['weight']:g})"
+        for i, e in enumerate(facts["experts"], 1)
+    ]
+    base = facts["base"]
+    said.append(f"base: {base['path']} ({base['kind']})" if base else "base: the experts' mean")
+    for name, layer in layers.items():
+        said += _layer_lines(name, layer, facts.get("directions", {}).get(name, {}))
+    said += _layer_lines("all layers", facts["all"], {})
+    said += [
+        f"would merge {len(facts['layers'])} layers with {facts['method']} {options}".rstrip(),
+        f"would write to {where}",
+        facts["written"],
+    ]
+    return said
+
+
+def _layer_lines(name: str, layer: dict[str, Any], directions: dict[str, Any]) -> list[str]:
+    said = [f"{name}: |A_0| {layer['base']:.4g}"]
+    for i, (norm, relative) in enumerate(zip(layer["norms"], layer["relative"], strict=True)):
+        share = "" if relative is None else f" ({100 * relative:.3g} % of |A_0|)"
+        cosines = " ".join("    -" if c is None else f"{c:5.2f}" for c in layer["cosines"][i])
+        said.append(f"  expert {i + 1}: |T| {norm:.4g}{share}, cosines {cosines}")
+    if layer["kappa"] is not None:
+        text = f"  shared: {layer['kappa']:.3f} of 1 (unrelated experts: {layer['chance']:.3f})"
+        if directions:
+            text += f"; mean of {directions['count']} joint directions {directions['kappa']:.3f}"
+        said.append(text)
+    return said

@@ -1,4 +1,7 @@
-"""Whether models are on one language model and one vision tower, by their configs and weights."""
+"""Whether models can be merged: on one language model and one vision tower, and not all equal.
+
+Configs are compared, and of full models samples of the weights.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fed.merging.config import MergeConfig
 from fed.merging.sources import WHOLE, Source
+from llava.errors import InputError
 from llava.model.checkpoint import NEWLINE, PROJECTOR_PREFIX
 from llava.model.hf_layout import KEPT, Config, language_model_type
 
+_KEYS = (
+    *("hidden_size", "num_hidden_layers", "vocab_size", "_name_or_path", "mm_vision_tower"),
+    *("mm_vision_select_layer", "mm_hidden_size"),
+)
 SAMPLE = 4096  # bytes of each tensor that a sampled fingerprint looks at
 _PLACES = ("_name_or_path", "mm_vision_tower")  # paths, of which the last part counts
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """What a config says of language model, tower and projector; only keys that it has."""
+    """A config's keys on language model, tower and projector; only those that it has."""
     if source.config is None:
         return {}
     hf = "text_config" in source.config
@@ -33,13 +42,12 @@ def describe(source: Source) -> dict[str, Any]:
 
 
 def _of_upstream(config: Config) -> dict[str, Any]:
-    keys = ("hidden_size", "num_hidden_layers", "vocab_size", "_name_or_path", "mm_vision_tower")
-    keys += ("mm_vision_select_layer", "mm_hidden_size")
-    return {key: config.get(key) for key in keys} | {
+    connector = config.get("mm_projector_type") or "linear"
+    return {key: config.get(key) for key in _KEYS} | {
         "model_type": language_model_type(config),
-        "mm_projector_type": config.get("mm_projector_type") or "linear",
-        # Adapters have their places by the order of the tasks, which is another for each task.
-        "mm_pilot tasks": (config.get("mm_pilot") or {}).get("tasks"),
+        "mm_projector_type": connector,
+        # A connector with adapters has their order in its own entry, and it differs by task.
+        f"mm_{connector} tasks": (config.get(f"mm_{connector}") or {}).get("tasks"),
         "mm_vision_select_feature": config.get("mm_vision_select_feature") or "patch",
     }
 
@@ -62,28 +70,28 @@ def _of_transformers(config: Config) -> dict[str, Any]:
 def differences(sources: Sequence[Source]) -> list[str]:
     """One clause for each key in which a source differs from an earlier one."""
     seen: dict[str, tuple[Any, Source]] = {}
-    found = []
+    clauses = []
     for source in sources:
         for key, value in describe(source).items():
-            first, of = seen.setdefault(key, (value, source))
+            first, owner = seen.setdefault(key, (value, source))
             if value != first:
-                found.append(f"{source.who} has {key} {value!r}, {of.who} has {first!r}")
-    return found
+                clauses.append(f"{source.label} has {key} {value!r}, {owner.label} has {first!r}")
+    return clauses
 
 
 def sample(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """A digest of each tensor's type, shape and first 4 KB."""
-    found = {}
+    digests = {}
     for name, tensor in tensors:
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         head = tensor.reshape(-1)[: SAMPLE // tensor.element_size()].contiguous()
-        digest.update(head.view(torch.uint8).numpy())
-        found[name] = digest.hexdigest()
-    return found
+        digest.update(head.view(torch.uint8).numpy().data)
+        digests[name] = digest.hexdigest()
+    return digests
 
 
 def sampled_fingerprint(samples: dict[str, str]) -> str:
-    """One digest of what `sample` gave, in 64 hex digits; the order is nothing."""
+    """One digest of the result of `sample`, in 64 hex digits; the order is nothing."""
     return hashlib.sha256("".join(f"{n}{samples[n]}" for n in sorted(samples)).encode()).hexdigest()
 
 
@@ -101,13 +109,63 @@ def backbone_differences(sources: Sequence[Source]) -> list[str]:
         names = [n for n in names if n.startswith("model.layers.")] if mixed else names
         samples.append(sample((name, weights[name]) for name in names))
         weights.release()
-    found = []
-    for source, own in zip(sources[1:], samples[1:], strict=True):
-        names = samples[0].keys() | own.keys()
-        other = sorted(name for name in names if samples[0].get(name) != own.get(name))
+    clauses = []
+    for source, digests in zip(sources[1:], samples[1:], strict=True):
+        all_names = samples[0].keys() | digests.keys()
+        other = sorted(name for name in all_names if samples[0].get(name) != digests.get(name))
         if other:
-            found.append(
-                f"{source.who} differs from {sources[0].who} in {len(other)} of {len(names)} "
-                f"tensors beside the projector, as {other[0]}"
+            clauses.append(
+                f"{source.label} differs from {sources[0].label} in {len(other)} of "
+                f"{len(all_names)} tensors beside the projector, as {other[0]}"
             )
-    return found
+    return clauses
+
+
+def check_identity(
+    experts: Sequence[Source], base: Source | None, config: MergeConfig
+) -> list[str]:
+    """Refuse models on different backbones; with --force, list the differences.
+
+    Returns:
+        One sentence for each difference that was forced; empty where there is none.
+    """
+    found = differences([*experts, *([base] if base else [])])
+    hint = ""
+    if config.scope == "projector" and all(e.kind in WHOLE for e in experts):
+        tuned = backbone_differences(experts)
+        hint = "; --scope all merges language models that were tuned, too" if tuned else ""
+        found += tuned
+    if found and not config.force:
+        raise InputError(
+            f"the models are not on one backbone: {found[0]}{hint}; --force merges all the same"
+        )
+    return [f"Merged by force: {clause}." for clause in found]
+
+
+def check_known(experts: Sequence[Source]) -> list[str]:
+    """Warn of experts whose language model nothing tells."""
+    silent = [expert.given for expert in experts if not expert.config]
+    if not silent:
+        return []
+    return [
+        f"no config.json tells the language model and tower of {', '.join(silent)}: that all "
+        "experts have the same ones is taken on trust."
+    ]
+
+
+def check_same(
+    experts: Sequence[Source], prints: Sequence[str], base: Source | None, base_print: str | None
+) -> list[str]:
+    """Refuse where nobody learnt anything; warn of experts that are equal, or equal to the base."""
+    warnings = []
+    first: dict[str, Source] = {}
+    for expert, fingerprint in zip(experts, prints, strict=True):
+        other = first.setdefault(fingerprint, expert)
+        if other is not expert:
+            warnings.append(f"{expert.label} is the same as {other.label}: it counts twice.")
+    if base is not None and all(fingerprint == base_print for fingerprint in prints):
+        raise InputError(f"every expert is equal to {base.label}: there is nothing to merge")
+    for expert, fingerprint in zip(experts, prints, strict=True):
+        if base is not None and fingerprint == base_print:
+            warnings.append(f"{expert.label} is equal to {base.label}: it has learnt nothing.")
+    return warnings

@@ -1,4 +1,4 @@
-"""What `fed.methods.Calibration` promises, measured on a frozen LLaVA.
+"""The `fed.methods.Calibration` of a merge, measured on a frozen LLaVA.
 
 Batches are made once, and pictures are the tower's features where those were cached: a call puts a
 projector in, and costs what its own passes through the model cost.
@@ -42,7 +42,8 @@ class ModelCalibration:
         batch_size: int,
         source: str,
     ):
-        self.model, self.source = model, source
+        self.model: Any = model  # its class is made by `llava_class`
+        self.source = source
         self._items, self._collate = items, collate
         starts = range(0, len(items), batch_size)
         self._batches = [self._batch(items[start : start + batch_size]) for start in starts]

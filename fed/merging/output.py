@@ -41,8 +41,8 @@ def check_output(output: str, overwrite: bool, inputs: list[Path]) -> Path:
 
 def check_space(path: Path, size: int) -> None:
     """Refuse to begin where the disk has no room for `size` bytes."""
-    there = next(folder for folder in path.parents if folder.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(folder for folder in path.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < size + _SPARE:
         raise InputError(
             f"--output {path}: needs {(size + _SPARE) / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
@@ -79,22 +79,22 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """What the disk said, with the place; torch makes an error of its own of it."""
+    """Errors of a full disk as InputError, with the place; torch wraps them in its own."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        said = error if isinstance(error, OSError) else error.__context__
-        if isinstance(said, OSError) and said.errno in _FULL:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno in _FULL:
             raise InputError(
-                f"--output {path}: {said.strerror} while writing; nothing was left there"
+                f"--output {path}: {cause.strerror} while writing; nothing was left there"
             ) from None
         raise
 
 
 def _recover(path: Path) -> None:
     """Clear away what killed merges to this place left; the old folder first goes back."""
-    for left in left_of(path):
-        if left.suffix == ".old" and not path.exists():
-            os.replace(left, path)
+    for leftover in left_of(path):
+        if leftover.suffix == ".old" and not path.exists():
+            os.replace(leftover, path)
         else:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Settings of a merge from a YAML file and flags.
+"""A `MergeConfig` from flags and a YAML file, both as its fields say.
 
 ```yaml
 method: ties
@@ -16,20 +16,73 @@ is no file or folder there stays as it is, and may be one of the hub's.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import argparse
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from fed.merging.config import Settings
+from fed.merging.config import MergeConfig
+from fed.yaml_file import read_yaml
 from llava.errors import InputError
+from llava.flags import pairs
 
-_PATHS = ("base", "config", "image_folder", "model_base")
+
+@dataclass(frozen=True)
+class _Kind:
+    """A type of setting: as YAML has it, and the arguments of `add_argument`."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+    argument: Mapping[str, Any]
 
 
-def settings(path: str | None, flags: Mapping[str, Any]) -> Settings:
-    """Settings from a YAML file, if any, and the flags that were given, which are stronger.
+def _list_of(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(one) in types for one in value)
+
+
+_KINDS: dict[Any, _Kind] = {
+    bool: _Kind("true or false", lambda v: type(v) is bool, {"action": "store_true"}),
+    int: _Kind("a whole number", lambda v: type(v) is int, {"type": int}),
+    str: _Kind("text", lambda v: type(v) is str, {}),
+    tuple[str, ...]: _Kind("a list of files", _list_of(str), {"nargs": "+"}),
+    tuple[float, ...]: _Kind(
+        "a list of numbers", _list_of(int, float), {"nargs": "+", "type": float}
+    ),
+    Mapping[str, Any]: _Kind(
+        "names and values", lambda v: isinstance(v, dict | list), {"nargs": "+"}
+    ),
+}
+
+
+def _kinds() -> dict[str, _Kind]:
+    """The kind of each field of `MergeConfig`; None is no value of any, in YAML the default."""
+    hints = typing.get_type_hints(MergeConfig)
+    for name, hint in hints.items():
+        if NoneType in typing.get_args(hint):
+            (hints[name],) = (kind for kind in typing.get_args(hint) if kind is not NoneType)
+    return {name: _KINDS[hint] for name, hint in hints.items()}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field; one that is not given is not in what `parser` parses to."""
+    kinds = _kinds()
+    for one in fields(MergeConfig):
+        more = dict(kinds[one.name].argument)
+        if one.metadata.get("metavar"):
+            more["metavar"] = one.metadata["metavar"]
+        parser.add_argument(f"--{one.name}", help=_help(one), default=argparse.SUPPRESS, **more)
+
+
+def _help(one: Field) -> str:
+    text = one.metadata["help"]
+    return f"{text}; default {one.default}" if one.default and one.default is not MISSING else text
+
+
+def read_config(path: str | None, flags: Mapping[str, Any]) -> MergeConfig:
+    """MergeConfig from a YAML file, if any, and the flags that were given, which are stronger.
 
     Options are stronger one by one; `--experts` replaces the file's experts with their weights.
 
@@ -38,94 +91,67 @@ def settings(path: str | None, flags: Mapping[str, Any]) -> Settings:
             merge can have.
     """
     values: dict[str, Any] = {} if path is None else _read(Path(path))
-    flags = dict(flags)
     if "experts" in flags:
         values.pop("weights", None)
-    flags["options"] = {**pairs(values.get("options")), **pairs(flags.get("options"))}
-    values |= flags
+    options = {**options_of(values.get("options")), **options_of(flags.get("options"))}
+    values |= {**flags, "options": options}
     if not values.get("experts"):
         raise InputError("--experts is missing: two or more models or projector files")
-    for name in ("experts", "calibration_data"):
-        values[name] = tuple(values.get(name) or ())
-    weights = values.get("weights")
-    values["weights"] = None if weights is None else tuple(weights)
-    return Settings(**values)
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+    }
+    return MergeConfig(**settings)
 
 
-def pairs(options: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
+def options_of(options: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any]:
     """Options by name, of a mapping or of texts name=value; the method checks their types."""
     if isinstance(options, Mapping):
         return dict(options)
-    found: dict[str, str] = {}
-    for word in options or ():
-        name, equals, value = str(word).partition("=")
-        if not equals:
-            raise InputError(f"--options {word}: expected name=value")
-        if name in found:
-            raise InputError(f"--options: {name} is given twice")
-        found[name] = value
-    return found
+    return dict(pairs("--options", map(str, options or ())))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({error})") from None
+    """The settings that a YAML file has, typed."""
+    document, kinds = read_yaml(path), _kinds()
     if not isinstance(document, dict):
         raise InputError(f"{path}: keys and values are expected")
-    known = {one.name: one for one in fields(Settings)}
     values: dict[str, Any] = {}
     for key, value in document.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-            raise InputError(f"{path}: unknown key {key!r}{hint}")
-        values[name] = _typed(f"{path}: {key}", name, value, known[name].default)
+        if name not in kinds:
+            from fed.state import near  # which needs torch
+
+            raise InputError(f"{path}: unknown key {key!r}{near(name, kinds)}")
+        if value is not None:
+            values[name] = value
     if "experts" in values:
         values |= _experts(path, values)
-    for name in _PATHS:
-        if values.get(name):
-            values[name] = _beside(path, values[name])
-    if "calibration_data" in values:
-        values["calibration_data"] = [_beside(path, one) for one in values["calibration_data"]]
+    for one in fields(MergeConfig):
+        if one.name in values:
+            values[one.name] = _typed(path, one, kinds[one.name], values[one.name])
     if values.get("output"):
         values["output"] = str(path.parent / Path(values["output"]).expanduser())
     return values
 
 
-def _typed(what: str, name: str, value: Any, default: Any) -> Any:
-    """A YAML value, refused where it is not of the flag's type."""
-    if name == "options":
-        fits, expected = value is None or isinstance(value, dict | list), "names and values"
-    elif name == "weights":
-        fits = isinstance(value, list) and all(type(one) in (int, float) for one in value)
-        expected = "a list of numbers"
-    elif name == "experts":
-        fits, expected = isinstance(value, list), "a list"
-    elif name == "calibration_data":
-        value = [value] if isinstance(value, str) else value
-        fits = isinstance(value, list) and all(isinstance(one, str) for one in value)
-        expected = "a list of files"
-    elif isinstance(default, bool):
-        fits, expected = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        fits, expected = type(value) is int, "a whole number"
-    else:
-        fits, expected = value is None or isinstance(value, str), "text"
-    if not fits:
-        raise InputError(f"{what}: {expected} expected, found {value!r}")
-    return value
+def _typed(path: Path, one: Field, kind: _Kind, value: Any) -> Any:
+    """A YAML value, refused where it is not of the field's type; paths as the merge needs them."""
+    if kind is _KINDS[tuple[str, ...]] and isinstance(value, str):
+        value = [value]
+    if not kind.fits(value):
+        raise InputError(f"{path}: {one.name}: {kind.expected} expected, found {value!r}")
+    if not one.metadata.get("path"):
+        return value
+    if isinstance(value, list):
+        return [_beside(path, file) for file in value]
+    return value and _beside(path, value)
 
 
 def _experts(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """`experts` as paths, and `weights`, of a list of paths or of {path, weight}."""
-    found, weights = [], []
+    if not isinstance(values["experts"], list):
+        raise InputError(f"{path}: experts: a list expected, found {values['experts']!r}")
+    paths, weights = [], []
     for number, entry in enumerate(values["experts"], 1):
         entry = {"path": entry} if isinstance(entry, str) else entry
         where = f"{path}: expert {number}"
@@ -136,15 +162,16 @@ def _experts(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         weight = entry.get("weight")
         if weight is not None and type(weight) not in (int, float):
             raise InputError(f"{where}: weight is {weight!r}, a number is expected")
-        found.append(_beside(path, entry["path"]))
+        paths.append(entry["path"])
         weights.append(weight)
-    if any(weight is not None for weight in weights):
-        if "weights" in values:
-            raise InputError(f"{path}: weights are given both by themselves and with the experts")
-        return {"experts": found, "weights": [1.0 if w is None else float(w) for w in weights]}
-    return {"experts": found}
+    if all(weight is None for weight in weights):
+        return {"experts": paths}
+    if "weights" in values:
+        raise InputError(f"{path}: weights are given both by themselves and with the experts")
+    return {"experts": paths, "weights": [1.0 if w is None else float(w) for w in weights]}
 
 
 def _beside(path: Path, name: str) -> str:
-    there = path.parent / Path(name).expanduser()
-    return str(there) if there.exists() else name
+    """A path relative to the YAML file's folder, if there is something; else the name itself."""
+    beside = path.parent / Path(name).expanduser()
+    return str(beside) if beside.exists() else name

@@ -31,7 +31,7 @@ from llava.state import SUFFIXES, State, StateError, load
 
 Kind = Literal["file", "projector", "lora", "full", "transformers"]
 WHOLE = ("full", "transformers")
-HELD = 2**24  # bytes; a mapped file counts as memory as far as it has been read
+RELEASE_AFTER_BYTES = 2**24  # bytes; a mapped file counts as memory as far as it has been read
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed, not learnt
 
 
@@ -40,13 +40,13 @@ class Source:
     """An expert or a base."""
 
     given: str  # the path as the user wrote it
-    role: str  # how messages call it: expert, base
+    role: str  # in messages: expert, base
     kind: Kind
     path: Path  # the file or the folder
     config: dict[str, Any] | None  # config.json as it is, of the folder or beside the file
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
         return f"{self.role} {self.given}"
 
     @property
@@ -72,13 +72,13 @@ class Source:
             found = read_beside(self.path, mapped=True)
         else:
             found = load(self.projector_file, mapped=True)
-        own = {n: found[n] for n in found if n.startswith(PROJECTOR_PREFIX) or n == NEWLINE}
+        part = {n: found[n] for n in found if n.startswith(PROJECTOR_PREFIX) or n == NEWLINE}
         rows = found.get(SEPARATE_ROWS if self.kind == "lora" else ROWS)
         if rows is not None and self.kind not in WHOLE:
-            own[ROWS] = rows[-2:]  # upstream saves the whole table, and reads these two
-        if not any(name.startswith(PROJECTOR_PREFIX) for name in own):
-            raise StateError(f"{self.who}: has no projector (no {PROJECTOR_PREFIX}* tensors)")
-        return own
+            part[ROWS] = rows[-2:]  # upstream saves the whole table, and reads these two
+        if not any(name.startswith(PROJECTOR_PREFIX) for name in part):
+            raise StateError(f"{self.label}: has no projector (no {PROJECTOR_PREFIX}* tensors)")
+        return part
 
     @property
     def projector_file(self) -> Path:
@@ -113,7 +113,7 @@ class Weights(Mapping[str, Tensor]):
 
     def release(self) -> None:
         """Let go of the file that is open, if so much of it was read that it matters."""
-        if self._read > HELD:
+        if self._read > RELEASE_AFTER_BYTES:
             self.shards.release()
             self._read = 0
 

@@ -41,9 +41,20 @@ def fedadam(
     def second(v: Tensor, squared: Tensor) -> Tensor:
         return beta2 * v + (1 - beta2) * squared
 
-    given = dict(states=states, weights=weights, base=base, memory=memory)
     correct = beta2 if bias_correction else None
-    return step("fedadam", second, server_lr, beta1, tau, correct, paper_compat, **given)
+    return step(
+        "fedadam",
+        second,
+        states,
+        weights,
+        base,
+        memory,
+        server_lr,
+        beta1,
+        tau,
+        correct,
+        paper_compat,
+    )  # fmt: skip
 
 
 @method("fedyogi")
@@ -57,9 +68,20 @@ def fedyogi(
     def second(v: Tensor, squared: Tensor) -> Tensor:
         return v - (1 - beta2) * squared * (v - squared).sign()
 
-    given = dict(states=states, weights=weights, base=base, memory=memory)
     correct = beta2 if bias_correction else None
-    return step("fedyogi", second, server_lr, beta1, tau, correct, paper_compat, **given)
+    return step(
+        "fedyogi",
+        second,
+        states,
+        weights,
+        base,
+        memory,
+        server_lr,
+        beta1,
+        tau,
+        correct,
+        paper_compat,
+    )  # fmt: skip
 
 
 @method("fedadagrad")
@@ -69,16 +91,27 @@ def fedadagrad(
     paper_compat: bool = False,
 ) -> Outcome:  # fmt: skip
     """One round of FedAdagrad, whose v is a sum: no beta2, and no bias to correct."""
-    given = dict(states=states, weights=weights, base=base, memory=memory)
-    return step("fedadagrad", torch.add, server_lr, beta1, tau, None, paper_compat, **given)
+    return step(
+        "fedadagrad",
+        torch.add,
+        states,
+        weights,
+        base,
+        memory,
+        server_lr,
+        beta1,
+        tau,
+        None,
+        paper_compat,
+    )  # fmt: skip
 
 
 def step(
-    name: str, second: Callable[[Tensor, Tensor], Tensor], server_lr: float, beta1: float,
-    tau: float, correct: float | None, paper_compat: bool, *, states: list[State],
-    weights: list[float], base: State, memory: dict[str, Tensor],
+    name: str, second: Callable[[Tensor, Tensor], Tensor], states: list[State],
+    weights: list[float], base: State, memory: dict[str, Tensor], server_lr: float, beta1: float,
+    tau: float, correct: float | None, paper_compat: bool,
 ) -> Outcome:  # fmt: skip
-    """What the three have in common; `second` gives the new v from v and Delta^2.
+    """One round of all three; `second` gives the new v from v and Delta^2.
 
     Memory holds `<tensor>.m` and `<tensor>.v` and the rounds done as `step`, a scalar; float32.
     Facts hold the lengths of Delta and of the step. `correct` is beta2 where bias is corrected.

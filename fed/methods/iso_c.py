@@ -21,7 +21,7 @@ from fed.methods.interface.registry import method
 from fed.numerics.joint_basis import mean_matrix
 from fed.numerics.layers import Parts, write_matrix
 from fed.numerics.low_rank import isometry
-from fed.numerics.matrix_common import averaged, weights_alone
+from fed.numerics.matrix_common import mean_elsewhere, weights_alone
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
@@ -37,7 +37,7 @@ def iso_c(
     """One merge. Facts: `length`, mean(S) of each layer, before `scale`."""
     p = shares(weights)
     affine = weights_alone(base)
-    result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)
+    result = mean_elsewhere(states, p, base, but={layer.weight for layer in affine}, scale=scale)
     lengths = {}
     for layer in affine:
         total = mean_matrix(Parts(states, layer, base), p).mul_(len(states))

@@ -30,7 +30,7 @@ from fed.methods.ties import ties
 from fed.numerics.joint_basis import joint_basis, mean_matrix
 from fed.numerics.layers import Parts, layers, write_matrix
 from fed.numerics.low_rank import CUT
-from fed.numerics.matrix_common import averaged
+from fed.numerics.matrix_common import mean_elsewhere
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
@@ -49,7 +49,7 @@ def knots(
     """One merge. Facts by layer: `rank` of the basis, `kept`, the share of energy within it."""
     p = shares(weights)
     affine, others = layers(base)
-    result = averaged(states, p, base, but=base.keys() - others, scale=scale)
+    result = mean_elsewhere(states, p, base, but=base.keys() - others, scale=scale)
     facts = {}
     for layer in affine:
         mats = Parts(states, layer, base)
@@ -76,4 +76,5 @@ def _ties(rows: list[Tensor], weights: list[float], density: float) -> Tensor:
         c[c.abs() < least] = 0
     zero = {"rows": torch.zeros_like(rows[0])}
     merged = ties([{"rows": c} for c in rows], weights=weights, base=zero, density=density)
+    assert isinstance(merged.state, dict)  # TIES gives all clients one state
     return merged.state["rows"]

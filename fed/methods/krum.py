@@ -91,5 +91,5 @@ def squared_distances(states: list[State], base: State) -> Tensor:
 
 
 def _rounded(value: float) -> float:
-    """What is equal but for the order of a sum becomes equal."""
+    """Rounded, so that values become equal that differ by the order of a sum alone."""
     return float(f"{value:.9e}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
+from fed.numerics.pairwise import grams, moves
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 from llava.errors import InputError
@@ -34,12 +35,9 @@ def model_stock(states: list[State], *, weights: list[float], base: State) -> Ou
     """
     if len(states) < 2:
         raise InputError(f"model_stock needs at least two experts, found {len(states)}")
-    k, p = len(states), shares(weights)
-    grams = {name: torch.zeros(k, k, dtype=torch.float64) for name in base}
-    for block in blocks(states, base):
-        moves = block.clients.sub_(block.base)
-        grams[block.name] += moves @ moves.T
-    steps = {name: step(gram, torch.tensor(p, dtype=torch.float64)) for name, gram in grams.items()}
+    p = shares(weights)
+    shared = torch.tensor(p, dtype=torch.float64)
+    steps = {name: step(gram, shared) for name, gram in grams(moves(states, base)).items()}
 
     result = empty(base)
     for block in blocks(states, base):

@@ -28,7 +28,7 @@ from fed.methods.interface.registry import method
 from fed.numerics.joint_basis import mean_matrix
 from fed.numerics.layers import Parts, layers, to_matrix, write_matrix
 from fed.numerics.least_squares import add_pull, correction
-from fed.numerics.matrix_common import averaged
+from fed.numerics.matrix_common import mean_elsewhere
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
@@ -49,7 +49,7 @@ def regmean(
     """
     p = shares(weights)
     affine, others = layers(base)
-    result = averaged(states, p, base, but=base.keys() - others)
+    result = mean_elsewhere(states, p, base, but=base.keys() - others)
     means = {layer.name: mean_matrix(Parts(states, layer), p) for layer in affine}
     pulls: dict[str, Tensor] = {}  # sum_k p_k (W_k - mean) G~_k
     totals: dict[str, Tensor] = {}  # sum_k p_k G~_k

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Unit
 from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
+from fed.numerics.pairwise import grams
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 from llava.errors import InputError
@@ -43,10 +42,8 @@ def slerp(
     if len(states) != 2:
         raise InputError(f"slerp merges exactly two experts, found {len(states)}")
     t = shares(weights)[1] if t is None else t
-    grams = {name: torch.zeros(2, 2, dtype=torch.float64) for name in base}
-    for block in blocks(states, base):
-        grams[block.name] += block.clients @ block.clients.T
-    cosines = {name: _cosine(*gram.flatten().tolist()) for name, gram in grams.items()}
+    products = grams((block.name, block.clients) for block in blocks(states, base))
+    cosines = {name: _cosine(*gram.flatten().tolist()) for name, gram in products.items()}
 
     result = empty(base)
     for block in blocks(states, base):

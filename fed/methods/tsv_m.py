@@ -27,7 +27,7 @@ from fed.methods.interface.options import Positive, Share
 from fed.methods.interface.registry import method
 from fed.numerics.layers import Parts, write_matrix
 from fed.numerics.low_rank import isometry, leading
-from fed.numerics.matrix_common import averaged, weights_alone
+from fed.numerics.matrix_common import mean_elsewhere, weights_alone
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
@@ -45,7 +45,7 @@ def tsv_m(
     p = shares(weights)
     share = 1 / len(states) if rank is None else rank
     affine = weights_alone(base)
-    result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)
+    result = mean_elsewhere(states, p, base, but={layer.weight for layer in affine}, scale=scale)
     facts = {}
     for layer in affine:
         side = min(base[layer.weight].flatten(1).shape)

@@ -32,7 +32,7 @@ from fed.methods.interface.registry import method
 from fed.numerics.joint_basis import mean_matrix
 from fed.numerics.layers import Parts, write_matrix
 from fed.numerics.least_squares import add_pull, correction, gram_of
-from fed.numerics.matrix_common import averaged, weights_alone
+from fed.numerics.matrix_common import mean_elsewhere, weights_alone
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
@@ -54,7 +54,7 @@ def wudi(
     """
     p, k = shares(weights), len(states)
     affine = weights_alone(base)
-    result = averaged(states, p, base, but={layer.weight for layer in affine}, scale=scale)
+    result = mean_elsewhere(states, p, base, but={layer.weight for layer in affine}, scale=scale)
     facts = {}
     for layer in affine:
         mats = Parts(states, layer, base)

@@ -1,22 +1,22 @@
-"""The shared space of several clients' matrices. Fed-CMP lives on it, and merging can.
+"""The shared space of several clients' matrices, as Fed-CMP, KnOTS and PivotMerge use it.
 
 The matrices X_1..X_K of a layer, with shares p_k that sum to one, are written in one orthonormal
 basis U of the output space, the leading eigenvectors of S = sum_k p_k X_k X_k^T, with one
-coefficient matrix C_k = U^T X_k each. Pure functions, on tensors only. Matrices may be any
-collection that can be gone through again, as `layers.Parts`, which makes them one at a time
-and overwrites each with the next.
+coefficient matrix C_k = U^T X_k each. Pure functions, on tensors only. The matrices may be a
+`layers.Parts`, which makes them one at a time and overwrites each with the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fed.numerics.layers import LARGE
+from fed.numerics.layers import LARGE, Matrices
+from fed.numerics.low_rank import leading_range, random_frame
 
 LEADING = 64  # directions that are looked for in a large layer when no rank is asked for
 OVERSAMPLE = 16  # further directions that the range finder draws and throws away
@@ -34,16 +34,18 @@ class Basis:
     how: str  # "exact" or "randomised"
 
 
-def mean_matrix(mats: Collection[Tensor], shares: Sequence[float]) -> Tensor:
+def mean_matrix(mats: Matrices, shares: Sequence[float]) -> Tensor:
     """sum_k p_k X_k, (out, in), in the matrices' own type: a sum over clients."""
-    total = None
-    for m, p in zip(mats, shares, strict=True):
-        total = m * p if total is None else total.add_(m, alpha=p)
+    pairs = zip(mats, shares, strict=True)
+    first, p = next(pairs)
+    total = first * p
+    for m, p in pairs:
+        total.add_(m, alpha=p)
     return total
 
 
 def joint_basis(
-    mats: Collection[Tensor],
+    mats: Matrices,
     shares: Sequence[float],
     *,
     energy: float = 1.0,
@@ -66,7 +68,8 @@ def joint_basis(
         how: `auto` takes the range finder where the side is above 1024 and `rank` a quarter of it
             or less, or none, which then is 64. `randomised` without a rank saves nothing.
     """
-    side, width = next(iter(mats)).shape
+    first = next(iter(mats))
+    side, width = first.shape
     columns = width * len(mats)
     full = min(side, columns)
     if how == "auto":
@@ -74,12 +77,12 @@ def joint_basis(
         how = "randomised" if large else "exact"
         rank = rank or (LEADING if large else None)
     rank = min(rank or full, full)
+    frame = None
     if how == "randomised":
-        frame = _range(mats, shares, min(rank + OVERSAMPLE, full), seed)
+        frame = random_frame(side, min(rank + OVERSAMPLE, full), first, seed)
+        frame = leading_range(lambda found: _applied(mats, shares, found), frame, PASSES)
     elif columns < side:
         frame = torch.linalg.qr(torch.cat([m.clone() for m in mats], dim=1)).Q
-    else:
-        frame = None
 
     moment, total = gram(mats, shares, frame)
     energies, vectors = torch.linalg.eigh(moment)
@@ -91,37 +94,29 @@ def joint_basis(
 
 
 def gram(
-    mats: Collection[Tensor], shares: Sequence[float], frame: Tensor | None = None
+    mats: Matrices, shares: Sequence[float], frame: Tensor | None = None
 ) -> tuple[Tensor, float]:
     """S = sum_k p_k X_k X_k^T, within a frame if one is given, and the trace of the whole S.
 
     Both are sums over clients.
     """
-    moment, total = None, 0.0
-    for m, p in zip(mats, shares, strict=True):
+    moment, total = torch.empty(0), 0.0
+    for k, (m, p) in enumerate(zip(mats, shares, strict=True)):
         total += p * float(torch.linalg.vector_norm(m)) ** 2
         inside = m if frame is None else frame.T @ m
-        if moment is None:
+        if k == 0:
             moment = (inside @ inside.T).mul_(p)
         else:
             moment.addmm_(inside, inside.T, alpha=p)
     return moment, total
 
 
-def _range(mats: Collection[Tensor], shares: Sequence[float], size: int, seed: int) -> Tensor:
-    """An orthonormal (out, size) frame of the leading directions; a pass is a sum over clients."""
-    frame = None
-    for _ in range(PASSES):
-        image = None
-        for m, p in zip(mats, shares, strict=True):
-            if frame is None:
-                draw = torch.Generator().manual_seed(seed)
-                frame = torch.randn(len(m), size, generator=draw, dtype=m.dtype).to(m.device)
-            if image is None:
-                image = torch.zeros_like(frame)
-            image.addmm_(m, m.T @ frame, alpha=p)
-        frame = torch.linalg.qr(image).Q
-    return frame
+def _applied(mats: Matrices, shares: Sequence[float], frame: Tensor) -> Tensor:
+    """S F, (out, size), of a frame F: a sum over clients."""
+    image = torch.zeros_like(frame)
+    for m, p in zip(mats, shares, strict=True):
+        image.addmm_(m, m.T @ frame, alpha=p)
+    return image
 
 
 def polar(matrix: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +83,14 @@ def write_matrix(matrix: Tensor, layer: Layer, state: State, plus: State | None 
             rows = slice(start, start + _ROWS)
             added = values[rows] if other is None else values[rows] + other[rows].to(values.dtype)
             into[rows] = added
+
+
+class Matrices(Protocol):
+    """Matrices that can be gone through more than once, as a list or `Parts`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
 
 
 class Parts:

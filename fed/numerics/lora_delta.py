@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fed.numerics.low_rank import leading
 from fed.state import State
 
-EXACT = 1024  # sides up to which the whole SVD is taken
-_OVERSAMPLE, _PASSES = 16, 4  # of the range finder above that
 A, B, _PRODUCT = ".lora_A.weight", ".lora_B.weight", ".lora_BA.weight"
 
 
@@ -74,26 +73,14 @@ def factored(
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular triples, (out, r), (r,), (r, in); zeros where there are fewer.
+    """U, S, V^T of the `rank` leading singular triplets, (out, rank), (rank,), (rank, in).
 
-    Above 1024 a range finder looks for them (Halko, Martinsson, Tropp 2011), from a fixed seed.
+    Zeros where the matrix has fewer; see `low_rank.leading`.
     """
-    full = min(matrix.shape)
-    if full <= EXACT or rank + _OVERSAMPLE >= full:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        draw = torch.Generator().manual_seed(0)
-        frame = torch.randn(matrix.shape[1], rank + _OVERSAMPLE, generator=draw)
-        for _ in range(_PASSES):
-            frame = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ frame).Q).Q
-        left, values, right = torch.linalg.svd(matrix @ frame, full_matrices=False)
-        right = right @ frame.T
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    if more := rank - len(values):
-        left = torch.nn.functional.pad(left, (0, more))
-        values = torch.nn.functional.pad(values, (0, more))
-        right = torch.nn.functional.pad(right, (0, 0, 0, more))
-    return left, values, right
+    left, values, right = leading(matrix, rank)
+    missing = rank - len(values)
+    pad = torch.nn.functional.pad
+    return pad(left, (0, missing)), pad(values, (0, missing)), pad(right, (0, missing)).T
 
 
 def truncated_sum(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ Where the smaller side is at most 1024 all is exact, in float64. Above that an S
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,9 @@ def leading(matrix: Tensor, rank: int, seed: int = 0) -> Triplets:
         u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         found = Triplets(u, s, vt.T)
     else:
-        frame = _range(matrix, min(rank + max(32, rank // OVERSAMPLE), *matrix.shape), seed)
+        size = min(rank + max(32, rank // OVERSAMPLE), *matrix.shape)
+        frame = torch.linalg.qr(matrix @ random_frame(matrix.shape[1], size, matrix, seed)).Q
+        frame = leading_range(lambda found: matrix @ (matrix.T @ found), frame, PASSES - 1)
         inside = frame.T @ matrix
         squares, turn = torch.linalg.eigh(inside.double() @ inside.double().T)
         s = squares.flip(0).clamp(min=0).sqrt()
@@ -55,13 +58,24 @@ def leading(matrix: Tensor, rank: int, seed: int = 0) -> Triplets:
     return Triplets(*(part.to(matrix.dtype) for part in parts))
 
 
-def _range(matrix: Tensor, size: int, seed: int) -> Tensor:
-    """An orthonormal (out, size) frame of the leading left singular directions."""
+def random_frame(side: int, size: int, like: Tensor, seed: int) -> Tensor:
+    """Gaussian numbers, (side, size), of the type and on the device of `like`."""
     draw = torch.Generator().manual_seed(seed)
-    frame = torch.randn(matrix.shape[1], size, generator=draw, dtype=matrix.dtype)
-    frame = torch.linalg.qr(matrix @ frame.to(matrix.device)).Q
-    for _ in range(PASSES - 1):
-        frame = torch.linalg.qr(matrix @ (matrix.T @ frame)).Q
+    return torch.randn(side, size, generator=draw, dtype=like.dtype).to(like.device)
+
+
+def leading_range(apply: Callable[[Tensor], Tensor], frame: Tensor, passes: int) -> Tensor:
+    """An orthonormal frame, (side, size), of the leading eigenvectors of a symmetric S.
+
+    Subspace iteration (Halko, Martinsson, Tropp 2011). torch.svd_lowrank takes one matrix, where S
+    may be a sum over clients, and draws from torch's common random numbers.
+
+    Args:
+        apply: F -> S F.
+        frame: to begin with.
+    """
+    for _ in range(passes):
+        frame = torch.linalg.qr(apply(frame)).Q
     return frame
 
 

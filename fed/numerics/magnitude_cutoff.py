@@ -22,7 +22,7 @@ def magnitudes(moves: Tensor) -> Tensor:
 
 
 def count(density: float, n: int) -> int:
-    """How many of n values a density keeps: floor(density * n), but one at least."""
+    """The number of values that a density keeps of n: floor(density * n), but one at least."""
     return max(1, math.floor(density * n + 1e-9))  # 0.29 * 100 is 28.999999999999996
 
 

@@ -1,4 +1,4 @@
-"""What the methods on weight matrices share: the weights as layers, the mean of all that is none.
+"""Shared by methods on weight matrices: the weights as layers, the mean of all other tensors.
 
 The literature's methods on matrices leave biases, norms and scales to the mean.
 """
@@ -19,7 +19,7 @@ def weights_alone(base: State) -> list[Layer]:
     return [replace(layer, bias=None) for layer in layers(base)[0]]
 
 
-def averaged(
+def mean_elsewhere(
     states: Sequence[State],
     p: Sequence[float],
     base: State,

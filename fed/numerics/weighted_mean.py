@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
 
 from fed.numerics.chunks import blocks, empty
 from fed.state import State
@@ -12,6 +16,11 @@ def shares(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum."""
     total = sum(weights)
     return [weight / total for weight in weights]
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, of one term at least."""
+    return functools.reduce(torch.add, terms)
 
 
 def towards_mean(states: list[State], base: State, p: list[float], step: float = 1.0) -> State:

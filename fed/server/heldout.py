@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from fed.arguments import FedArguments
 from fed.drivers.driver import Driver
@@ -19,6 +21,9 @@ from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDat
 from llava.train.session import Session
 from llava.train.train import prepare
 
+# (client, state, beside, round) -> measures by data set.
+Measure: TypeAlias = Callable[[str, State, State, int], dict]
+
 
 def evaluation_set(
     path: str,
@@ -28,9 +33,13 @@ def evaluation_set(
     training_args: TrainingArguments,
 ) -> EvaluationSet:
     """A file of --fed_eval_data_path, checked whole, with its samples' domains."""
-    args = copy.copy(data_args)
-    args.image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
-    dataset = LazySupervisedDataset(path, session.tokenizer, args)
+    image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
+    dataset = LazySupervisedDataset(
+        path,
+        session.tokenizer,
+        dataclasses.replace(data_args, image_folder=image_folder),
+        sample_format=session.sample_format,
+    )
     report = prepare(dataset, f"held out, {path}", session.feature_cache, training_args.world_size)
     if report.truncated:
         raise InputError(
@@ -43,14 +52,16 @@ def evaluation_set(
 
 
 def measurer(
-    driver: Driver, sets: Sequence[EvaluationSet], args: TrainingArguments
-) -> Callable[[str, State, State, int], dict]:
-    """What measures a client's state after a round: (client, state, beside, round) -> measures.
+    driver: Driver, session: Session, sets: Sequence[EvaluationSet], args: TrainingArguments
+) -> Measure:
+    """A function that measures a client's state: (client, state, beside, round) -> measures.
 
-    Where clients train elsewhere, the model is on the device only for that.
+    The state is that after the round. Where clients train elsewhere, the model is on the device
+    only for that.
     """
-    model, visit = driver.session.model, not driver.trains_here
-    collator = DataCollatorForSupervisedDataset(driver.session.tokenizer)
+    model: nn.Module = session.model
+    visit = not driver.trains_here
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
 
     def measure(client: str, state: State, beside: State, round: int) -> dict:
         driver.store.visit(client, beside, round)

@@ -55,12 +55,12 @@ class RoundLoop:
         driver: the clients, and what runs their tasks.
         method, options: the aggregation method.
         output_dir: gets `rounds.jsonl`, and `fed/` with what resuming needs.
-        settings: what must be the same when a run is continued.
-        rounds: how often clients send something back.
+        settings: those that must be the same when a run is continued.
+        rounds: the number of times that clients send something back.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
         task_of: the task of each client, where clients have tasks.
-        evaluate: `evaluate(client, state, beside, round) -> dict` of what a client is sent after a
-            round, or None; the client is "global" where all have one state.
+        evaluate: `evaluate(client, state, beside, round) -> dict` of the state that a client is
+            sent after a round, or None; the client is "global" where all have one state.
         log: `log(values, round)`: scalars for TensorBoard and its like.
         main: whether this process writes; in a distributed run just one does.
         barrier: waits for all processes of a distributed run.
@@ -92,12 +92,12 @@ class RoundLoop:
 
     def run(self, initial: State) -> RoundState:
         """Run all rounds that are left, from `initial` if none was; returns the last state."""
-        now = self._resume(initial)
+        state = self._resume(initial)
         self.barrier()
         self._watch = Stopwatch()
-        while now.round < self.rounds:
-            now = self._round(now)
-        return now
+        while state.round < self.rounds:
+            state = self._round(state)
+        return state
 
     def _resume(self, initial: State) -> RoundState:
         if self.main:
@@ -109,45 +109,45 @@ class RoundLoop:
             if self.main:
                 fresh.save(self._file)
             return fresh
-        found = RoundState.load(self._file)
-        check_same(found.settings, self.settings, f"--output_dir {self.output_dir}")
-        if found.round < self.rounds:
-            self._say(f"continuing after round {found.round} of {self.rounds}")
+        state = RoundState.load(self._file)
+        check_same(state.settings, self.settings, f"--output_dir {self.output_dir}")
+        if state.round < self.rounds:
+            self._say(f"continuing after round {state.round} of {self.rounds}")
         else:
-            self._say(f"{self.output_dir}: round {found.round} is done, nothing is left to train")
+            self._say(f"{self.output_dir}: round {state.round} is done, nothing is left to train")
         if self.main:
-            self._write_records(found)
-            for done in range(1, found.round + 1):
+            self._write_records(state)
+            for done in range(1, state.round + 1):
                 shutil.rmtree(self._folder(done), ignore_errors=True)
-        return found
+        return state
 
     def chosen(self, round: int) -> list[Participant]:
-        """Who takes part in a round: all, or as many as asked for of those that have samples in it.
+        """The clients of a round: all, or as many as asked for of those that have samples in it.
 
         These are drawn anew each round; fewer, or nobody, where no more have samples.
         """
         if not self.clients_per_round or self.clients_per_round >= len(self.driver.clients):
             return list(self.driver.clients)
-        there = [client for client in self.driver.clients if client.samples(round) > 0]
-        if self.clients_per_round >= len(there):
-            return there
+        able = [client for client in self.driver.clients if client.samples(round) > 0]
+        if self.clients_per_round >= len(able):
+            return able
         draw = random.Random(seed_of(self.seed, "clients of round", round))
-        picked = set(draw.sample(range(len(there)), self.clients_per_round))
-        return [client for i, client in enumerate(there) if i in picked]
+        picked = set(draw.sample(range(len(able)), self.clients_per_round))
+        return [client for i, client in enumerate(able) if i in picked]
 
-    def _round(self, now: RoundState) -> RoundState:
-        round = now.round + 1
+    def _round(self, state: RoundState) -> RoundState:
+        round = state.round + 1
         folder = self._folder(round)
         tasks = [
-            ClientTask(client, state, round, folder, extras, now.kept.get(client.name, {}))
+            ClientTask(client, start, round, folder, extras, state.kept.get(client.name, {}))
             for client in self.chosen(round)
-            for state, extras in [self.sent(now, client.name)]
+            for start, extras in [self.sent(state, client.name)]
         ]
         updates, failed = self._collect(tasks)
         with self._watch.part("aggregation"):
-            after, facts = self._aggregate(now, tasks, updates)
+            next_state, facts = self._aggregate(state, tasks, updates)
         with self._watch.part("evaluation"):
-            heldout = self._measure(after)
+            heldout = self._measure(next_state)
         record = round_record(
             round,
             tasks,
@@ -158,30 +158,30 @@ class RoundLoop:
             facts=facts,
             seconds=self._watch.lap(),  # the writing of this round's state is of the next
         )
-        after.records = [*now.records, record]
+        next_state.records = [*state.records, record]
         if self.main:
-            after.save(self._file)
-            self._write_records(after)
+            next_state.save(self._file)
+            self._write_records(next_state)
             shutil.rmtree(folder, ignore_errors=True)
         self.log(curves(record), round)
         if "skipped" in facts:
             self._say(f"round {round}/{self.rounds}  skipped: {facts['skipped']}")
         for doubt in suspicions(record):
-            self._say(f"round {round}/{self.rounds}  look: {doubt}")
+            self._say(f"round {round}/{self.rounds}  warning: {doubt}")
         for line in lines_of_measures(record, self.rounds):
             self._say(line)
         self.barrier()
-        return after
+        return next_state
 
-    def sent(self, now: RoundState, client: str) -> tuple[State, State]:
-        """What a client is sent: the state that it starts from, and what goes beside it."""
+    def sent(self, state: RoundState, client: str) -> tuple[State, State]:
+        """The state that a client starts from, and the tensors that are sent beside it."""
         if self.method.send is None:
-            return now.personal.get(client, now.shared), for_clients(now.memory)
+            return state.personal.get(client, state.shared), for_clients(state.memory)
         task = self.task_of.get(client, "")
-        return self.method.send(client, task, now.personal, now.shared, now.memory)
+        return self.method.send(client, task, state.personal, state.shared, state.memory)
 
     def _collect(self, tasks: Sequence[ClientTask]) -> tuple[dict[str, Update], dict[str, str]]:
-        """Every task's update, or why there is none; what is on the disk is not done again."""
+        """Every task's update, or the reason of its failure; those on the disk are kept."""
         updates = finished(tasks)
         failed = failures(tasks)
         limit = may_fail(tasks, self.min_clients)
@@ -190,9 +190,9 @@ class RoundLoop:
                 task.failure_file.unlink(missing_ok=True)
             failed = {}
         self.barrier()
-        left = [t for t in tasks if t.name not in updates and t.name not in failed]
+        waiting = [t for t in tasks if t.name not in updates and t.name not in failed]
         began, seconds = time.perf_counter(), 0.0
-        with contextlib.closing(self.driver.run(left, lambda: len(failed) <= limit)) as results:
+        with contextlib.closing(self.driver.run(waiting, lambda: len(failed) <= limit)) as results:
             for task, result in results:
                 if isinstance(result, ClientError):
                     failed[task.name] = str(result)
@@ -225,52 +225,53 @@ class RoundLoop:
             states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
     def _aggregate(
-        self, now: RoundState, tasks: Sequence[ClientTask], updates: Mapping[str, Update]
+        self, state: RoundState, tasks: Sequence[ClientTask], updates: Mapping[str, Update]
     ) -> tuple[RoundState, dict]:
-        after = RoundState(
-            now.round + 1,
-            now.shared,
-            dict(now.personal),
-            now.memory,
-            settings=now.settings,
-            kept=dict(now.kept),
+        """The next round's state, without the record, and the method's facts."""
+        next_state = RoundState(
+            state.round + 1,
+            state.shared,
+            dict(state.personal),
+            state.memory,
+            settings=state.settings,
+            kept=dict(state.kept),
         )
         # In the clients' order, whoever was first to finish.
         done = {t.name: updates[t.name] for t in tasks if t.name in updates}
-        at_work = {name: update for name, update in done.items() if update.num_samples > 0}
-        if not at_work:
-            return after, {"skipped": "no client had a sample in this round"}
+        trained = {name: update for name, update in done.items() if update.num_samples > 0}
+        if not trained:
+            return next_state, {"skipped": "no client had a sample in this round"}
         outcome = self.method(
-            [update.state for update in at_work.values()],
-            weights=[update.num_samples for update in at_work.values()],
-            base=now.shared,
-            memory=now.memory or None,
-            clients=list(at_work),
-            extras=[update.extras for update in at_work.values()],
+            [update.state for update in trained.values()],
+            weights=[update.num_samples for update in trained.values()],
+            base=state.shared,
+            memory=state.memory or None,
+            clients=list(trained),
+            extras=[update.extras for update in trained.values()],
             total=len(self.driver.clients),
-            tasks=[self.task_of.get(name, "") for name in at_work],
+            tasks=[self.task_of.get(name, "") for name in trained],
             **self.options,
         )
-        after.kept |= {name: update.kept for name, update in at_work.items() if update.kept}
+        next_state.kept |= {name: update.kept for name, update in trained.items() if update.kept}
         if isinstance(outcome.state, list):
-            after.personal |= dict(zip(at_work, outcome.state, strict=True))
+            next_state.personal |= dict(zip(trained, outcome.state, strict=True))
         else:
-            after.shared = outcome.state
-        after.memory = outcome.memory or {}
-        return after, outcome.facts
+            next_state.shared = outcome.state
+        next_state.memory = outcome.memory or {}
+        return next_state, outcome.facts
 
-    def _measure(self, after: RoundState) -> dict:
+    def _measure(self, state: RoundState) -> dict:
         due = self.evaluate_every and (
-            after.round % self.evaluate_every == 0 or after.round == self.rounds
+            state.round % self.evaluate_every == 0 or state.round == self.rounds
         )
         if self.evaluate is None or not due:
             return {}
-        if after.personal:
+        if state.personal:
             return {
-                name: self.evaluate(name, *self.sent(after, name), after.round)
-                for name in after.personal
+                name: self.evaluate(name, *self.sent(state, name), state.round)
+                for name in state.personal
             }
-        return {"global": self.evaluate("global", after.shared, {}, after.round)}
+        return {"global": self.evaluate("global", state.shared, {}, state.round)}
 
     def _write_records(self, state: RoundState) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in state.records)

@@ -1,4 +1,4 @@
-"""What decides the result of a federated run: that of training, the clients', and the method's."""
+"""The settings that decide a federated run's result: of training, the clients, and the method."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FED_DECIDING = frozenset(
 def settings_of(run: Run, driver: Driver) -> dict[str, Any]:
     """The settings of a run, JSON types only."""
     flags = run.method.flags
-    own = {field.name for field in dataclasses.fields(flags)} if flags else set()
+    of_method = {field.name for field in dataclasses.fields(flags)} if flags else set()
     settings = training_settings(*run.arguments[:3])
-    settings |= deciding_flags([run.arguments.fed], FED_DECIDING | own)
+    settings |= deciding_flags([run.arguments.fed], FED_DECIDING | of_method)
     settings["--fed_options"] = {name: str(value) for name, value in run.options.items()}
     settings["the state to start from"] = state.fingerprint(driver.initial)
     settings["the clients"] = [

@@ -1,4 +1,4 @@
-"""What is told of a round: its record in rounds.jsonl, its curves, its lines on the screen."""
+"""The metrics of a round: its record in rounds.jsonl, its curves, its lines on the screen."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 
 from fed.clients.task import ClientTask
 from fed.clients.update import Update
+from fed.numerics.chunks import blocks
+from fed.numerics.consensus import consensus_of_gram
+from fed.numerics.pairwise import gram
 from fed.state import State
 
-_CHUNK = 2**18  # values of an update that are cast to float64 at once
 OUTLIER_RATIO = 20.0  # times the median length: nobody trains so much more than the others
 DUPLICATE_TOLERANCE = (
     1e-12  # equal updates' products differ by a rounding where a processor's kernels do
@@ -51,7 +53,7 @@ def round_record(
     failed: Mapping[str, str],
     **facts: object,
 ) -> dict:
-    """A line of rounds.jsonl; what `facts` has is the same for all clients."""
+    """A line of rounds.jsonl; `facts` are those of the whole round."""
     done = [(task, updates[task.name]) for task in tasks if task.name in updates]
     products = update_products([t.state for t, _ in done], [u.state for _, u in done])
     return {
@@ -67,17 +69,10 @@ def round_record(
 
 def update_products(starts: Sequence[State], ends: Sequence[State]) -> torch.Tensor:
     """Inner products of the clients' updates (end − start, all tensors as one vector), (K, K)."""
-    products = torch.zeros(len(ends), len(ends), dtype=torch.float64)
-    for name in sorted(ends[0]) if ends else ():
-        pairs = [
-            (start[name].flatten(), end[name].flatten())
-            for start, end in zip(starts, ends, strict=True)
-        ]
-        for first in range(0, len(pairs[0][0]), _CHUNK):
-            part = slice(first, first + _CHUNK)
-            rows = torch.stack([(end[part] - start[part]).double() for start, end in pairs])
-            products += rows @ rows.T
-    return products
+    # Sorted, for a state that is read again from a file may have another order.
+    like = {name: ends[0][name] for name in sorted(ends[0])} if ends else {}
+    pairs = zip(blocks(starts, like), blocks(ends, like), strict=True) if ends else ()
+    return gram((end.clients.sub_(start.clients) for start, end in pairs), len(ends))
 
 
 def cosines_of(products: torch.Tensor) -> list[list[float | None]]:
@@ -94,23 +89,19 @@ def cosines_of(products: torch.Tensor) -> list[list[float | None]]:
 
 
 def drift_of(products: torch.Tensor, weights: Sequence[float]) -> float | None:
-    """How far clients are from their mean update, over how far they went: both root mean squares.
+    """The clients' distance from their mean update over their updates' length, root mean squares.
 
-    0 when all clients move alike, sqrt(1 − 1/K) when K equal ones move at right angles, 1 when they
-    cancel; None when nobody moved.
+    The root of 1 − kappa (`fed.numerics.consensus`): 0 when all clients move alike, sqrt(1 − 1/K)
+    when K equal ones move at right angles, 1 when they cancel; None when nobody moved.
     """
-    p = torch.tensor(weights, dtype=torch.float64)
-    p = p / p.sum()
-    went = float(p @ products.diagonal())
-    if not went > 0:
-        return None
-    return max(1 - float(p @ products @ p) / went, 0.0) ** 0.5
+    kappa = consensus_of_gram(products, weights)
+    return None if kappa is None else max(1 - kappa, 0.0) ** 0.5
 
 
 def suspicions(record: dict) -> Iterator[str]:
-    """What a person should look at: updates of zero, very long ones, and copies of each other."""
+    """Warnings: updates of zero, very long ones, and copies of each other."""
     names = [n for n, client in record["clients"].items() if client["samples"]]
-    places = [list(record["clients"]).index(name) for name in names]
+    places = [i for i, client in enumerate(record["clients"].values()) if client["samples"]]
     norms = [record["norms"][i] for i in places]
     typical = sorted(norms)[len(norms) // 2] if norms else 0.0
     for name, norm in zip(names, norms, strict=True):

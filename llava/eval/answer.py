@@ -82,10 +82,11 @@ class Answerer:
         Without a default it is the one that upstream takes for a model of this name. `mmtag` is
         upstream's rule for models that only were pre-trained. Says on stderr which it is.
         """
+        configured = getattr(self.model.config, "conversation_template", None)
         if asked:
             mode, why = asked, "--conv-mode"
-        elif mode := getattr(self.model.config, "conversation_template", None):
-            why, mmtag = "conversation_template in the model's config", False
+        elif configured:
+            mode, why, mmtag = configured, "conversation_template in the model's config", False
         elif default:
             mode, why = default, "the default"
         else:
@@ -211,12 +212,14 @@ class Answerer:
             TooLongError: there is no room for an answer.
             InputError: another number of image tokens, or half a character.
         """
+        import torch
+
         from llava.mm_utils import tokenizer_image_token
 
         most = self.context_length
         if len(prompt) > 32 * most:  # not even worth a count
             raise self._too_long(f"{len(prompt):,} characters")
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
+        ids = torch.tensor(tokenizer_image_token(prompt, self.tokenizer), dtype=torch.long)
         if (found := prompt.count(DEFAULT_IMAGE_TOKEN)) != len(sizes):
             raise InputError(f"{len(sizes)} pictures were given, the text has {found} image tokens")
         length = len(ids) - found + sum(self.model.picture_length(size) for size in sizes)
@@ -225,7 +228,7 @@ class Answerer:
         return ids, most - length
 
     def at_most(self, prompt: str, pictures: int) -> int:
-        """What a prompt's tokens, pictures included, are not more than; nothing is tokenised."""
+        """An upper bound of a prompt's tokens, pictures included; nothing is tokenised."""
         if pictures:
             self._check_sees()
         most = self.model.most_picture_length if pictures else 0
@@ -254,7 +257,7 @@ def _check_device(name: str) -> None:
 
 
 def end_mark(conversation: Conversation) -> str:
-    """What stands at the end of an assistant's turn."""
+    """The mark at the end of an assistant's turn."""
     return conversation.sep2 or conversation.sep
 
 
@@ -278,7 +281,11 @@ def generation_options(
             raise InputError(f"--{flag} {value}: at least 1 is expected")
     if not 0 <= temperature < math.inf:
         raise InputError(f"--temperature {temperature}: a number from 0 on is expected")
-    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
+    options: dict[str, Any] = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+    }
     if temperature > 0:
         top_p = 1.0 if top_p is None else top_p
         if not 0 < top_p <= 1:

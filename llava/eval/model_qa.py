@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from llava.errors import one_clear_error
-from llava.eval.engine import Question, parser, run
+from llava.eval.eval_loop import Question, parser, run
 from llava.eval.questions import read_jsonl
 
 

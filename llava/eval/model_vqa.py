@@ -14,7 +14,7 @@ import functools
 
 from llava.errors import one_clear_error
 from llava.eval.answer import filled
-from llava.eval.engine import Question, parser, run
+from llava.eval.eval_loop import Question, parser, run
 from llava.eval.questions import picture_path, read_jsonl
 
 

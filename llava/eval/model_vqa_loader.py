@@ -12,7 +12,7 @@ import argparse
 
 from llava.errors import one_clear_error
 from llava.eval import model_vqa
-from llava.eval.engine import parser
+from llava.eval.eval_loop import parser
 
 
 def eval_model(args) -> None:

@@ -14,7 +14,7 @@ import functools
 
 from llava.errors import one_clear_error
 from llava.eval.answer import filled
-from llava.eval.engine import Question, parser, run
+from llava.eval.eval_loop import Question, parser, run
 from llava.eval.questions import read_tsv
 
 LETTERS = "ABCD"
@@ -51,8 +51,10 @@ def ask(args: argparse.Namespace, row: dict[str, str]) -> list[Question]:
         letters = LETTERS[: len(options)]
         listed = [f"{letter}. {option}" for letter, option in zip(letters, turned, strict=True)]
         prompt = "\n".join([*hint, row["question"], *listed])
-        record = {"question_id": index, "round_id": turn, "prompt": prompt, "text": None}
-        record |= {"options": turned, "option_char": [*letters[turn:], *letters[:turn]]}
+        record = {
+            "question_id": index, "round_id": turn, "prompt": prompt, "text": None,
+            "options": turned, "option_char": [*letters[turn:], *letters[:turn]],
+        }  # fmt: skip
         text = prompt
         if args.single_pred_prompt:
             text += "\n" + ANSWER_WITH_LETTER["cn" if args.lang == "cn" else "en"]

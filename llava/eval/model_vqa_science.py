@@ -14,7 +14,7 @@ import functools
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import filled
-from llava.eval.engine import Question, parser, run
+from llava.eval.eval_loop import Question, parser, run
 from llava.eval.model_vqa_mmbench import ANSWER_WITH_LETTER
 from llava.eval.questions import check_keys, picture_path
 from llava.json_files import read_any_json

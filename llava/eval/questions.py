@@ -52,12 +52,12 @@ def read_tsv(path: str | os.PathLike, *columns: str) -> list[dict[str, str]]:
     """The rows of a tab-separated table with a heading, which must name all `columns`."""
     csv.field_size_limit(sys.maxsize)  # a field may be a whole picture
     reader = csv.DictReader(io.StringIO(_read(path), newline=""), delimiter="\t")
-    check_keys({name: name for name in reader.fieldnames or ()}, columns, f"{path}: the heading")
+    heading = reader.fieldnames or ()
+    check_keys({name: name for name in heading}, columns, f"{path}: the heading")
     rows = []
     for row in reader:
         if None in row or None in row.values():
-            fields = len(reader.fieldnames)
-            raise InputError(f"{path} line {reader.line_num}: expected {fields} columns")
+            raise InputError(f"{path} line {reader.line_num}: expected {len(heading)} columns")
         rows.append(row)
     return _some(rows, path)
 

@@ -55,7 +55,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def __getattr__(name: str):
-    """What programs of others import from here, lazily: torch comes with it."""
+    """Names that other programs import from here, lazily: torch comes with them."""
     if name not in ("load_image", "load_images", "process_images"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from llava import mm_utils

@@ -9,7 +9,7 @@ answer ends that answer. A turn that goes wrong is left out, and the talk goes o
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
 import sys
 
 from llava.errors import one_clear_error, reason
@@ -20,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
     """Load the model of `args`, then answer line after line."""
     from llava.mm_utils import load_images
 
-    with contextlib.suppress(AttributeError):  # a line that is not UTF-8 is told of, not the end
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 gets an error message
         sys.stdin.reconfigure(errors="surrogateescape")
     options = generation_options(args.temperature, args.max_new_tokens)
     images = load_images(args.image_file)
@@ -79,14 +79,14 @@ def _streamer(tokenizer, stop: str):
     """Print words as they come, up to the mark that ends the answer."""
     from transformers import TextStreamer
 
-    from llava.serve.generated import shown
+    from llava.serve.text_stream import visible_text
 
     class UpToStop(TextStreamer):
         text, printed = "", 0
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
-            now = shown(self.text, stop, stream_end)
+            now = visible_text(self.text, stop, stream_end)
             print(now[self.printed :], end="\n" if stream_end else "", flush=True)
             self.printed = max(self.printed, len(now))
 
@@ -109,7 +109,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def __getattr__(name: str):
-    """What programs of others import from here, lazily: torch comes with it."""
+    """Names that other programs import from here, lazily: torch comes with them."""
     if name != "load_image":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from llava.mm_utils import load_image

@@ -3,7 +3,7 @@
 python -m llava.serve.controller [--host localhost] [--port 21001]
     [--dispatch-method lottery|shortest_queue]
 
-Workers register and tell every 15 seconds that they live; who is silent for 30 is forgotten.
+Workers register and send a heart beat every 15 seconds; after 30 without one a worker is dropped.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import argparse
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.errors import InputError, one_clear_error
-from llava.serve import wire
-from llava.serve.web import (
+from llava.serve import protocol
+from llava.serve.http_server import (
     application,
     body_object,
     check_installed,
@@ -29,11 +29,12 @@ from llava.serve.web import (
 )
 
 DISPATCH = ("lottery", "shortest_queue")
+CONNECT_TIMEOUT_S = 5
 
 
 @dataclasses.dataclass
-class Worker:
-    """What is known of a worker; `heard` is when it last spoke, None if it need not."""
+class RegisteredWorker:
+    """A worker's status; `heard` is when its last heart beat came, None if it sends none."""
 
     model_names: list[str]
     speed: float
@@ -48,7 +49,7 @@ class Registry:
         if dispatch not in DISPATCH:
             raise InputError(f"--dispatch-method {dispatch}: {' or '.join(DISPATCH)} is expected")
         self.dispatch, self.now = dispatch, now
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, RegisteredWorker] = {}
 
     def register(self, name: str, status: Any, check_heart_beat: bool) -> None:
         """Take a worker in, or take in its news; a status that is none is an `InputError`."""
@@ -62,7 +63,7 @@ class Registry:
         if speed <= 0:
             raise InputError(f"worker {name}: its speed is {speed:g}; over 0 is expected")
         heard = self.now() if check_heart_beat else None
-        self._workers[name] = Worker(names, speed, length, heard)
+        self._workers[name] = RegisteredWorker(names, speed, length, heard)
 
     def beat(self, name: str, queue_length: int) -> bool:
         """A worker lives; False if it is not known, and so should register."""
@@ -77,7 +78,7 @@ class Registry:
     def forget(self, name: str) -> None:
         self._workers.pop(name, None)
 
-    def alive(self) -> dict[str, Worker]:
+    def alive(self) -> dict[str, RegisteredWorker]:
         """The workers that have spoken lately."""
         oldest = self.now() - CONTROLLER_HEART_BEAT_EXPIRATION
         for name, worker in list(self._workers.items()):
@@ -113,85 +114,103 @@ class Registry:
         }
 
 
-def controller_app(registry: Registry):
-    """The ASGI application of a controller: upstream's endpoints."""
-    import httpx
+class Endpoints:
+    """Upstream's endpoints of a controller; a method's name is its path."""
 
-    # Proxies of the environment are for outside hosts.
-    silence = httpx.Timeout(5, read=None)  # a busy worker may think; one that is gone is not there
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
 
-    async def ask_status(name: str) -> Any:
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-            answer = await client.post(f"{name}/worker_get_status")
-            answer.raise_for_status()
-            return answer.json()
+    async def register_worker(self, http) -> None:
+        import httpx
 
-    async def register_worker(http) -> None:
         body = await body_object(http)
         name = required(body, "worker_name", str)
         try:
-            status = body.get("worker_status") or await ask_status(name)
+            status = body.get("worker_status") or await _ask_status(name)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             raise InputError(f"worker {name} does not answer ({type(error).__name__})") from None
-        registry.register(name, status, bool(body.get("check_heart_beat", True)))
+        self.registry.register(name, status, bool(body.get("check_heart_beat", True)))
 
-    async def refresh_all_workers(http) -> None:
-        for name, worker in list(registry.alive().items()):
+    async def refresh_all_workers(self, http) -> None:
+        import httpx
+
+        for name, worker in list(self.registry.alive().items()):
             try:
-                registry.register(name, await ask_status(name), worker.heard is not None)
+                status = await _ask_status(name)
+                self.registry.register(name, status, worker.heard is not None)
             except (InputError, httpx.HTTPError, httpx.InvalidURL, ValueError):
-                registry.forget(name)
+                self.registry.forget(name)
 
-    async def list_models(http) -> dict:
-        return {"models": registry.models()}
+    async def list_models(self, http) -> dict:
+        return {"models": self.registry.models()}
 
-    async def get_worker_address(http) -> dict:
-        return {"address": registry.choose(required(await body_object(http), "model", str))}
+    async def get_worker_address(self, http) -> dict:
+        model = required(await body_object(http), "model", str)
+        return {"address": self.registry.choose(model)}
 
-    async def receive_heart_beat(http) -> dict:
+    async def receive_heart_beat(self, http) -> dict:
         body = await body_object(http)
         name, length = required(body, "worker_name", str), required(body, "queue_length", int)
-        return {"exist": registry.beat(name, length)}
+        return {"exist": self.registry.beat(name, length)}
 
-    async def worker_get_status(http) -> dict:
-        return registry.status()
+    async def worker_get_status(self, http) -> dict:
+        return self.registry.status()
 
-    async def passed_on(body: bytes) -> AsyncIterator[bytes]:
+    async def worker_generate_stream(self, http):
+        return streamed(self._relay(await whole_body(http)))
+
+    async def _relay(self, body: bytes) -> AsyncGenerator[bytes]:
+        """A worker's answer to a question, object by object."""
+        import httpx
+
         try:
-            question = wire.read_json(body)
+            question = protocol.read_json(body)
             model = question.get("model", "") if isinstance(question, dict) else ""
         except InputError as error:
-            yield wire.chunk(str(error), wire.ERROR_MODEL)
+            yield protocol.chunk(str(error), protocol.ERROR_MODEL)
             return
-        if not (name := registry.choose(model)):
-            known = ", ".join(registry.models()) or "none"
+        if not (name := self.registry.choose(model)):
+            known = ", ".join(self.registry.models()) or "none"
             text = f"no worker serves the model {model!r} now; models that are served: {known}"
-            yield wire.chunk(text, wire.NO_WORKER)
+            yield protocol.chunk(text, protocol.NO_WORKER)
             return
+        timeout = httpx.Timeout(CONNECT_TIMEOUT_S, read=None)  # a busy worker may think
         try:
             async with (
-                httpx.AsyncClient(timeout=silence, trust_env=False) as client,
+                httpx.AsyncClient(timeout=timeout, trust_env=False) as client,
                 client.stream("POST", f"{name}/worker_generate_stream", content=body) as answer,
             ):
                 rest = b""
                 async for piece in answer.aiter_raw():  # half an object is of no use to anybody
-                    whole, nul, rest = (rest + piece).rpartition(wire.NUL)
+                    whole, nul, rest = (rest + piece).rpartition(protocol.NUL)
                     yield whole + nul
         except httpx.HTTPError as error:
             text = f"the worker of {model} stopped in the middle ({type(error).__name__})"
-            yield wire.chunk(text, wire.WORKER_GONE)
+            yield protocol.chunk(text, protocol.WORKER_GONE)
 
-    async def worker_generate_stream(http):
-        return streamed(passed_on(await whole_body(http)))
 
+async def _ask_status(worker: str) -> Any:
+    """The status that the worker at an address gives."""
+    import httpx
+
+    # Proxies of the environment are for outside hosts.
+    async with httpx.AsyncClient(timeout=CONNECT_TIMEOUT_S, trust_env=False) as client:
+        answer = await client.post(f"{worker}/worker_get_status")
+        answer.raise_for_status()
+        return answer.json()
+
+
+def controller_app(registry: Registry):
+    """The ASGI application of a controller."""
+    endpoints = Endpoints(registry)
     return application(
-        register_worker,
-        refresh_all_workers,
-        list_models,
-        get_worker_address,
-        receive_heart_beat,
-        worker_get_status,
-        worker_generate_stream,
+        endpoints.register_worker,
+        endpoints.refresh_all_workers,
+        endpoints.list_models,
+        endpoints.get_worker_address,
+        endpoints.receive_heart_beat,
+        endpoints.worker_get_status,
+        endpoints.worker_generate_stream,
     )
 
 

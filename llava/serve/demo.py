@@ -21,7 +21,7 @@ from pathlib import Path
 
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import add_model_flags
-from llava.serve.web import check_installed
+from llava.serve.http_server import check_installed
 
 WAIT = 600  # seconds for a model to load
 QUICKSTART = Path("runs/quickstart")

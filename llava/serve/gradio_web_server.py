@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from llava.errors import InputError, one_clear_error, reason
-from llava.serve.web import check_installed
+from llava.serve.http_server import check_installed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TITLE = "# LLaVA: what came out of the federation"
@@ -30,25 +30,25 @@ button[aria-label="Share"] { display: none }
 """
 
 
-def build(talk, log, runs: list[str], offers: list, model_list_mode: str, embed: bool = False):
+def build(client, log, runs: list[str], offers: list, model_list_mode: str, embed: bool = False):
     """The page as gradio Blocks."""
     import gradio as gr
 
-    from llava.serve.page.chat import chat_tab
-    from llava.serve.page.compare import compare_tab
-    from llava.serve.page.run import run_tab
-    from llava.serve.page.talk import PageError
+    from llava.serve.ui.chat import chat_tab
+    from llava.serve.ui.compare import compare_tab
+    from llava.serve.ui.run import run_tab
+    from llava.serve.ui.worker_client import PageError
 
     at_start: list[str] = []
 
     async def models(request: gr.Request):
-        """What is served: asked at each load, or once there was something."""
+        """The models that are served: asked at each load, or until there are some."""
         trouble = ""
         if model_list_mode == "reload" or not at_start:
             try:
-                at_start[:] = await talk.models()
+                at_start[:] = await client.models()
                 if not at_start:
-                    trouble = f"The controller at {talk.controller} knows no worker yet."
+                    trouble = f"The controller at {client.controller} knows no worker yet."
             except PageError as error:
                 at_start.clear()
                 trouble = str(error)
@@ -65,11 +65,11 @@ def build(talk, log, runs: list[str], offers: list, model_list_mode: str, embed:
             gr.Markdown(TITLE)
         notice = gr.Markdown(visible=False)
         with gr.Tab("Chat"):
-            model = chat_tab(talk, log, offers)
+            model = chat_tab(client, log, offers)
         with gr.Tab("Side by side"):
-            several = compare_tab(talk, log, offers)
+            several = compare_tab(client, log, offers)
         with gr.Tab("Run"):
-            run, choices = run_tab(talk, runs)
+            run, choices = run_tab(client, runs)
         page.load(models, None, [model, several, notice], show_progress="hidden")
         page.load(choices, None, run, show_progress="hidden")
     return page
@@ -100,11 +100,11 @@ def main(args: argparse.Namespace) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from llava.serve.page import examples
-    from llava.serve.page.talk import Talk
-    from llava.serve.page.votes import Log
+    from llava.serve.ui import examples
+    from llava.serve.ui.feedback_log import FeedbackLog
+    from llava.serve.ui.worker_client import WorkerClient
 
-    page = build(Talk(args.controller_url), Log(args.log_dir), args.run,
+    page = build(WorkerClient(args.controller_url), FeedbackLog(args.log_dir), args.run,
                  examples.read(args.examples), args.model_list_mode, args.embed)  # fmt: skip
     page.queue(default_concurrency_limit=args.concurrency_count, api_open=False)
     system = ["system-ui", "sans-serif"]

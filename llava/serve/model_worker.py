@@ -12,19 +12,19 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import Answerer, Picture, add_model_flags, conv_mode_of, end_mark
-from llava.serve import wire
-from llava.serve.web import check_installed
+from llava.serve import protocol
+from llava.serve.http_server import check_installed
 from llava.serve.worker_app import add_worker_flags, serve_worker
 
 if TYPE_CHECKING:
-    from llava.serve.engine import Engine
+    from llava.serve.batching import Engine
 
 
 class ModelBackend:
@@ -48,13 +48,14 @@ class ModelBackend:
             "runs": self.runs,
         }
 
-    async def stream(self, request: wire.Request) -> AsyncIterator[str]:
+    async def stream(self, request: protocol.Request) -> AsyncGenerator[str]:
         """The answer so far, whenever there is more of it."""
-        from llava.serve.engine import Question
+        from llava.serve.batching import QueuedPrompt
 
         pictures = await asyncio.to_thread(self._pictures, request.images)
-        loop, told = asyncio.get_running_loop(), asyncio.Queue()
-        question = Question(
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        question = QueuedPrompt(
             self._marked(request.prompt),
             pictures,
             request.temperature,
@@ -73,10 +74,10 @@ class ModelBackend:
             question.cancelled = True  # no more to say, or nobody listens
 
     async def attention(self, body: Any) -> dict[str, Any]:
-        """How much an answer's tokens attended to the places of each picture."""
-        from llava.serve.attention import grids
+        """The attention of an answer's tokens to the places of each picture."""
+        from llava.serve.attention_maps import grids
 
-        request = wire.read_request(body)
+        request = protocol.read_request(body)
         answer = body.get("answer")
         if not isinstance(answer, str) or not answer.strip() or answer not in request.prompt:
             raise InputError("answer: the text of the prompt's last answer is expected")
@@ -87,7 +88,7 @@ class ModelBackend:
         found = await asyncio.wrap_future(
             self.engine.call(lambda: grids(self.answerer, head, answer, pictures))
         )
-        squared = getattr(self.answerer.model.config, "image_aspect_ratio", None)
+        squared = getattr(self.answerer.model.config, "image_aspect_ratio", None) or ""
         fit = {"pad": "pad", "anyres": "stretch"}.get(squared, "crop")  # see `image_pixels`
         return {"grids": found, "fit": fit, "error_code": 0}
 
@@ -134,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         args.attn_implementation = args.attn_implementation or "flash_attention_2"
     answerer = Answerer.load(args)
     answerer.name = args.model_name or answerer.name
-    from llava.serve.engine import Engine
+    from llava.serve.batching import Engine
 
     engine = Engine(answerer, args.limit_model_concurrency)
     backend = ModelBackend(answerer, engine, run_folder(args.model_path))

@@ -20,7 +20,7 @@ from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
-    MOST_PIXELS,
+    MAX_PIXELS,
 )
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import InputError
@@ -36,7 +36,7 @@ _TAGGED = [f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>", "Received."]
 
 
 class Talk(NamedTuple):
-    """What a prompt says: the system's text, and the turns' in order, a user's first and last."""
+    """A prompt's texts: the system's, and the turns' in order, a user's first and last."""
 
     system: str
     turns: list[str]
@@ -54,7 +54,7 @@ class _Marks(NamedTuple):
 
 
 def read_prompt(prompt: str, name: str) -> Talk:
-    """What a prompt of the template `name` says; another template of `OTHERS` is recognised too."""
+    """The texts of a prompt of the template `name`; those of `OTHERS` are recognised too."""
     try:
         return split_prompt(prompt, name)
     except InputError:
@@ -67,7 +67,7 @@ def read_prompt(prompt: str, name: str) -> Talk:
 
 
 def split_prompt(prompt: str, name: str) -> Talk:
-    """What a prompt of the template `name` says, its system's text free to be another.
+    """The texts of a prompt of the template `name`; its system's text may be another.
 
     Examples that belong to the template are turns. The turns with which `mmtag` templates announce
     a picture become `<image>` at the front of the question after them, as elsewhere.
@@ -164,7 +164,7 @@ def data_url(image: str) -> str:
         data = base64.b64decode("".join(image.split()), validate=True)
     except ValueError:
         raise InputError(f"{name} cannot be read: this is not base64") from None
-    picture, kind = open_image(data, name, MOST_PIXELS), plain_kind(data)
+    picture, kind = open_image(data, name, MAX_PIXELS), plain_kind(data)
     if kind not in ("png", "jpeg", "webp", "gif"):
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")

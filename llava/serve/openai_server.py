@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 from llava.errors import InputError, reason
 
-SILENCE = 300
+READ_TIMEOUT_S = 300
 """Seconds that a busy server may keep an answer waiting for its next word."""
 
 
@@ -27,9 +27,9 @@ class OpenAIServer:
             raise InputError(f"--sgl-endpoint {endpoint}: http://host:port is expected")
         self.base = endpoint.rstrip("/").removesuffix("/v1") + "/v1"
         self.name = url.netloc.decode()  # without a password
-        self._options = {
+        self._options: dict[str, Any] = {
             "headers": {"Authorization": f"Bearer {key}"} if key else {},
-            "timeout": httpx.Timeout(SILENCE, connect=10, pool=None),
+            "timeout": httpx.Timeout(READ_TIMEOUT_S, connect=10, pool=None),
             "trust_env": url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy on the way
         }
         limits = httpx.Limits(max_connections=None)
@@ -48,7 +48,7 @@ class OpenAIServer:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"the model server at {self.name} has no list of models") from None
 
-    async def chat(self, body: dict[str, Any]) -> AsyncIterator[str]:
+    async def chat(self, body: dict[str, Any]) -> AsyncGenerator[str]:
         """The answer to `body`, a chat completion's, piece by piece.
 
         Closing the iterator closes the connection, and with it the server's work. A refusal, a
@@ -73,7 +73,7 @@ class OpenAIServer:
 
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
-        """What goes wrong on the way, in words."""
+        """Failures of the connection as an `InputError`."""
         import httpx
 
         try:
@@ -83,7 +83,7 @@ class OpenAIServer:
                 f"the model server at {self.name} cannot be reached: {reason(error)}"
             ) from error
         except httpx.TimeoutException as error:
-            raise InputError(f"the model server was silent for {SILENCE} seconds") from error
+            raise InputError(f"the model server was silent for {READ_TIMEOUT_S} seconds") from error
         except httpx.HTTPError as error:
             raise InputError(
                 f"the connection to the model server broke off: {reason(error)}"
@@ -105,7 +105,7 @@ def _read_event(data: bytes) -> tuple[str, bool]:
     try:
         event = json.loads(data)
         failed = event.get("error") or event.get("object") == "error"
-        choice = next(iter(event.get("choices") or ()), {})
+        choice: dict[str, Any] = next(iter(event.get("choices") or ()), {})
         text, end = (choice.get("delta") or {}).get("content"), choice.get("finish_reason")
     except (ValueError, AttributeError, TypeError):
         said = reason(ValueError(data.decode(errors="replace")))

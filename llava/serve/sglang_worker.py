@@ -14,17 +14,17 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llava.conversation import SeparatorStyle, get_template
 from llava.errors import InputError, one_clear_error
 from llava.eval.answer import conv_mode_of
-from llava.serve import wire
-from llava.serve.generated import shown
+from llava.serve import protocol
+from llava.serve.http_server import check_installed
 from llava.serve.openai_messages import chat_messages, read_prompt
 from llava.serve.openai_server import OpenAIServer
-from llava.serve.web import check_installed
+from llava.serve.text_stream import visible_text
 from llava.serve.worker_app import add_worker_flags, serve_worker
 
 
@@ -61,7 +61,7 @@ class OpenAIBackend:
         }
         return status | ({"context_length": self.context_length} if self.context_length else {})
 
-    async def stream(self, request: wire.Request) -> AsyncIterator[str]:
+    async def stream(self, request: protocol.Request) -> AsyncGenerator[str]:
         """The answer so far, whenever there is more of it."""
         self._asked += 1
         try:
@@ -72,21 +72,22 @@ class OpenAIBackend:
                     text += piece
                     if stop and stop in text:  # hanging up ends the server's work
                         break
-                    if (news := shown(text, stop, whole=False).strip()) != told:
+                    if (news := visible_text(text, stop, whole=False).strip()) != told:
                         told = news
                         yield told
-            if (whole := shown(text, stop, whole=True).strip()) != told or not whole:
+            if (whole := visible_text(text, stop, whole=True).strip()) != told or not whole:
                 yield whole
         finally:
             self._asked -= 1
 
-    def _body(self, request: wire.Request) -> dict[str, Any]:
+    def _body(self, request: protocol.Request) -> dict[str, Any]:
         # No `stop`: the answer is cut here, and some servers fail at one when there are pictures.
+        greedy = request.temperature <= protocol.GREEDY_BELOW
         return {
             "model": self.model,
             "messages": chat_messages(read_prompt(request.prompt, self.mode), request.images),
             "stream": True,
-            "temperature": request.temperature if request.temperature > wire.GREEDY_BELOW else 0,
+            "temperature": 0 if greedy else request.temperature,
             "top_p": request.top_p,
             "max_tokens": request.max_new_tokens,
         }

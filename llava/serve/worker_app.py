@@ -5,44 +5,52 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol, runtime_checkable
 
 from llava.errors import InputError, reason
-from llava.serve import wire
-from llava.serve.web import application, body_object, serve, streamed, whole_body
+from llava.serve import protocol
+from llava.serve.http_server import application, body_object, serve, streamed, whole_body
 
 
 class Backend(Protocol):
-    """What answers."""
+    """A model, here or on another server, that answers."""
 
     def status(self) -> dict[str, Any]:
         """`model_names`, `speed`, `queue_length`, and what else pages may want to know."""
 
-    def stream(self, request: wire.Request) -> AsyncIterator[str]:
+    def stream(self, request: protocol.Request) -> AsyncGenerator[str]:
         """The answer so far, again and again; `InputError` for what cannot be answered."""
+
+
+@runtime_checkable
+class AttentionBackend(Backend, Protocol):
+    """A backend that can also say where its model looked."""
+
+    async def attention(self, body: dict) -> dict[str, Any]:
+        """The reply to `/worker_attention`; `InputError` for a body that is none of its kind."""
 
 
 def worker_app(backend: Backend):
     """The ASGI application of a worker: `/worker_generate_stream`, `/worker_get_status`.
 
-    `/worker_attention` is there if the backend has `attention(body) -> dict`.
+    `/worker_attention` is there for an `AttentionBackend`.
     """
 
-    async def answer(body: bytes) -> AsyncIterator[bytes]:
+    async def answer(body: bytes) -> AsyncGenerator[bytes]:
         try:
-            request = wire.read_request(wire.read_json(body))
+            request = protocol.read_request(protocol.read_json(body))
             _check_model(request, backend.status()["model_names"])
             text = None
             async with contextlib.aclosing(backend.stream(request)) as texts:
                 async for text in texts:
-                    yield wire.chunk(request.prompt + text)
+                    yield protocol.chunk(request.prompt + text)
             if text is None:  # an empty answer is an answer, too
-                yield wire.chunk(request.prompt)
+                yield protocol.chunk(request.prompt)
         except InputError as error:
-            yield wire.chunk(str(error), wire.ERROR_MODEL)
+            yield protocol.chunk(str(error), protocol.ERROR_MODEL)
         except Exception as error:  # one question's trouble is its own
-            yield wire.chunk(_failure(error), wire.ERROR_MODEL)
+            yield protocol.chunk(_failure(error), protocol.ERROR_MODEL)
 
     async def worker_generate_stream(http):
         return streamed(answer(await whole_body(http)))
@@ -50,35 +58,39 @@ def worker_app(backend: Backend):
     async def worker_get_status(http) -> dict:
         return backend.status()
 
+    more = [_attention_of(backend)] if isinstance(backend, AttentionBackend) else []
+    return application(worker_generate_stream, worker_get_status, *more)
+
+
+def _attention_of(backend: AttentionBackend):
     async def worker_attention(http) -> dict:
         try:
             return await backend.attention(await body_object(http))
         except InputError as error:
-            return {"text": str(error), "error_code": wire.ERROR_MODEL}
+            return {"text": str(error), "error_code": protocol.ERROR_MODEL}
         except Exception as error:  # eager attention takes more memory than answering does
-            return {"text": _failure(error), "error_code": wire.ERROR_MODEL}
+            return {"text": _failure(error), "error_code": protocol.ERROR_MODEL}
 
-    more = [worker_attention] if hasattr(backend, "attention") else []
-    return application(worker_generate_stream, worker_get_status, *more)
+    return worker_attention
 
 
 def _failure(error: Exception) -> str:
-    """What the one who asked is told; the worker's log has the kind of error, too."""
+    """The message for the caller; the worker's log has the kind of error, too."""
     print(f"{type(error).__name__}: {reason(error)}", file=sys.stderr, flush=True)
     return f"the model failed: {reason(error)}"
 
 
-def _check_model(request: wire.Request, names: list[str]) -> None:
+def _check_model(request: protocol.Request, names: list[str]) -> None:
     if request.model and request.model not in names:
         raise InputError(f"this worker serves {', '.join(names)}, not {request.model!r}")
 
 
 def serve_worker(backend: Backend, args: argparse.Namespace) -> None:
     """Serve a worker with the flags of `add_worker_flags` until it is told to stop."""
-    from llava.serve.registration import Registration
+    from llava.serve.heartbeat import HeartBeat
 
     if not args.no_register:
-        Registration(args.controller_address, address_of(args), backend.status).start()
+        HeartBeat(args.controller_address, address_of(args), backend.status).start()
     serve(worker_app(backend), args)
 
 

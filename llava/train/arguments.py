@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, cast
 
 import transformers
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.errors import InputError
+from llava.model.multimodal_projector.connector import (
+    connector_flags,
+    connector_type,
+    connector_types,
+)
 from llava.model.quantize import QUANT_TYPES, check_bitsandbytes
+from llava.transformers_private import gpus_without_launcher
 
 
 @dataclass
 class ModelArguments:
+    """The flags of a model; `parse` adds those of the connectors."""
+
     model_name_or_path: str = field(default="facebook/opt-125m")
     version: str = field(default="v0", metadata={"help": "Conversation template, e.g. plain, v1."})
     freeze_backbone: bool = field(default=False)
@@ -38,36 +47,6 @@ class ModelArguments:
     mm_vision_select_feature: str = field(default="patch")
     unfreeze_mm_vision_tower: bool = field(
         default=False, metadata={"help": "Train the vision tower, too."}
-    )
-    pilot_tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "pilot: the tasks, the own first; in a federated run clients.yaml says."},
-    )
-    pilot_stage: int = field(default=2, metadata={"help": "pilot: 1 or 2."})
-    pilot_init: str = field(
-        default="split",
-        metadata={
-            "help": "pilot: added adapters start at 0 (split), or as a copy of the projector."
-        },
-    )
-    pilot_top_k: int = field(default=0, metadata={"help": "pilot: experts a token; 0: all."})
-    pilot_difference: float = field(
-        default=0.1, metadata={"help": "pilot: weight of the difference loss of stage 1."}
-    )
-    pilot_difference_over: str = field(
-        default="pairs", metadata={"help": "pilot: its scale, pairs, mean or sum."}
-    )
-    pilot_balance: float = field(
-        default=0.1, metadata={"help": "pilot: weight of the balance loss of stage 2."}
-    )
-    pilot_z: float = field(
-        default=0.01, metadata={"help": "pilot: weight of the router-z loss of stage 2."}
-    )
-    pilot_client_adapter: bool = field(
-        default=True, metadata={"help": "pilot: False leaves the client adapter out."}
-    )
-    pilot_mixture: bool = field(
-        default=True, metadata={"help": "pilot: False leaves the mixture of adapters out."}
     )
 
 
@@ -143,6 +122,15 @@ class TrainingArguments(transformers.TrainingArguments):
         default=1, metadata={"help": "Which of --schedule_samples this run is, from 1."}
     )
 
+    def __post_init__(self) -> None:
+        # Workers share the records and the features in memory; from Python 3.14 on, they would be
+        # sent a copy each instead, which takes longer than training and the memory of them all.
+        if sys.platform == "linux" and self.dataloader_num_workers > 0:
+            self.dataloader_multiprocessing_context = (
+                self.dataloader_multiprocessing_context or "fork"
+            )
+        super().__post_init__()
+
     @property
     def n_gpu(self) -> int:
         """0 or 1. A process takes one GPU: DataParallel would cut a batch whose positions count
@@ -177,9 +165,9 @@ def modernise(argv: Sequence[str]) -> list[str]:
 def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
     """Parse flags into dataclasses, by default (Model, Data, Training)Arguments.
 
-    Where there is no GPU the CPU is chosen and `--tf32` dropped, so that one script serves both
-    kinds of machine. Starts the process group of a `--deepspeed` run, which must stand before the
-    model is made, or ZeRO-3 would take the world for one process.
+    What stands for `ModelArguments` has the flags of all connectors, too. Where there is no GPU the
+    CPU is chosen and `--tf32` dropped, so that one script serves both kinds of machine. A run with
+    `--deepspeed` has called `llava.train.distributed.start_process_group` before.
 
     Raises:
         InputError: an unknown flag (with the near names), or a value of the wrong type.
@@ -191,11 +179,10 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
         argv = _without(argv, "--tf32")
         if "--use_cpu" not in argv:
             argv += ["--use_cpu", "True"]
-    files = [value for flag, value in pairwise(argv) if flag == "--deepspeed"]
-    if files:
-        _check_deepspeed(files[-1])
-        _start_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parser = _Parser(kinds or (ModelArguments, DataArguments, TrainingArguments))
+    check_deepspeed(argv)
+    kinds = kinds or (ModelArguments, DataArguments, TrainingArguments)
+    kinds = tuple(model_arguments() if kind is ModelArguments else kind for kind in kinds)
+    parser = _Parser(cast(Any, kinds))
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
@@ -203,19 +190,31 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
     except (ValueError, ImportError, OSError) as error:
         raise InputError(str(error)) from None
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        known = [option for option in options if "_" in option or "-" not in option[2:]]
+        known = [f"--{f.name}" for kind in kinds for f in dataclasses.fields(kind) if f.init]
         close = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise InputError(f"unknown flag {unknown[0]}{hint}")
-    by_kind = {type(arguments): arguments for arguments in parsed}
-    if TrainingArguments in by_kind:
-        _check(by_kind[TrainingArguments])
-    if {ModelArguments, DataArguments, TrainingArguments} <= by_kind.keys():
-        _check_what_trains(
-            by_kind[ModelArguments], by_kind[DataArguments], by_kind[TrainingArguments]
-        )
+    _check_together(parsed)
     return tuple(parsed)
+
+
+def model_arguments() -> type[ModelArguments]:
+    """`ModelArguments` with the flags of all connectors."""
+    return dataclasses.make_dataclass(
+        "ModelArguments", [], bases=(ModelArguments, *connector_flags())
+    )
+
+
+def _check_together(parsed: Sequence[Any]) -> None:
+    """Refuse values that are wrong by themselves or beside each other."""
+    model_args = next((a for a in parsed if isinstance(a, ModelArguments)), None)
+    data_args = next((a for a in parsed if isinstance(a, DataArguments)), None)
+    training_args = next((a for a in parsed if isinstance(a, TrainingArguments)), None)
+    if training_args is not None:
+        _check(training_args)
+    if model_args and data_args and training_args:
+        _check_connector(model_args)
+        _check_what_trains(model_args, data_args, training_args)
 
 
 class _Parser(transformers.HfArgumentParser):
@@ -225,7 +224,12 @@ class _Parser(transformers.HfArgumentParser):
         raise InputError(message)
 
 
-def _check_deepspeed(file: str) -> None:
+def check_deepspeed(argv: Sequence[str]) -> str | None:
+    """The file of `--deepspeed`, if one is given; `InputError` unless it is JSON."""
+    files = [value for flag, value in pairwise(argv) if flag == "--deepspeed"]
+    if not files:
+        return None
+    file = files[-1]
     try:
         with open(file) as opened:
             json.load(opened)
@@ -233,34 +237,7 @@ def _check_deepspeed(file: str) -> None:
         raise InputError(f"--deepspeed {file}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"--deepspeed {file}: this is not JSON: {error}") from None
-
-
-def _start_process_group(backend: str) -> None:
-    import logging
-    import socket
-    import warnings
-
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise InputError(
-            f"--deepspeed needs the package deepspeed: pip install 'fedllava[train]' ({error})"
-        ) from None
-
-    # What the libraries tell each other: DeepSpeed calls torch by old names, transformers leaves
-    # gradient accumulation to DeepSpeed.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
-    logging.getLogger("accelerate.accelerator").addFilter(
-        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
-    )
-
-    if "RANK" not in os.environ:  # started without a launcher: a world of one
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed.init_distributed(backend)
+    return file
 
 
 def _without(argv: list[str], flag: str) -> list[str]:
@@ -298,12 +275,24 @@ def _check(args: TrainingArguments) -> None:
         raise InputError(f"--learning_rate is {args.learning_rate}, a number >= 0 is expected")
     if not 0 <= args.lora_dropout < 1:
         raise InputError(f"--lora_dropout is {args.lora_dropout}, a number in [0, 1) is expected")
-    if args.n_gpu < args._n_gpu:
-        print(f"1 of {args._n_gpu} GPUs is used; start with deepspeed or torchrun to use all")
+    gpus = gpus_without_launcher(args)
+    if args.n_gpu < gpus:
+        print(f"1 of {gpus} GPUs is used; start with deepspeed or torchrun to use all")
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 True needs a GPU; a CPU trains in float32 or with --bf16 True")
     if args.bits < 16:
         check_bitsandbytes(args.bits)
+
+
+def _check_connector(model_args: ModelArguments) -> None:
+    """Refuse a connector that is not known, and flags of another one."""
+    chosen, _ = connector_type(model_args.mm_projector_type)
+    for kind in connector_types():
+        if kind is chosen or kind.flags is None:
+            continue
+        for name, default in vars(kind.flags()).items():
+            if getattr(model_args, name, default) != default:
+                raise InputError(f"--{name} is for --mm_projector_type {kind.title}")
 
 
 def _check_what_trains(
@@ -311,10 +300,6 @@ def _check_what_trains(
 ) -> None:
     """Refuse flags that contradict each other about what trains."""
     tunes_tower = model_args.unfreeze_mm_vision_tower
-    if model_args.mm_projector_type != "pilot":
-        for name, default in vars(ModelArguments()).items():
-            if name.startswith("pilot_") and getattr(model_args, name) != default:
-                raise InputError(f"--{name} is for --mm_projector_type pilot")
     if not model_args.vision_tower:
         if model_args.tune_mm_mlp_adapter:
             raise InputError(

@@ -21,20 +21,14 @@ from tqdm import tqdm
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Segment, get_template
 from llava.errors import InputError
-from llava.mm_utils import (
-    check_aspect_ratio,
-    image_pixels,
-    image_size,
-    open_image,
-    stack_same,
-)
+from llava.mm_utils import check_aspect_ratio, image_size, open_image, stack_same
 from llava.texts import half_character
 from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
+from llava.train.sample_format import SampleFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llava.tiling import Tiling
     from llava.train.feature_cache import FeatureCache
 
 
@@ -77,11 +71,6 @@ def _name(record: dict[str, Any], index: int) -> str:
     return f"record {index} (id {record['id']!r})" if "id" in record else f"record {index}"
 
 
-def picture_pixels(path: str, data_args: Any) -> torch.Tensor:
-    """The picture at `path` as the tower wants it: (3, H, W), or tiles of that shape."""
-    return image_pixels(open_image(path), data_args.image_processor, data_args)
-
-
 @dataclass
 class CheckReport:
     """What `LazySupervisedDataset.check` found.
@@ -106,9 +95,11 @@ class LazySupervisedDataset(Dataset):
     (width, height) in pixels. In `input_ids` a picture is one -200. A text-only record has none of
     these (upstream sends zeros through the tower).
 
-    Fields of `data_args`: version, is_multimodal, image_folder, image_aspect_ratio,
-    image_grid_pinpoints, image_processor, image_tokens, tiling, mm_use_im_start_end,
-    skip_bad_images.
+    Args:
+        data_path: a file of records, or the records.
+        data_args: `image_folder` and `skip_bad_images` are read of it; without `sample_format` also
+            the attributes of that name, into which programs for upstream write.
+        sample_format: `Session.sample_format`, or one that differs from it for this data set.
     """
 
     def __init__(
@@ -117,6 +108,7 @@ class LazySupervisedDataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         data_args: Any,
         feature_cache: FeatureCache | None = None,
+        sample_format: SampleFormat | None = None,
     ) -> None:
         if isinstance(data_path, list):
             self.source = "the given records"
@@ -128,8 +120,9 @@ class LazySupervisedDataset(Dataset):
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.feature_cache = feature_cache
-        self.template = get_template(data_args.version)
-        check_aspect_ratio(data_args.image_aspect_ratio)
+        self.sample_format = sample_format or SampleFormat.of_arguments(data_args)
+        self.template = get_template(self.sample_format.version)
+        check_aspect_ratio(self.sample_format.image_aspect_ratio)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -181,40 +174,37 @@ class LazySupervisedDataset(Dataset):
         item: dict[str, Any] = {"input_ids": ids, "labels": labels}
         if paths := self.paths(index):
             item["images"] = [self._picture(path) for path in paths]
-            sizes = [self._size_of(path) for path in paths]
-            item["image_tokens"] = [self._tokens_of(size) for size in sizes]
-            if self._tiling:
-                item["image_sizes"] = sizes
+            tiling = self.sample_format.tiling
+            if tiling is None:
+                item["image_tokens"] = [self.sample_format.image_tokens] * len(paths)
+            else:
+                sizes = item["image_sizes"] = [image_size(path) for path in paths]
+                item["image_tokens"] = [tiling.num_tokens(size) for size in sizes]
         return item
 
     def _picture(self, path: str) -> torch.Tensor:
         features = self.feature_cache.get(path) if self.feature_cache else None
-        return picture_pixels(path, self.data_args) if features is None else features
+        return self.sample_format.pixels(path) if features is None else features
 
-    @property
-    def _tiling(self) -> Tiling | None:
-        return getattr(self.data_args, "tiling", None)
-
-    def _size_of(self, path: str) -> tuple[int, int] | None:
-        """Width and height in pixels, on which the tokens of tiles depend; else None."""
-        return image_size(path) if self._tiling else None
-
-    def _tokens_of(self, size: tuple[int, int] | None) -> int:
-        return self._tiling.num_tokens(size) if self._tiling else self.data_args.image_tokens
+    def _tokens_of(self, path: str) -> int:
+        """How many tokens the picture takes; that of tiles depends on its size."""
+        tiling = self.sample_format.tiling
+        return tiling.num_tokens(image_size(path)) if tiling else self.sample_format.image_tokens
 
     def _segments(self, index: int) -> list[Segment]:
         """The record as pieces of text; `InputError` when text and pictures do not fit together."""
-        args = self.data_args
         pictures = len(self.paths(index))
         try:
             turns = read_turns(self.records[index]["conversations"])
             mentions = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in turns)
-            if pictures and not args.is_multimodal:
+            if pictures and not self.sample_format.is_multimodal:
                 raise InputError("it has a picture, but the run has no vision tower")
             if mentions != pictures:
                 found = {0: "no picture", 1: "one picture"}.get(pictures, f"{pictures} pictures")
                 raise InputError(f"it has {found}, but its text says `<image>` {mentions} times")
-            turns = preprocess_multimodal(turns, self.template, args.mm_use_im_start_end)
+            turns = preprocess_multimodal(
+                turns, self.template, self.sample_format.mm_use_im_start_end
+            )
             return render(turns, self.template)
         except InputError as error:
             raise InputError(f"{self.name(index)}: {error}") from None
@@ -258,7 +248,7 @@ class LazySupervisedDataset(Dataset):
         limit, tokens = self.tokenizer.model_max_length, []
         for path in self.paths(index):
             with contextlib.suppress(InputError):  # a picture that cannot be read is told of later
-                tokens.append(self._tokens_of(self._size_of(path)))
+                tokens.append(self._tokens_of(path))
         # A token is at least a byte of text, but for <s> and the space before the first word:
         # most records are seen to fit without being tokenised.
         at_most = 2 + sum(len(text.encode()) for text, _ in segments)
@@ -345,19 +335,24 @@ def _places(mask: torch.Tensor) -> torch.Tensor:
 
 
 def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase, data_args: Any
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: Any,
+    sample_format: SampleFormat | None = None,
 ) -> dict[str, Any]:
     """The three arguments that a Trainer needs: data sets for training and evaluation, collator.
 
-    `eval_dataset` is None unless `data_args.eval_data_path` is set.
+    `eval_dataset` is None unless `data_args.eval_data_path` is set. See `LazySupervisedDataset` for
+    the rest of `data_args`, and for `sample_format`.
     """
+
+    def dataset(path: str) -> LazySupervisedDataset:
+        return LazySupervisedDataset(path, tokenizer, data_args, sample_format=sample_format)
+
     if not data_args.data_path:
         raise InputError("--data_path is missing: a JSON file of LLaVA records to train on")
-    evaluation = None
-    if data_args.eval_data_path:
-        evaluation = LazySupervisedDataset(data_args.eval_data_path, tokenizer, data_args)
+    evaluation = data_args.eval_data_path
     return {
-        "train_dataset": LazySupervisedDataset(data_args.data_path, tokenizer, data_args),
-        "eval_dataset": evaluation,
+        "train_dataset": dataset(data_args.data_path),
+        "eval_dataset": dataset(evaluation) if evaluation else None,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
 import safetensors
 import safetensors.torch
@@ -56,7 +57,7 @@ class FeatureCache:
         self.preprocess = preprocess
         self.limit_bytes = limit_bytes
         self.directory = directory
-        self._store = _Memory() if directory is None else _Disk(Path(directory) / key)
+        self._store: _Store = _Memory() if directory is None else _Disk(Path(directory) / key)
         self._full = False
 
     def get(self, path: str | os.PathLike) -> torch.Tensor | None:
@@ -135,6 +136,20 @@ class FeatureCache:
             write.result()
 
 
+class _Store(Protocol):
+    """Features by name; `used` counts bytes, and `pack` makes what `put` takes, with its size."""
+
+    used: int
+
+    def has(self, name: str) -> bool: ...
+
+    def get(self, name: str) -> torch.Tensor | None: ...
+
+    def pack(self, features: torch.Tensor) -> tuple[Any, int]: ...
+
+    def put(self, name: str, packed: Any) -> None: ...
+
+
 class _Memory:
     """Features in a dict; `used` counts their bytes."""
 
@@ -211,4 +226,4 @@ def _name(path: str | os.PathLike) -> str | None:
 
 
 def _crc32(features: torch.Tensor) -> str:
-    return f"{zlib.crc32(features.view(torch.uint8).numpy()):08x}"
+    return f"{zlib.crc32(features.view(torch.uint8).numpy().data):08x}"

@@ -7,12 +7,14 @@ bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,9 +35,15 @@ from llava.model.lora import is_lora, load_lora, save_lora
 from llava.state import load, save
 from llava.train.sampler import LengthGroupedSampler
 
+if TYPE_CHECKING:
+    from llava.train.arguments import TrainingArguments as LLaVATrainingArguments
+
 
 class LLaVATrainer(Trainer):
     """`Trainer` that also reads the arguments of `llava.train.arguments.TrainingArguments`."""
+
+    args: LLaVATrainingArguments
+    model: Any  # a PreTrainedModel, or peft's wrapper of one
 
     def train(self, *args, **kwargs):
         try:
@@ -88,8 +96,10 @@ class LLaVATrainer(Trainer):
         if self.lr_scheduler is None and samples:
             steps = [steps_of(self.args, n) for n in samples]
             before = sum(steps[: self.args.schedule_round - 1])
-            whole = super().create_scheduler(sum(steps), optimizer)
-            shifted = [lambda step, f=f: f(step + before) for f in whole.lr_lambdas]
+            whole: Any = super().create_scheduler(sum(steps), optimizer)
+            shifted: list[Callable[[int], float]] = [
+                functools.partial(_shifted, factor, before) for factor in whole.lr_lambdas
+            ]
             for group in whole.optimizer.param_groups:
                 group["lr"] = group.pop("initial_lr")
             self.lr_scheduler = LambdaLR(whole.optimizer, shifted)
@@ -107,7 +117,8 @@ class LLaVATrainer(Trainer):
     @property
     def saves_part(self) -> bool:
         """Whether a checkpoint holds the part that trains, without the frozen model around it."""
-        return getattr(self.args, "tune_mm_mlp_adapter", False) or is_lora(self.model)
+        projector_alone = getattr(self.model.config, "tune_mm_mlp_adapter", False)
+        return projector_alone or is_lora(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = output_dir or self.args.output_dir
@@ -120,7 +131,8 @@ class LLaVATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_full(self.model, self.processing_class, output_dir, state_dict)
+            folder = output_dir or self.args.output_dir
+            save_full(self.model, self.processing_class, folder, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
         try:
@@ -138,17 +150,18 @@ class LLaVATrainer(Trainer):
         (load_part if self.saves_part else load_full)(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.saves_part:
-            load_part(self.model, self.state.best_model_checkpoint)
-        elif self.is_deepspeed_enabled:
+        best = self.state.best_model_checkpoint
+        if self.is_deepspeed_enabled and not self.saves_part:
             super()._load_best_model()
         else:
-            load_full(self.model, self.state.best_model_checkpoint)
+            assert best is not None, "the Trainer has looked"
+            (load_part if self.saves_part else load_full)(self.model, best)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self.saves_part:
             # Without this flag DeepSpeed writes the frozen language model into every checkpoint.
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            engine: Any = self.model_wrapped
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
             if self.args.should_save and self.lr_scheduler is not None:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
             return
@@ -159,6 +172,7 @@ class LLaVATrainer(Trainer):
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.optimizer is not None, "the Trainer makes it before it loads its state"
         flags = [_rates(group) for group in self.optimizer.param_groups]
         optim = _value(self.args.optim)
         other = f"{checkpoint}: its optimizer's state is not one of --optim {optim}"
@@ -192,6 +206,10 @@ class LLaVATrainer(Trainer):
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
+
+
+def _shifted(factor: Callable[[int], float], before: int, step: int) -> float:
+    return factor(step + before)
 
 
 # What an optimizer's group holds of the flags; the rest is how torch computes a step.

@@ -163,11 +163,12 @@ def fit(
 
     Text may be cut; `InputError` when a picture would be, since half a picture is none.
     """
-    ids, labels = expand_image_tokens(ids, labels, image_tokens)
+    ids, expanded = expand_image_tokens(ids, labels, image_tokens)
+    assert expanded is not None, "labels were given"
     max_length = min(max_length, len(ids))
     if (ids[max_length:] == IMAGE_TOKEN_INDEX).any():
         raise InputError(
             f"model_max_length {max_length} cuts off tokens of a picture (it takes {image_tokens}, "
             f"the whole sample {len(ids)})"
         )
-    return ids[:max_length], labels[:max_length]
+    return ids[:max_length], expanded[:max_length]

@@ -1,11 +1,11 @@
-"""What a run is made of, as its flags say: model, LoRA, tower, projector, tokenizer."""
+"""The parts of a run, loaded as its flags say: model, LoRA, tower, projector, tokenizer."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -30,8 +30,7 @@ from llava.model.lora import (
     read_beside,
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_projector.connector import TRAINED
-from llava.model.multimodal_projector.pilot import EXTRA, PilotSettings
+from llava.model.multimodal_projector.connector import TRAINED, connector_type
 from llava.model.picture_tokens import (
     add_picture_tokens,
     grow_embeddings,
@@ -43,16 +42,18 @@ from llava.pictures import READING
 from llava.state import load
 from llava.tiling import default_resolutions
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.data import picture_pixels
 from llava.train.feature_cache import FeatureCache
+from llava.train.sample_format import SampleFormat
+from llava.transformers_private import mark_as_adapted
 
 
-@dataclass
+@dataclass(frozen=True)
 class Session:
     """A model with what its data needs: everything that is loaded once."""
 
     model: transformers.PreTrainedModel  # or peft's PeftModel around it
     tokenizer: transformers.PreTrainedTokenizerBase
+    sample_format: SampleFormat
     feature_cache: FeatureCache | None
 
 
@@ -61,13 +62,10 @@ def load_session(
 ) -> Session:
     """Load language model, tower, projector and tokenizer as the flags say; set what trains.
 
-    Fills `data_args.image_processor`, `.image_tokens`, `.image_grid_pinpoints`, `.tiling`,
-    `.is_multimodal`, `.version` and `.mm_use_im_start_end`, which the data sets read.
+    The process group of a run of several processes stands before (`llava.train.distributed`).
     """
     # Seeded here and not by the Trainer, since a fresh projector is drawn now.
     transformers.set_seed(training_args.seed)
-    training_args.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
-
     config = training_config(model_args, data_args, training_args)
     attention = choose_attention(training_args.attn_implementation, training_args.device.type)
     compute = compute_dtype(training_args)
@@ -90,19 +88,29 @@ def load_session(
     keep_trainable(model)
     model.config.use_cache = False
     tokenizer = _training_tokenizer(model_args, training_args, model)
-    data_args.version = model_args.version
-    data_args.image_tokens = 1
-    data_args.mm_use_im_start_end = model_args.mm_use_im_start_end
-
+    sample_format = SampleFormat(
+        model_args.version,
+        image_aspect_ratio=data_args.image_aspect_ratio,
+        mm_use_im_start_end=model_args.mm_use_im_start_end,
+    )
     feature_cache = None
     if model_args.vision_tower:
-        feature_cache = _attach_vision(model, tokenizer, model_args, data_args, training_args)
+        _attach_vision(model, tokenizer, model_args, training_args)
+        sample_format = SampleFormat.of_model(model, model_args.version)
+        # A tower that trains gives something else each time; the cache holds no tiles.
+        if not (model_args.unfreeze_mm_vision_tower or sample_format.tiling):
+            feature_cache = make_feature_cache(
+                model.get_vision_tower(),
+                sample_format,
+                data_args.feature_cache,
+                data_args.feature_cache_gb,
+            )
     model = _set_trainable(model, model_args, training_args)
-    return Session(model, tokenizer, feature_cache)
+    return Session(model, tokenizer, sample_format, feature_cache)
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
-    """What --bf16 and --fp16 say."""
+    """The floating-point type of --bf16 and --fp16."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
@@ -119,6 +127,8 @@ def training_config(
     config.tokenizer_padding_side = "right"
     config.tokenizer_model_max_length = training_args.model_max_length
     if not model_args.vision_tower:
+        if hasattr(config, "tune_mm_mlp_adapter"):  # of the run that made the folder
+            config.tune_mm_mlp_adapter = False
         return config
     _check_projector_type(config, model_args)
     config.mm_vision_tower = model_args.vision_tower
@@ -144,28 +154,20 @@ def training_config(
         "mm_use_im_patch_token",
     ):
         setattr(config, key, getattr(model_args, key))
-    if model_args.mm_projector_type == "pilot":
-        config.mm_pilot = _pilot_settings(model_args)
+    kind, _ = connector_type(model_args.mm_projector_type)
+    kind.configure(config, model_args)
     return config
-
-
-def _pilot_settings(model_args: ModelArguments) -> dict:
-    """The --pilot_* flags as `config.mm_pilot`, checked."""
-    flags = {name: v for name, v in vars(model_args).items() if name.startswith("pilot_")}
-    given = {name.removeprefix("pilot_"): value for name, value in flags.items()}
-    given["tasks"] = given["tasks"] or PilotSettings().tasks
-    return dataclasses.asdict(PilotSettings(**given))
 
 
 def _check_projector_type(config, model_args: ModelArguments) -> None:
     """Refuse a type under which a LLaVA's own projector would be thrown away in silence."""
-    own = getattr(config, "mm_projector_type", None)
-    if (own, model_args.mm_projector_type) == ("mlp2x_gelu", "pilot"):
-        return  # its base; the other adapters are derived
-    if own not in (None, model_args.mm_projector_type) and not model_args.pretrain_mm_mlp_adapter:
+    present, asked = getattr(config, "mm_projector_type", None), model_args.mm_projector_type
+    # From its base a connector derives the rest.
+    allowed = (None, asked, connector_type(asked)[0].base)
+    if present not in allowed and not model_args.pretrain_mm_mlp_adapter:
         raise InputError(
-            f"--mm_projector_type is {model_args.mm_projector_type!r}, "
-            f"{model_args.model_name_or_path} is a LLaVA with {own!r}"
+            f"--mm_projector_type is {asked!r}, "
+            f"{model_args.model_name_or_path} is a LLaVA with {present!r}"
         )
 
 
@@ -193,13 +195,14 @@ def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict, tokenizer, m
         grow_embeddings(model, len(tokenizer))
 
 
-def _attach_vision(model, tokenizer, model_args, data_args, training_args) -> FeatureCache | None:
+def _attach_vision(model, tokenizer, model_args, training_args) -> None:
+    """Put tower, projector and picture tokens into a model, as the flags say."""
     tunes = model_args.unfreeze_mm_vision_tower
     source = model_args.model_name_or_path
     own_tower = getattr(model.config, "unfreeze_mm_vision_tower", False)
     # AdamW in pure bfloat16 loses small updates; DeepSpeed keeps its own float32 copy.
     in_float = not training_args.deepspeed
-    tower = model.load_vision_tower(
+    model.load_vision_tower(
         dtype=torch.float32 if tunes and in_float else compute_dtype(training_args),
         device=training_args.device,
         weights=tower_weights(folder_of(source)) if own_tower else None,
@@ -216,39 +219,37 @@ def _attach_vision(model, tokenizer, model_args, data_args, training_args) -> Fe
     add_picture_tokens(model, tokenizer, pretrained, file)
     if uses_start_end(model.config) and _frozen(model_args, training_args):
         separate_rows(model, tokenizer)
-    data_args.image_processor = tower.image_processor
-    data_args.image_tokens = projector.num_tokens(tower.num_patches)
-    data_args.image_grid_pinpoints = getattr(model.config, "image_grid_pinpoints", None)
-    data_args.tiling = model.tiling
-    data_args.is_multimodal = True
-    # A tower that trains gives something else each time; the cache holds no tiles.
-    return None if tunes or data_args.tiling else make_feature_cache(tower, data_args)
 
 
-def make_feature_cache(tower, data_args: DataArguments) -> FeatureCache | None:
-    """The cache that `--feature_cache` asks for; keyed by the tower and by the processing."""
-    if data_args.feature_cache == "off":
+def make_feature_cache(
+    tower: Any, sample_format: SampleFormat, where: str = "memory", limit_gb: float = 4.0
+) -> FeatureCache | None:
+    """A cache of the tower's features, keyed by the tower and by the processing.
+
+    Args:
+        where: as --feature_cache: `memory`, `off`, or a folder.
+        limit_gb: as --feature_cache_gb.
+    """
+    if where == "off":
         return None
-    if os.path.exists(data_args.feature_cache) and not os.path.isdir(data_args.feature_cache):
-        raise InputError(f"--feature_cache {data_args.feature_cache}: this is not a folder")
-    in_memory = data_args.feature_cache == "memory"
+    if os.path.exists(where) and not os.path.isdir(where):
+        raise InputError(f"--feature_cache {where}: this is not a folder")
+    in_memory = where == "memory"
     key = ""  # a cache that no other process reads needs no name, which costs a look at all weights
     if not in_memory:
-        processing = f"{data_args.image_aspect_ratio} {tower.image_processor.to_json_string()}"
-        processing += f" {READING}"
+        processor = tower.image_processor.to_json_string()
+        processing = f"{sample_format.image_aspect_ratio} {processor} {READING}"
         key = hashlib.sha256((tower.fingerprint() + processing).encode()).hexdigest()
     return FeatureCache(
         encode=lambda pixels: tower(pixels.to(tower.dtype)).cpu(),
-        preprocess=lambda path: picture_pixels(path, data_args),
+        preprocess=sample_format.pixels,
         key=key,
-        limit_bytes=int(data_args.feature_cache_gb * 1e9),
-        directory=None if in_memory else data_args.feature_cache,
+        limit_bytes=int(limit_gb * 1e9),
+        directory=None if in_memory else where,
     )
 
 
-def _set_trainable(
-    model: transformers.PreTrainedModel, model_args: ModelArguments, args: TrainingArguments
-) -> torch.nn.Module:
+def _set_trainable(model: Any, model_args: ModelArguments, args: TrainingArguments) -> Any:
     """Freeze and unfreeze as the flags say; returns the model, wrapped by peft if it gets LoRA."""
     parts = model.get_model() if model_args.vision_tower else None
     if model_args.freeze_backbone:
@@ -272,11 +273,12 @@ def _set_trainable(
         )
     if args.bits < 16 and not args.lora_enable:
         # The Trainer refuses a quantised model that has no adapter; here the projector is it.
-        model._hf_peft_config_loaded = True
+        mark_as_adapted(model)
     return model
 
 
-def _with_lora(model: transformers.PreTrainedModel, args: TrainingArguments):
+def _with_lora(model: Any, args: TrainingArguments) -> Any:
+    """The model in peft's wrapper, with a new LoRA or that of --lora_weight_path."""
     cast = not args.deepspeed
     folder = args.lora_weight_path
     if not folder:
@@ -292,6 +294,7 @@ def _with_lora(model: transformers.PreTrainedModel, args: TrainingArguments):
     others = read_beside(folder)
     load_non_lora(wrapped, others, beside_file(folder))
     keep_beside(wrapped, others)
-    if not any(name.startswith(PROJECTOR_PREFIX + EXTRA) for name in others):
+    beyond_base = model.get_model().mm_projector.beyond_base()
+    if not any(PROJECTOR_PREFIX + name in others for name in beyond_base):
         derive_projector(wrapped)  # of a LoRA that trained with a plain projector
     return wrapped

@@ -1,4 +1,4 @@
-"""What decides the result of a run: continued with anything else, it would be another run."""
+"""The settings that decide the result of a run: with others it would be another run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.model.multimodal_projector.connector import connector_flags
 
 # Named one by one: what a later transformers adds, and what a machine may do in its own way
 # (attention, checkpointed activations, loading, logging, saving), does not part a run from itself.
+# All flags of connectors decide besides.
 DECIDING = frozenset(
     # the model, and what of it trains
     "model_name_or_path version freeze_backbone tune_mm_mlp_adapter vision_tower "
     "mm_vision_select_layer mm_vision_select_feature mm_projector_type mm_use_im_start_end "
     "mm_use_im_patch_token mm_patch_merge_type unfreeze_mm_vision_tower freeze_mm_mlp_adapter "
-    "pilot_tasks pilot_stage pilot_init pilot_top_k pilot_difference pilot_difference_over "
-    "pilot_balance pilot_z pilot_client_adapter pilot_mixture "
     "lora_enable lora_r lora_alpha lora_dropout lora_bias bits double_quant quant_type "
     # what it sees, and in which order
     "image_folder image_aspect_ratio image_grid_pinpoints skip_bad_images model_max_length "
@@ -64,7 +64,9 @@ def training_settings(model_args: Any, data_args: Any, training_args: Any) -> di
     """The settings that (Model, Data, Training)Arguments stand for, JSON types only."""
     arguments = (model_args, data_args, training_args)
     best = training_args.load_best_model_at_end
-    settings: dict[str, Any] = deciding_flags(arguments, DECIDING | BEST if best else DECIDING)
+    connectors = {field.name for kind in connector_flags() for field in dataclasses.fields(kind)}
+    names = DECIDING | connectors | (BEST if best else frozenset())
+    settings: dict[str, Any] = deciding_flags(arguments, names)
     for name in (*CONTENT, "eval_data_path") if best else CONTENT:
         value = next(getattr(args, name) for args in arguments if hasattr(args, name))
         settings[f"the content of --{name}"] = fingerprint(value)
@@ -126,7 +128,7 @@ def _innermost(what: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     if lists and all(isinstance(part, dict) for part in [*old, *new]):
         names = [[part["name"] for part in parts] for parts in (old, new)]
         if names[0] != names[1]:
-            return f"the names of {what}", *names
+            return f"the names of {what}", names[0], names[1]
         differ = (i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
         i = next(differ)
         return _innermost(f"client {names[0][i]}", old[i], new[i])

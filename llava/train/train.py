@@ -9,11 +9,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error, reason
@@ -25,6 +26,7 @@ from llava.train.data import (
     LazySupervisedDataset,
     make_supervised_data_module,
 )
+from llava.train.distributed import start_process_group
 from llava.train.feature_cache import FeatureCache
 from llava.train.llava_trainer import LLaVATrainer, PlainProgress
 from llava.train.preprocess import preprocess_multimodal
@@ -109,10 +111,10 @@ def make_trainer(
     training_args: TrainingArguments,
     kind: type[LLaVATrainer] = LLaVATrainer,
     progress: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> LLaVATrainer:
     """A trainer of this session; `progress`: a bar on a terminal, plain lines elsewhere."""
-    training_args.disable_tqdm |= not (progress and sys.stderr.isatty())
+    bar = progress and sys.stderr.isatty() and not training_args.disable_tqdm
     try:
         trainer = kind(
             model=session.model, args=training_args, processing_class=session.tokenizer, **kwargs
@@ -120,8 +122,10 @@ def make_trainer(
     except ImportError as error:  # of a package that a flag asks for
         raise InputError(reason(error)) from None
     trainer.remove_callback(PrinterCallback)
-    if progress and training_args.disable_tqdm:
-        trainer.add_callback(PlainProgress)
+    if not bar:
+        trainer.remove_callback(ProgressCallback)
+        if progress:
+            trainer.add_callback(PlainProgress)
     return trainer
 
 
@@ -130,9 +134,11 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
 
     A folder that holds another run is refused: `llava.train.resume`.
     """
-    model_args, data_args, training_args = parse(argv)
-    training_args.attn_implementation = training_args.attn_implementation or attn_implementation
-    training_args.prediction_loss_only = True
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if attn_implementation:
+        argv = ["--attn_implementation", attn_implementation, *argv]  # a later one is stronger
+    start_process_group(argv)
+    model_args, data_args, training_args = parse([*argv, "--prediction_loss_only", "True"])
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {training_args.eval_strategy} needs --eval_data_path")
     prepare_output(training_args)
@@ -144,7 +150,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     settings = training_settings(model_args, data_args, training_args)
     checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
-    data = make_supervised_data_module(session.tokenizer, data_args)
+    data = make_supervised_data_module(session.tokenizer, data_args, session.sample_format)
     # In memory the features of a picture that is seen once are of no use to anybody.
     reused = training_args.num_train_epochs > 1 or data_args.feature_cache != "memory"
     for name, title in (("train_dataset", "training"), ("eval_dataset", "validation")):

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fed.report import PALETTE, markdown, write_figure
+from fed.markdown import markdown_table
+from fed.report import PALETTE, write_figure
 from llava.atomic import write_text
 from playground.studies.fedcmp import FedCMPPlan
 from playground.studies.plots import GREY, Bars, draw_bars, draw_curves, panels
@@ -110,7 +111,7 @@ def ablation_table(results: Results) -> str:
     heads = [f"{s}: {column.name}" for s in scenarios for column in (LOSS, EXACT)]
     if not body:
         return "Not run yet.\n"
-    return markdown(["variant", *heads, "mean loss", "seeds"], body)
+    return markdown_table(["variant", *heads, "mean loss", "seeds"], body)
 
 
 def draw_gains(results: Results, path: Path) -> None:

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fed.report import PALETTE, markdown, write_figure
+from fed.markdown import markdown_table
+from fed.report import PALETTE, write_figure
 from llava.atomic import write_text
 from playground.studies.pilot import WHOSE, PilotPlan, measure, over_tasks
 from playground.studies.plots import Bars, draw_bars, panels
@@ -96,7 +97,7 @@ def paired_table(results: Results, others: Sequence[str]) -> str:
             cells += [spread(less, column.digits), p]
         body.append(cells)
     names = [*(f"{whose}: exact %" for whose in WHOSE), "all: loss"]
-    return markdown(["", *(head for name in names for head in (name, "better, p"))], body)
+    return markdown_table(["", *(head for name in names for head in (name, "better, p"))], body)
 
 
 def cost_table(results: Results, titles: Sequence[str]) -> str:
@@ -110,7 +111,7 @@ def cost_table(results: Results, titles: Sequence[str]) -> str:
         if None not in rounds:
             counts = [_each(rounds, name) for name in ("trained", "sent", "received")]
         body.append([title, *counts, seconds])
-    return markdown(["", "trained", "sent", "received", "seconds a run"], body)
+    return markdown_table(["", "trained", "sent", "received", "seconds a run"], body)
 
 
 def _each(rounds: Sequence[Mapping], name: str) -> str:

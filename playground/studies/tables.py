@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from fed.report import markdown
+from fed.markdown import markdown_table
 from playground.studies.plan import Job
 from playground.studies.results import Measure, Results
 
@@ -64,7 +64,7 @@ def table(
 ) -> str:
     """A line a title: its label, then the cell of each column."""
     body = [[label(title), *(cell(title) for _, cell in columns)] for title in titles]
-    return markdown([corner, *(head for head, _ in columns)], body)
+    return markdown_table([corner, *(head for head, _ in columns)], body)
 
 
 def spread_cell(results: Results, scenario: str, column: Column) -> Cell:
@@ -86,7 +86,9 @@ def paired_table(results: Results, other: str, columns: Sequence[Column], corner
             p = "" if scenario else f", p = {sign_flip_p(less):.2g}"
             cells += [spread(less, column.digits), wins(less, column.better) + p]
         body.append(cells)
-    return markdown([corner, *(w for column in columns for w in (column.name, "better"))], body)
+    return markdown_table(
+        [corner, *(w for column in columns for w in (column.name, "better"))], body
+    )
 
 
 def tuning_table(
@@ -104,4 +106,4 @@ def tuning_table(
             shown = ", ".join(f"{k} {v}" for k, v in json.loads(setting).items()) or "–"
             mark = " ←" if setting == results.chosen[title] else ""
             body.append([title, shown + mark, *cells([results.by_job[job] for job in jobs])])
-    return markdown(["method", "setting", *heads], body)
+    return markdown_table(["method", "setting", *heads], body)

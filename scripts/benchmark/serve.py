@@ -67,7 +67,7 @@ def serve(args: argparse.Namespace) -> None:
     """In a process of its own: the worker."""
     import uvicorn
 
-    from llava.serve.engine import Engine
+    from llava.serve.batching import Engine
     from llava.serve.model_worker import ModelBackend
     from llava.serve.worker_app import worker_app
 
@@ -123,7 +123,7 @@ def under_load(address: str, asked: list[dict], users: int, pid: int) -> dict:
     """Ask a worker with `users` threads at once."""
     import httpx
 
-    from llava.serve.wire import read_chunks
+    from llava.serve.protocol import read_chunks
 
     todo: queue.SimpleQueue = queue.SimpleQueue()
     for item in enumerate(asked):

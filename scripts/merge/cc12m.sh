@@ -32,7 +32,7 @@ EVALS=${EVALS-pope gqa textvqa sqa mme mmbench}  # of scripts/v1_5/eval; EVALS= 
 DRY_RUN=${DRY_RUN:-}                       # 1: print the commands
 # More flags of one step alone, split at spaces, for example:
 #   METHOD=ties NAME=ties-0.3 MERGE_FLAGS="--options density=0.3"
-#   NAME=calibrated MERGE_FLAGS="--options mode=calibration --model-base lmsys/vicuna-13b-v1.5
+#   NAME=calibrated MERGE_FLAGS="--options mode=calibration --model_base lmsys/vicuna-13b-v1.5
 #     --calibration_data ./checkpoints/cc12m/clusters/heldout.json
 #     --image_folder ./checkpoints/cc12m/clusters/heldout/images --device cuda"
 align_flags=(${ALIGN_FLAGS:-})
@@ -92,7 +92,7 @@ align() { # align FOLDER START DATA IMAGES FLAGS…: a projector trained from ST
 # 1. The cut. The common pictures are drawn before it, out of all clusters.
 clusters=$OUT/clusters
 step "$clusters" python -m fed.data cluster --clusters "$K" \
-    --tower "$TOWER" --device "$DEVICE" --batch-size 256 \
+    --tower "$TOWER" --device "$DEVICE" --batch_size 256 \
     --input "$CC12M/*.tar" --heldout "$COMMON" --seed "$SEED" --output "$clusters"
 
 # 2. The start that all experts share, which is the merge's base, and the experts.

@@ -31,7 +31,12 @@ def trained(tiny, tmp_path_factory):
     model_args, data_args, training_args = parse(argv)
     session = load_session(model_args, data_args, training_args)
     session.model.eval()
-    dataset = LazySupervisedDataset(str(tiny / "heldout.json"), session.tokenizer, data_args)
+    dataset = LazySupervisedDataset(
+        str(tiny / "heldout.json"),
+        session.tokenizer,
+        data_args,
+        sample_format=session.sample_format,
+    )
     collator = DataCollatorForSupervisedDataset(session.tokenizer)
     return session, dataset, collator
 
@@ -104,7 +109,13 @@ def test_a_mixture_with_trained_routers_is_measured_as_without(tiny, tmp_path):
     model = session.model.eval()
     assert model.config.output_router_logits
     held_out = EvaluationSet(
-        "x", LazySupervisedDataset(str(tiny / "heldout.json"), session.tokenizer, data_args)
+        "x",
+        LazySupervisedDataset(
+            str(tiny / "heldout.json"),
+            session.tokenizer,
+            data_args,
+            sample_format=session.sample_format,
+        ),
     )
     collator = DataCollatorForSupervisedDataset(session.tokenizer)
     found = evaluate(model, held_out, collator, 4)

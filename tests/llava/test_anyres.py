@@ -67,7 +67,7 @@ def run(flags, data):
 def batch_of(argv):
     arguments_ = parse(argv)
     session = load_session(*arguments_)
-    module = make_supervised_data_module(session.tokenizer, arguments_[1])
+    module = make_supervised_data_module(session.tokenizer, arguments_[1], session.sample_format)
     items = [module["train_dataset"][i] for i in range(len(module["train_dataset"]))]
     return session.model.eval(), items, module["data_collator"](items)
 

@@ -12,6 +12,7 @@ from llava.mm_utils import image_pixels, open_image
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.pictures import READING
 from llava.train.feature_cache import FeatureCache
+from llava.train.sample_format import SampleFormat
 from llava.train.session import make_feature_cache
 
 PROCESSOR = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
@@ -182,14 +183,13 @@ def test_pictures_that_are_read_otherwise_have_another_key(pictures, tiny, tmp_p
     """What an earlier version made of a 16-bit picture is not taken for its features."""
     tower = build_vision_tower(SimpleNamespace(mm_vision_tower=str(tiny / "vision_tower")))
     tower.load_model()
-    args = SimpleNamespace(
-        feature_cache=str(tmp_path / "cache"), feature_cache_gb=1, image_aspect_ratio="pad",
-        image_processor=tower.image_processor,
-    )  # fmt: skip
-    make_feature_cache(tower, args).prefetch(pictures)
-    assert pictures[0] in make_feature_cache(tower, args)
+    sample_format = SampleFormat(
+        "plain", image_aspect_ratio="pad", image_processor=tower.image_processor
+    )
+    make_feature_cache(tower, sample_format, str(tmp_path / "cache"), 1).prefetch(pictures)
+    assert pictures[0] in make_feature_cache(tower, sample_format, str(tmp_path / "cache"))
     monkeypatch.setattr("llava.train.session.READING", READING + 1)
-    assert pictures[0] not in make_feature_cache(tower, args)
+    assert pictures[0] not in make_feature_cache(tower, sample_format, str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

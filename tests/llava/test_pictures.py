@@ -280,7 +280,7 @@ def test_pictures_from_an_address(site, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(InputError, match=f"^picture {site}/{page} cannot be read: {reason}"):
             load_image(f"{site}/{page}")
-    monkeypatch.setattr("llava.pictures.MOST_BYTES", 8)
+    monkeypatch.setattr("llava.pictures.MAX_BYTES", 8)
     with pytest.raises(InputError, match="me.png cannot be read: more than"):
         load_image(f"{site}/me.png")
 

@@ -13,6 +13,7 @@ import transformers
 from fed.arguments import FedArguments
 from fed.server.resume_key import FED_DECIDING
 from llava.errors import InputError
+from llava.model.multimodal_projector.connector import connector_flags
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.settings import (
     BEST,
@@ -25,7 +26,8 @@ from llava.train.settings import (
 )
 
 ROOT = Path(__file__).parents[2]
-OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments)
+CONNECTORS = connector_flags()  # all of theirs decide
+OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments, *CONNECTORS)
 
 # Ours that do not decide: where things lie, what is measured or said, how a machine does its part.
 NOT_DECIDING = set(
@@ -57,6 +59,7 @@ def own_fields(kind: type) -> set[str]:
 def test_every_flag_of_ours_decides_or_is_known_not_to():
     ours = set().union(*(own_fields(kind) for kind in OWN))
     decide = DECIDING | FED_DECIDING | set(CONTENT)
+    decide |= {field.name for kind in CONNECTORS for field in dataclasses.fields(kind)}
     assert ours - decide - NOT_DECIDING == set()
     assert decide & NOT_DECIDING == set()
     assert NOT_DECIDING - ours == set()

@@ -64,7 +64,7 @@ def test_a_square_in_bands_is_the_square(size, band, monkeypatch):
 def test_the_pixels_are_the_processors(size, processor, squared, monkeypatch):
     config = SimpleNamespace(image_aspect_ratio=squared)
     whole = image_pixels(noise(*size), processor, config)
-    monkeypatch.setattr(squaring, "MOST_BETWEEN", 4000)
+    monkeypatch.setattr(squaring, "MAX_BETWEEN_PIXELS", 4000)
     bounded = image_pixels(noise(*size), processor, config)
     assert bounded.shape == whole.shape
     assert (bounded.int() - whole.int()).abs().max() <= 1  # Pillow rounds other weights

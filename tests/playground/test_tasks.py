@@ -239,7 +239,7 @@ def test_the_archive_brings_its_licence(data):
 
 
 def test_what_the_demos_page_offers_is_held_out(unpacked):
-    from llava.serve.page.examples import PLAYGROUND
+    from llava.serve.ui.examples import PLAYGROUND
 
     held = {
         path.parent.name + "/images/" + record["image"]

@@ -1,4 +1,4 @@
-"""What there is to tell of a layer that was fused, for facts and plots."""
+"""The facts of a fused layer, for records and plots."""
 
 from __future__ import annotations
 

@@ -11,29 +11,21 @@ What lies outside U is one block more, with one length for all clients: its mean
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fed.numerics.consensus import NOISE, Rest, consensus, rest_of
 from fed.numerics.joint_basis import Basis, mean_matrix
-
-NOISE = 1e-6  # a row so much shorter than another is the rounding of float32
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What lies outside the basis: its share of the energy, and what becomes of it."""
-
-    energy: float
-    kappa: float
-    gain: float
+from fed.numerics.layers import Matrices
+from fed.numerics.weighted_mean import total
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Coefficients fused, and what there is to tell of it.
+    """Fused coefficients, and how they came about.
 
     Attributes:
         rows: C, (r, in).
@@ -67,7 +59,7 @@ class Fused:
 
 
 def fuse(
-    mats: Collection[Tensor],
+    mats: Matrices,
     p: Sequence[float],
     basis: Basis,
     *,
@@ -96,9 +88,9 @@ def fuse(
         of_rows = c.square().sum(1)
         squares += rho[-1] * of_rows
         inside += share * float(of_rows.sum())
-    total = sum(rho)
-    kappa = consensus(rows, squares, total)
-    fused, gain = merge_rows(rows, squares, total, rescale)
+    sums = total(rho)
+    kappa = consensus(rows, squares, sums)
+    fused, gain = merge_rows(rows, squares, sums, rescale)
     r = len(gain)
     rest = None
     if r < basis.full:
@@ -111,7 +103,7 @@ def fuse(
         fused, gain = fused * bent[:, None], gain * bent
         if rest is not None:
             rest = Rest(rest.energy, rest.kappa, rest.gain * bent_rest)
-    return Fused(fused, mean, mean_rows, kappa, gain, agreed, [each / total for each in rho], rest)
+    return Fused(fused, mean, mean_rows, kappa, gain, agreed, [each / sums for each in rho], rest)
 
 
 def agreement(c: Tensor, p: float, mean: Tensor) -> Tensor:
@@ -130,16 +122,6 @@ def agreement(c: Tensor, p: float, mean: Tensor) -> Tensor:
 def reliability(agreed: Tensor, p: float, tau: float) -> Tensor:
     """rho~_ki of one client, (r,): rho_ki before it is divided by the sum over clients."""
     return p * ((agreed - 1) / tau).exp()
-
-
-def consensus(rows: Tensor, squares: Tensor, rho: Tensor) -> Tensor:
-    """kappa_i, (r,): |sum_k rho_ki c_ki|^2 over sum_k rho_ki |c_ki|^2, from the third sum.
-
-    1 when all clients agree, sum_k rho_ki^2 (1/K for K equal ones) on average when they are
-    unrelated, 0 when they cancel or none moves.
-    """
-    each = rho * squares
-    return torch.where(each > 0, rows.square().sum(1) / each, 0).clamp(0, 1)
 
 
 def merge_rows(rows: Tensor, squares: Tensor, rho: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
@@ -167,25 +149,3 @@ def evened(
         typical = left / math.sqrt(full - r)
         of_rest = (level / typical) ** (flatten * (1 - rest.kappa))
     return factors.where(there, 1), of_rest
-
-
-def rest_of(
-    mean: Tensor,
-    mean_rows: Tensor,
-    energy: float,
-    total: float,
-    rescale: float,
-    power: float = 0.5,
-) -> Rest:
-    """The block outside the basis, of which the clients hold `energy` of `total`.
-
-    Args:
-        mean: M, (side, width), and its coefficients U^T M, (r, width).
-    """
-    norm = torch.linalg.vector_norm
-    agreed = max(float(norm(mean)) ** 2 - float(norm(mean_rows)) ** 2, 0.0)
-    if energy <= NOISE * total:  # rounding
-        return Rest(energy, 1.0, 1.0)
-    kappa = min(agreed / energy, 1.0)
-    gain = min(max(kappa, 1e-30) ** -power, rescale)
-    return Rest(energy, kappa, gain)

@@ -1,4 +1,4 @@
-"""What a method may ask of data, where there is some: the model's answers, measured on a state."""
+"""The measurements of a state on calibration data that a method may ask for."""
 
 from __future__ import annotations
 

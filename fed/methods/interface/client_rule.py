@@ -1,8 +1,8 @@
-"""What a method does within a client's turn, where it is more than a server's arithmetic.
+"""A method's rule for the steps of clients, where it is more than a server's arithmetic.
 
-A rule is one object a turn. It adds to the gradients just before each optimizer step, and at the
-end has what the client keeps for its next turn and what travels to the server beside the state.
-Who trains, and how, it does not know: its tensors have the names of the state.
+A rule is one object a client's task. It adds to the gradients just before each optimizer step, and
+ends with the tensors that the client keeps for its next task and those that it sends to the server
+beside the state. It knows nothing of the trainer: its tensors have the names of the state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FOR_CLIENTS = ".for_clients"
 
 
 class Ending(NamedTuple):
-    """What a turn leaves beside the client's state: what stays with the client, what is sent."""
+    """The tensors that a task ends with beside the state: some are kept, others sent."""
 
     kept: State
     extras: State
@@ -26,16 +26,16 @@ class ClientRule:
     """The base of all rules: adds nothing, keeps nothing, sends nothing.
 
     Args:
-        start: the weights as the turn begins with them.
+        start: the weights at the task's beginning.
         sent: what the server sent beside the state; empty where its memory had nothing for clients.
-        kept: what the client kept of its last turn; empty in its first.
+        kept: what the client kept of its last task; empty in its first.
         options: all options of the method.
 
     Attributes:
-        keeps: whether a turn ends with kept tensors; their names and shapes are the state's.
+        keeps: whether a task ends with kept tensors; their names and shapes are the state's.
         sends: the same of what is sent.
-        running: what changes from step to step, in place: it lies in the trainer's checkpoints, and
-            is put back when a turn goes on from one.
+        running: tensors that change from step to step, in place: saved in the trainer's
+            checkpoints, and put back when a task goes on from one.
     """
 
     keeps: ClassVar[bool] = False
@@ -45,7 +45,7 @@ class ClientRule:
         self.running: State = {}
 
     def step(self, gradients: State, weights: State) -> State:
-        """What is to be added to the gradients of the step that is about to be made.
+        """The tensors to add to the gradients of the step that is about to be made.
 
         Args:
             gradients: over all of the step's samples, after clipping; what has none is left out.
@@ -57,7 +57,7 @@ class ClientRule:
         return {}
 
     def end(self) -> Ending:
-        """What is left when the last step is made."""
+        """The tensors kept and sent, after the last step."""
         return Ending({}, {})
 
 

@@ -1,4 +1,4 @@
-"""A method: one object that says all there is to know of an aggregation or a merge."""
+"""A method: one object that describes an aggregation or a merge."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Outcome:
 
     Attributes:
         state: the shared state, or for a personal method one per client, in `base`'s dtypes.
-        memory: what its next call is to be given: a flat dict of tensors, None when nothing.
-        facts: what happened, for people and plots; JSON types only.
+        memory: for the method's next call: a flat dict of tensors, None when nothing.
+        facts: for records and plots; JSON types only.
     """
 
     state: State | list[State]
@@ -47,18 +47,17 @@ class Method:
         function: the arithmetic, `(states, *, weights, base, …) -> Outcome`. It gets arguments that
             were checked, no client of weight 0 unless `personal`, and may return any floating type.
             It declares what it uses: `memory` between rounds, a dict; `clients`, the names;
-            `tasks`, the clients' tasks; `extras`, what each client's rule sent; `total`, how many
-            clients the run has; `calibration`, what there is to measure of each client's state on
-            data, without which it cannot do where it gives no default. All other keyword arguments
-            are its options.
+            `tasks`, the clients' tasks; `extras`, the tensors that each client's rule sent;
+            `total`, the number of clients in the run; `calibration`, one a client, required where
+            it has no default. All other keyword arguments are its options.
         personal: whether one state per client comes back.
         cross_layer: whether a layer's result depends on more than its own weight and bias. A merge
             of whole models goes layer by layer where it does not.
         calibrated_by: the option and its value with which calibration data are looked at, where
             that is not always so.
-        client_rule: what clients do within their steps, made anew for each turn; None: nothing.
+        client_rule: a rule for the clients' steps, made anew for each task; None: they just train.
         send: what a client is sent, where that is not its own state or the shared one.
-        exchanges: from --fed_rounds to how often clients send something back.
+        exchanges: --fed_rounds -> the number of times that clients send something back.
         connector: the --mm_projector_type that it needs, and that needs it.
         flags: a dataclass of command-line flags of its own; all of them decide the result.
         prepare: refuses arguments that do not go together, `(specs, arguments) -> arguments`, and
@@ -88,7 +87,7 @@ class Method:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What each option is when it is not given."""
+        """The default of each option."""
         return {name: option.default for name, option in self.options.items()}
 
     @functools.cached_property
@@ -104,8 +103,8 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         """Whether it cannot do without."""
-        own = self.arguments.get("calibration")
-        return own is not None and own.default is own.empty
+        calibration = self.arguments.get("calibration")
+        return calibration is not None and calibration.default is calibration.empty
 
     @property
     def merges(self) -> bool:
@@ -131,7 +130,7 @@ class Method:
     def rule(
         self, given: Sequence[str] | Mapping[str, Any]
     ) -> Callable[[State, State, State], ClientRule] | None:
-        """What makes a client's rule for a turn, `(start, sent, kept) -> ClientRule`, or None."""
+        """The maker of a client's rule for a task, `(start, sent, kept) -> ClientRule`, or None."""
         if self.client_rule is None:
             return None
         return functools.partial(self.client_rule, **{**self.defaults, **self.parse(given)})
@@ -167,43 +166,34 @@ class Method:
                 or extras that do not fit.
         """
         parsed = self.parse(given)
-        who = list(clients or map(str, range(len(states))))
-        counts = _check(states, weights, base, who)
-        extras = self._check_extras(extras, base, who)
-        tasks = [""] * len(states) if tasks is None else tasks
-        if len(tasks) != len(states):
-            raise InputError(f"{len(tasks)} tasks, expected one of each of {len(states)} clients")
-        total = len(states) if total is None else total
-        if total < len(states):
-            raise InputError(f"{len(states)} client states of {total} clients in total")
-        if self.needs_calibration and calibration is None:
-            raise InputError(
-                f"{self.name} needs data to calibrate on, which a merge has "
-                "(--calibration_data) and a round has not"
-            )
-        heard = [k for k, weight in enumerate(counts) if self.personal or weight > 0]
-        beside = {
+        names = list(clients or map(str, range(len(states))))
+        counts = _check(states, weights, base, names)
+        per_client = {
+            "clients": names,
+            "extras": self._check_extras(extras, base, names),
+            "tasks": _check_tasks(tasks, len(states)),
+            "calibration": self._check_calibration(calibration),
+        }
+        counted = [k for k, weight in enumerate(counts) if self.personal or weight > 0]
+        arguments = {
             "memory": dict(memory or {}),
-            "extras": [extras[k] for k in heard],
-            "total": total,
-            "calibration": None if calibration is None else [calibration[k] for k in heard],
-            "clients": [who[k] for k in heard],
-            "tasks": [tasks[k] for k in heard],
+            "total": _check_total(total, len(states)),
+            **{name: of and [of[k] for k in counted] for name, of in per_client.items()},
         }
         outcome = self.function(
-            [states[k] for k in heard],
-            weights=[counts[k] for k in heard],
+            [states[k] for k in counted],
+            weights=[counts[k] for k in counted],
             base=base,
-            **{name: value for name, value in beside.items() if name in self.arguments},
+            **{name: value for name, value in arguments.items() if name in self.arguments},
             **parsed,
         )
         self._cast(outcome, base)
         outcome.memory = outcome.memory or None
-        outcome.facts["clients"] = [who[k] for k in heard]
+        outcome.facts["clients"] = [names[k] for k in counted]
         return outcome
 
     def _check_extras(
-        self, extras: Sequence[State] | None, base: State, who: list[str]
+        self, extras: Sequence[State] | None, base: State, names: list[str]
     ) -> Sequence[State]:
         like = base if self.sends_extras else {}
         if extras is None:
@@ -211,12 +201,22 @@ class Method:
                 raise InputError(
                     f"{self.name} needs extras: what each client sent beside its state"
                 )
-            return [{}] * len(who)
-        if len(extras) != len(who):
-            raise InputError(f"{len(extras)} extras, expected one of each of {len(who)} clients")
-        for client, extra in zip(who, extras, strict=True):
+            return [{}] * len(names)
+        if len(extras) != len(names):
+            raise InputError(f"{len(extras)} extras, expected one of each of {len(names)} clients")
+        for client, extra in zip(names, extras, strict=True):
             check(extra, like, who=f"client {client}, beside its state")
         return extras
+
+    def _check_calibration(
+        self, calibration: Sequence[Calibration] | None
+    ) -> Sequence[Calibration] | None:
+        if self.needs_calibration and calibration is None:
+            raise InputError(
+                f"{self.name} needs data to calibrate on, which a merge has "
+                "(--calibration_data) and a round has not"
+            )
+        return calibration
 
     def _cast(self, outcome: Outcome, base: State) -> None:
         """Bring what the function returned into `base`'s dtypes and order."""
@@ -237,24 +237,38 @@ class Method:
         return cast
 
 
+def _check_tasks(tasks: Sequence[str] | None, count: int) -> Sequence[str]:
+    tasks = [""] * count if tasks is None else tasks
+    if len(tasks) != count:
+        raise InputError(f"{len(tasks)} tasks, expected one of each of {count} clients")
+    return tasks
+
+
+def _check_total(total: int | None, count: int) -> int:
+    total = count if total is None else total
+    if total < count:
+        raise InputError(f"{count} client states of {total} clients in total")
+    return total
+
+
 def _check(
-    states: Sequence[State], weights: Sequence[float], base: State, who: list[str]
+    states: Sequence[State], weights: Sequence[float], base: State, names: list[str]
 ) -> list[float]:
     if not states:
         raise InputError("no client states to aggregate")
-    if not len(states) == len(weights) == len(who):
+    if not len(states) == len(weights) == len(names):
         raise InputError(
-            f"{len(states)} client states, {len(weights)} weights and {len(who)} client names: "
+            f"{len(states)} client states, {len(weights)} weights and {len(names)} client names: "
             "expected one of each per client"
         )
     weights = [float(weight) for weight in weights]
-    for client, weight in zip(who, weights, strict=True):
+    for client, weight in zip(names, weights, strict=True):
         if not 0 <= weight < math.inf:
             raise InputError(f"client {client} has weight {weight}, expected a number of samples")
     if not 0 < sum(weights) < math.inf:
         raise InputError(f"the clients' weights sum to {sum(weights)}, expected some samples")
     check(base, base, who="the base")
-    for client, state in zip(who, states, strict=True):
+    for client, state in zip(names, states, strict=True):
         check(state, base, who=f"client {client}")
         check_not_zero(state, base, f"client {client}")
     return weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fed.state import near
 from llava.errors import InputError
+from llava.flags import pairs
 
 # Every method has the first three; the others are for those that ask for them. All else is options.
 ARGUMENTS = (
@@ -34,9 +34,9 @@ class Range:
     says: str = ""
 
     def __contains__(self, value: float) -> bool:
-        left, low, high, right = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", self.interval).groups()
-        above = value > float(low) or (left == "[" and value == float(low))
-        return above and (value < float(high) or (right == "]" and value == float(high)))
+        low, high = map(float, self.interval[1:-1].split(", "))
+        above = value > low or (self.interval[0] == "[" and value == low)
+        return above and (value < high or (self.interval[-1] == "]" and value == high))
 
     def __str__(self) -> str:
         return self.says or f"in {self.interval}"
@@ -109,24 +109,11 @@ def options_of(name: str, function: Callable) -> dict[str, Option]:
     }
 
 
-def pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
-    """`["tau=0.3", …]` as a mapping."""
-    found: dict[str, str] = {}
-    for text in texts:
-        option, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"{name} option {text!r}: expected name=value")
-        if option in found:
-            raise InputError(f"{name} option {option} is given twice")
-        found[option] = value
-    return found
-
-
 def parse(
     name: str, known: Mapping[str, Option], given: Sequence[str] | Mapping[str, Any]
 ) -> dict[str, Any]:
     """The options that are given, typed; see `Method.parse`."""
-    given = given if isinstance(given, Mapping) else pairs(name, given)
+    given = given if isinstance(given, Mapping) else pairs(f"{name} options", given)
     for option in given:
         if option not in known:
             has = f"it has {', '.join(known) or 'none'}"

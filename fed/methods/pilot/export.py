@@ -8,6 +8,7 @@ projector.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def export(store: PrivateParameters, final: RoundState, sent: Sent, tasks_dir: P
         _write_tasks(final.memory, store.config, store.tasks, tasks_dir)
 
 
-def _write_tasks(memory: State, config: PreTrainedConfig, tasks: list[str], root: Path) -> None:
+def _write_tasks(memory: State, config: PreTrainedConfig, tasks: Sequence[str], root: Path) -> None:
     plain = copy.deepcopy(config)
     plain.mm_projector_type = "mlp2x_gelu"
     del plain.mm_pilot

@@ -27,7 +27,7 @@ Memory holds every task's adapter as TASK/NAME. A task whose clients are away ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -48,7 +48,7 @@ ADAPTER = "model.mm_projector."  # how names of the task adapter begin; the othe
 def send(
     client: str, task: str, personal: Mapping[str, State], shared: State, memory: State
 ) -> tuple[State, State]:
-    """What a client starts from, and beside it the adapters of the other tasks, as TASK/NAME.
+    """A client's state to start from, and beside it the other tasks' adapters, as TASK/NAME.
 
     Both are of today for a client that is late or missed rounds too. Of another client by itself
     there is nothing, unless it is the only one of its task.
@@ -98,7 +98,8 @@ def pilot(
             f"pilot option own: expected 0, as only weighting=normalise knows it, found {own}"
         )
     memory, made = _adapters(states, weights, base, memory, tasks)
-    lora, facts = _lora(base), {"tasks": {t: [clients[k] for k in of] for t, of in made.items()}}
+    lora = _lora(base)
+    facts: dict[str, Any] = {"tasks": {t: [clients[k] for k in of] for t, of in made.items()}}
     theirs: list[State] = [{} for _ in states]
     if lora:
         apart = distances(states, lora, clients)

@@ -1,4 +1,4 @@
-"""Who is near whom among the clients, and how much each counts in another's average (Pilot)."""
+"""The clients nearest to each client, and their weights in its average (Pilot)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fed.numerics.chunks import blocks
+from fed.numerics.pairwise import gram, moves
 from fed.numerics.weighted_mean import shares
 from fed.state import State, StateError
 
@@ -23,15 +23,12 @@ def distances(states: Sequence[State], base: State, clients: Sequence[str]) -> T
     Raises:
         StateError: a client so far away that a distance is no finite number.
     """
-    products = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for block in blocks(states, base):
-        moved = block.clients - block.base
-        products += moved @ moved.T
-    own = products.diagonal()
-    for client, length in zip(clients, own.tolist(), strict=True):
+    products = gram((move for _, move in moves(states, base)), len(states))
+    squares = products.diagonal()
+    for client, length in zip(clients, squares.tolist(), strict=True):
         if not math.isfinite(4 * length):
             raise StateError(f"client {client}: its LoRA is too far from the start for a distance")
-    both = own[:, None] + own[None, :]
+    both = squares[:, None] + squares[None, :]
     squared = both - products - products.T
     return torch.where(squared <= EQUAL * both, 0, squared).sqrt()
 
@@ -58,7 +55,7 @@ def mixture(
             continue
         inverse = 1 / apart[k, of]
         if weighting == "literal":
-            mine, total = samples[k], samples[k] + inverse.sum()
+            mine, total = samples[k], samples[k] + float(inverse.sum())
         else:
             mine = own or samples[k] / (samples[k] + sum(samples[j] for j in of))
             inverse, total = (1 - mine) * inverse / inverse.sum(), 1.0

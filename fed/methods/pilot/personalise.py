@@ -15,20 +15,23 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
-from fed import methods
+from fed.methods.pilot.method import send
 from fed.methods.pilot.private_parameters import PrivateParameters
 from fed.server.round_state import RoundState
 from fed.state import check
 from llava.errors import InputError
 from llava.model.trainable_part import trainable_part
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.distributed import start_process_group
 from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import load_session
 from llava.train.settings import fingerprint, training_settings
 from llava.train.train import make_supervised_data_module, make_trainer, prepare, prepare_output
 
 NEWCOMER = "newcomer"
+STATE_FILE = "fed/state.safetensors"
 
 
 @dataclass
@@ -39,28 +42,32 @@ class PersonaliseArguments:
 
 def personalise(argv: Sequence[str]) -> None:
     """Fit a newcomer's private parameters. Bad input is found before anything trains."""
+    start_process_group(argv)
     model_args, data_args, training_args, own_args = parse(
-        argv, ModelArguments, DataArguments, TrainingArguments, PersonaliseArguments
+        [*argv, "--prediction_loss_only", "True"],
+        ModelArguments,
+        DataArguments,
+        TrainingArguments,
+        PersonaliseArguments,
     )
-    run = _read_run(model_args, own_args)
+    folder, task = _checked(model_args, own_args)
+    run = _read_run(folder)
     known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
-    task = own_args.pilot_task
     tasks = [task, *(other for other in known if other != task)]
-    model_args = dataclasses.replace(model_args, pilot_tasks=tasks)
-    training_args.prediction_loss_only = True
+    model_args = dataclasses.replace(cast(Any, model_args), pilot_tasks=tasks)
     prepare_output(training_args)
     settings = training_settings(model_args, data_args, training_args)
     settings |= {
         "--pilot_task": task,
-        "the content of --pilot_run": fingerprint(_state_file(own_args)),
+        "the content of --pilot_run": fingerprint(folder / STATE_FILE),
     }
     checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
-    state, beside = methods.get("pilot").send(NEWCOMER, task, run.personal, run.shared, run.memory)
+    state, beside = send(NEWCOMER, task, run.personal, run.shared, run.memory)
 
     part = trainable_part(session.model)
-    check(state, part.of_model(session.model), who=f"--pilot_run {own_args.pilot_run}")
-    part.into_model(session.model, state, f"--pilot_run {own_args.pilot_run}")
+    check(state, part.of_model(session.model), who=f"--pilot_run {folder}")
+    part.into_model(session.model, state, f"--pilot_run {folder}")
     root = Path(training_args.output_dir)
     own = PrivateParameters(session.model, root, {NEWCOMER: task}, [task, *known], part)
     own.visit(NEWCOMER, beside, round=2)
@@ -69,13 +76,11 @@ def personalise(argv: Sequence[str]) -> None:
     own.connector.train_groups("client", *(() if task in known else ("task",)))
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     if not trained:
-        raise InputError(
-            f"--pilot_run {own_args.pilot_run}: it has one task, {task}: nothing to fit"
-        )
+        raise InputError(f"--pilot_run {folder}: it has one task, {task}: nothing to fit")
     kind = "a client of the known" if task in known else "the new"
     print(f"{kind} task {task}: {trained} parameters train", flush=True)
 
-    data = make_supervised_data_module(session.tokenizer, data_args)
+    data = make_supervised_data_module(session.tokenizer, data_args, session.sample_format)
     for name, title in (("train_dataset", "training"), ("eval_dataset", "validation")):
         if data[name] is not None:
             prepare(data[name], title, session.feature_cache, training_args.world_size)
@@ -88,27 +93,28 @@ def personalise(argv: Sequence[str]) -> None:
     print(f"wrote {training_args.output_dir}", flush=True)
 
 
-def _read_run(model_args: ModelArguments, own_args: PersonaliseArguments) -> RoundState:
-    """The server's state of a Pilot run."""
-    for flag in ("pilot_run", "pilot_task"):
-        if not getattr(own_args, flag):
-            raise InputError(f"--{flag} is missing")
+def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tuple[Path, str]:
+    """The run's --output_dir and the newcomer's task."""
+    if not own_args.pilot_run:
+        raise InputError("--pilot_run is missing")
+    if not own_args.pilot_task:
+        raise InputError("--pilot_task is missing")
     if model_args.mm_projector_type != "pilot":
         raise InputError(
             f"--mm_projector_type is {model_args.mm_projector_type!r}, `pilot` is expected here"
         )
-    file = _state_file(own_args)
-    if not file.is_file():
-        raise InputError(f"--pilot_run {own_args.pilot_run}: there is no fed/state.safetensors")
-    run = RoundState.load(file)
+    return Path(own_args.pilot_run), own_args.pilot_task
+
+
+def _read_run(folder: Path) -> RoundState:
+    """The server's state of a Pilot run."""
+    if not (folder / STATE_FILE).is_file():
+        raise InputError(f"--pilot_run {folder}: there is no {STATE_FILE}")
+    run = RoundState.load(folder / STATE_FILE)
     if run.settings.get("--fed_method") != "pilot" or not run.memory:
         found = run.settings.get("--fed_method")
         raise InputError(
-            f"--pilot_run {own_args.pilot_run}: a Pilot run with a finished round is expected, "
+            f"--pilot_run {folder}: a Pilot run with a finished round is expected, "
             f"this is {found!r} after round {run.round}"
         )
     return run
-
-
-def _state_file(own_args: PersonaliseArguments) -> Path:
-    return Path(own_args.pilot_run) / "fed" / "state.safetensors"

@@ -12,19 +12,15 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from fed.clients.store import ClientStore, Sent
 from fed.clients.task import ClientTask, Log
 from fed.methods.pilot.export import export
-from fed.state import State, save
+from fed.state import State, read_tensors, save
 from llava.model.checkpoint import PROJECTOR_PREFIX, copies, copy_in
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.trainable_part import TrainablePart
-from llava.state import read_tensors
-from llava.train.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from fed.server.round_state import RoundState
@@ -34,7 +30,8 @@ class PrivateParameters(ClientStore):
     """The model's connector, which belongs to one client after the other.
 
     Args:
-        model: one whose connector is `pilot`, as every client begins with it.
+        model: a LLaVA whose connector is `pilot`, or peft's wrapper around it, as every client
+            begins with it.
         root: OUTPUT/clients.
         task_of: the task of each client.
         tasks: all tasks, in the order that the run has them.
@@ -45,7 +42,7 @@ class PrivateParameters(ClientStore):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         root: Path,
         task_of: Mapping[str, str],
         tasks: Sequence[str],
@@ -80,10 +77,10 @@ class PrivateParameters(ClientStore):
     def visit(self, client: str, beside: State, round: int) -> None:
         self._put(client, beside, round, kept_before=round + 1)
 
-    def training_args(self, args: TrainingArguments, round: int) -> TrainingArguments:
+    def changed_arguments(self, round: int) -> dict[str, Any]:
         if round == 1 and self.first_rate is not None:
-            args.learning_rate = self.first_rate
-        return args
+            return {"learning_rate": self.first_rate}
+        return {}
 
     def _put(self, client: str, beside: State, round: int, kept_before: int) -> None:
         """Make the connector the client's.
@@ -102,7 +99,7 @@ class PrivateParameters(ClientStore):
         copy_in(others, self.others, f"the other tasks' adapters sent to client {client}")
 
     def _kept(self, client: str, turn: int) -> State:
-        """What the last turn before `turn` has left; what everybody begins with if none has."""
+        """The tensors that the last task before round `turn` left, else those of the beginning."""
         files = [f for f in self._files(client) if int(f.stem) < turn]
         if files:
             return read_tensors(files[-1])

@@ -36,7 +36,8 @@ def exchanges(rounds: int) -> int:
 
 def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
     """The arguments with the tasks of clients.yaml; `InputError` where they do not go together."""
-    model, fed = arguments.model, arguments.fed
+    model: Any = arguments.model  # with the connector's flags
+    fed = arguments.fed
     if fed.fed_pool:
         raise InputError(
             f"{WHO} has no place with --fed_pool: all data in one place has no tasks to keep apart"
@@ -47,20 +48,26 @@ def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
     for spec in specs:
         if spec.task is None:
             raise InputError(f"{WHO}: client {spec.name} of {fed.fed_clients} has no `task`")
-    tasks = list(dict.fromkeys(spec.task for spec in specs))
+    tasks = list(dict.fromkeys(_task_of(specs).values()))
     return arguments._replace(model=dataclasses.replace(model, pilot_tasks=tasks))
+
+
+def _task_of(specs: Sequence[ClientSpec]) -> dict[str, str]:
+    """The task of each client."""
+    return {spec.name: spec.task for spec in specs if spec.task is not None}
 
 
 def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
     """The clients' private parameters, in OUTPUT/clients."""
     from fed.methods.pilot.private_parameters import PrivateParameters
 
+    model_flags: Any = run.arguments.model
     flags: Any = run.arguments.fed
     return PrivateParameters(
         model,
         run.output_dir / "clients",
-        {spec.name: spec.task for spec in run.specs},
-        run.arguments.model.pilot_tasks,
+        _task_of(run.specs),
+        model_flags.pilot_tasks,
         part=part,
         main=run.main,
         first_rate=flags.pilot_stage1_learning_rate,

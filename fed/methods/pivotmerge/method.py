@@ -67,7 +67,7 @@ def pivotmerge(
     power: Unit = 0.0,
     rank: Count | None = None,
 ) -> Outcome:
-    """Merge once. Facts: `layers`, what `Shared.joined` says of each, and the tensors averaged."""
+    """One merge. Facts: `layers`, those of `Shared.joined`; `averaged`, names of other tensors."""
     if mode == "calibration" and calibration is None:
         raise InputError("pivotmerge option mode: calibration needs --calibration_data")
     p = shares(weights)
@@ -75,18 +75,24 @@ def pivotmerge(
     result = empty(base)
     for block in blocks(states, {name: base[name] for name in others}):
         block.write(result, block.mix(p))
-    how = {"kappa_min": kappa_min, "rescale": rescale, "power": power}
-    how["subspace"] = (noise, floor) if mode == "subspace" else None
+    subspace = (noise, floor) if mode == "subspace" else None
 
     def merge(layer: Layer, alpha: Sequence[float] | None = None) -> dict:
         shared = Shared.of(Parts(states, layer, base, turned=side == "input"), p, rank)
         alpha = alpha or (shared.aligned() if mode == "energy" else p)
-        merged, facts = shared.joined(shared.filtered(kappa_min, specific), alpha, **how)
+        merged, facts = shared.joined(
+            shared.filtered(kappa_min, specific),
+            alpha,
+            kappa_min=kappa_min,
+            rescale=rescale,
+            power=power,
+            subspace=subspace,
+        )
         write_matrix(merged.T if side == "input" else merged, layer, result, base)
         return facts
 
     facts = {layer.name: merge(layer) for layer in affine}
-    if mode == "calibration":
+    if mode == "calibration" and calibration is not None:
         alphas = by_leaving_out(affine, merge, p, calibration, result)
         facts |= {layer.name: merge(layer, alphas[layer]) for layer in affine}
     return Outcome(result, None, {"layers": facts, "averaged": others})

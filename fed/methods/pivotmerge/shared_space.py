@@ -7,18 +7,18 @@ layer's side that is shared: matrices X_k are (side, width), turned if that is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fed.methods.fedcmp.fusion import Rest, consensus, rest_of
 from fed.methods.interface.calibration import Calibration
+from fed.numerics.consensus import Rest, consensus, rest_of
 from fed.numerics.joint_basis import Basis, joint_basis, mean_matrix
-from fed.numerics.layers import Layer
-from fed.numerics.weighted_mean import shares
+from fed.numerics.layers import Layer, Matrices
+from fed.numerics.weighted_mean import shares, total
 from fed.state import State
 
 EXACT = 1280  # up to this side all directions are found: 1,024 inputs and a bias
@@ -29,17 +29,17 @@ LEADING = 128  # of larger ones
 class Shared:
     """One layer: its basis U, the experts' coefficients C_k = U^T X_k, (r, width), and shares."""
 
-    mats: Collection[Tensor]
+    mats: Matrices
     p: Sequence[float]
     basis: Basis
     parts: list[Tensor]
-    kappa: Tensor  # (r,), see `fed.methods.fedcmp.fusion.consensus`
+    kappa: Tensor  # (r,), see `fed.numerics.consensus`
     energy: Tensor  # sum_k p_k |c_ki|^2, (r,)
 
     @classmethod
-    def of(cls, mats: Collection[Tensor], p: Sequence[float], rank: int | None) -> Shared:
+    def of(cls, mats: Matrices, p: Sequence[float], rank: int | None) -> Shared:
         side = len(next(iter(mats)))
-        how = "exact" if side <= EXACT else "auto"
+        how: Literal["exact", "auto"] = "exact" if side <= EXACT else "auto"
         basis = joint_basis(mats, p, rank=rank or (None if side <= EXACT else LEADING), how=how)
         parts = [basis.vectors.T @ x for x in mats]
         kappa, energy = _agreed(parts, p)
@@ -55,8 +55,8 @@ class Shared:
         low = self.kappa < kappa_min
         if not low.any():
             return self.parts
-        total = sum(share * c for share, c in zip(self.p, self.parts, strict=True))
-        unit = total / total.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        mean = total(share * c for share, c in zip(self.p, self.parts, strict=True))
+        unit = mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-30)
         kept = []
         for c in self.parts:
             against = (c * unit).sum(1, keepdim=True).clamp(max=0)
@@ -90,10 +90,10 @@ class Shared:
             subspace: `noise` and `floor` of matrix weights, or None.
         """
         if subspace is None:
-            rows = sum(a * c for a, c in zip(alpha, parts, strict=True))
+            rows = total(a * c for a, c in zip(alpha, parts, strict=True))
         else:
             rows = by_subspace(parts, alpha, *subspace)
-        kappa = torch.where(self.energy > 0, rows.square().sum(1) / self.energy, 0)
+        kappa = consensus(rows, self.energy)
         gain = torch.where(self.kappa < kappa_min, 1, kappa.pow(-power).clamp(1, rescale))
         rows = rows * gain[:, None]
         if len(self.basis.vectors) == self.basis.vectors.shape[1]:
@@ -107,8 +107,8 @@ class Shared:
 
     def _facts(self, alpha: Sequence[float], gain: Tensor, rest: Rest | None) -> dict[str, Any]:
         """Means over directions are weighted by the directions' energy."""
-        total = float(self.energy.sum())
-        weight = self.energy / total if total else torch.full_like(gain, 1 / len(gain))
+        energy = float(self.energy.sum())
+        weight = self.energy / energy if energy else torch.full_like(gain, 1 / len(gain))
         return {
             "side": len(self.basis.vectors),
             "rank": len(gain),
@@ -136,9 +136,9 @@ def by_subspace(
         loaded = moment.clone()
         loaded.diagonal().add_(level)
         softened.append(torch.linalg.solve(loaded, moment))
-    whole = sum(a * w for a, w in zip(alpha, softened, strict=True))
+    whole = total(a * w for a, w in zip(alpha, softened, strict=True))
     level = floor * float(whole.diagonal().mean()) or 1.0
-    rows = sum(a * (w @ c + level * c) for a, w, c in zip(alpha, softened, parts, strict=True))
+    rows = total(a * (w @ c + level * c) for a, w, c in zip(alpha, softened, parts, strict=True))
     whole.diagonal().add_(level)
     return torch.linalg.solve(whole, rows)
 
@@ -174,6 +174,7 @@ def by_leaving_out(
 
 
 def _agreed(parts: Sequence[Tensor], p: Sequence[float]) -> tuple[Tensor, Tensor]:
-    rows = sum(share * c for share, c in zip(p, parts, strict=True))
-    squares = sum(share * c.square().sum(1) for share, c in zip(p, parts, strict=True))
-    return consensus(rows, squares, torch.ones_like(squares)), squares
+    """kappa and energy of each direction, (r,)."""
+    rows = total(share * c for share, c in zip(p, parts, strict=True))
+    energies = total(share * c.square().sum(1) for share, c in zip(p, parts, strict=True))
+    return consensus(rows, energies), energies

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from typing import Any
 
-from torch import nn
-
-from llava.errors import InputError
-from llava.model.multimodal_projector import pilot, plain  # noqa: F401  (they register themselves)
-from llava.model.multimodal_projector.connector import CONNECTORS
+from llava.model.multimodal_projector.connector import Connector, connector_type
 
 
-def build_vision_projector(config) -> nn.Module:
+def build_vision_projector(config: Any) -> Connector:
     """The connector that `config.mm_projector_type` names (default `linear`, as upstream)."""
-    name = getattr(config, "mm_projector_type", None) or "linear"
-    for pattern, factory in CONNECTORS.items():
-        if match := re.fullmatch(pattern, name):
-            return factory(config, *match.groups())
-    raise InputError(
-        f"unknown mm_projector_type {name!r}; known are linear, mlp2x_gelu (any depth), identity, "
-        "pilot"
-    )
+    kind, groups = connector_type(getattr(config, "mm_projector_type", None))
+    if kind.settings is not None:
+        return kind.factory(config, kind.settings_of(config))
+    return kind.factory(config, *groups)

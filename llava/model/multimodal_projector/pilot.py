@@ -34,15 +34,16 @@ own, and `pilot.router.weight` (phi, (T, mm_hidden_size)).
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from llava.errors import InputError
-from llava.model.multimodal_projector.connector import connector
+from llava.model.multimodal_projector.connector import Connector, connector
 from llava.model.multimodal_projector.pilot_losses import (
     OVER,
     balance_loss,
@@ -55,32 +56,35 @@ INITS = ("copy", "split")
 EXTRA = "pilot."  # how the names of all but the base begin
 
 
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": f"pilot: {text}"})
+
+
 @dataclass
 class PilotSettings:
-    """`config.mm_pilot`, checked.
+    """`config.mm_pilot` and the flags `--pilot_*`, checked.
 
-    Attributes:
-        tasks: the names of all tasks, the client's own first.
-        stage: 1 or 2.
-        init: how the added adapters start: `split` or `copy`.
-        top_k: how many experts a token is given; 0 is all of them.
-        difference, balance, z: coefficients of L_d, L_b and L_z.
-        difference_over: the scale of L_d; see `difference_loss`.
-        client_adapter, mixture: False leaves psi_s, or CT-MoA, out (stage 2 is then psi^t_1 alone).
+    `tasks` are the names of all tasks, the client's own first; without any, its own alone.
+    `difference`, `balance` and `z` are the coefficients of L_d, L_b and L_z. Without psi_s the
+    client adapter is left out, without CT-MoA the mixture (stage 2 is then psi^t_1 alone).
     """
 
-    tasks: list[str] = field(default_factory=lambda: ["own"])
-    stage: int = 2
-    init: str = "split"
-    top_k: int = 0
-    difference: float = 0.1
-    balance: float = 0.1
-    z: float = 0.01
-    difference_over: str = "pairs"
-    client_adapter: bool = True
-    mixture: bool = True
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "pilot: the tasks, the own first; in a federated run clients.yaml says."},
+    )
+    stage: int = _setting(2, "1 or 2.")
+    init: str = _setting("split", "added adapters start at 0 (split), or as the projector (copy).")
+    top_k: int = _setting(0, "experts a token; 0: all.")
+    difference: float = _setting(0.1, "weight of the difference loss of stage 1.")
+    balance: float = _setting(0.1, "weight of the balance loss of stage 2.")
+    z: float = _setting(0.01, "weight of the router-z loss of stage 2.")
+    difference_over: str = _setting("pairs", "scale of the difference loss: pairs, mean or sum.")
+    client_adapter: bool = _setting(True, "False leaves the client adapter out.")
+    mixture: bool = _setting(True, "False leaves the mixture of adapters out.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        self.tasks = self.tasks or ["own"]
         for name, known in (("stage", (1, 2)), ("init", INITS), ("difference_over", OVER)):
             if getattr(self, name) not in known:
                 there = ", ".join(map(str, known))
@@ -88,21 +92,12 @@ class PilotSettings:
         for name in ("difference", "balance", "z"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"pilot_{name} is {getattr(self, name)}, expected 0 or more")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+        if len(set(self.tasks)) < len(self.tasks):
             raise InputError(f"pilot_tasks are {self.tasks}, expected different names")
         if not 0 <= self.top_k <= len(self.tasks):
             raise InputError(
                 f"pilot_top_k is {self.top_k}, expected 0 (all) to {len(self.tasks)}, the tasks"
             )
-
-    @classmethod
-    def of(cls, config) -> PilotSettings:
-        """Those of a config; `InputError` on a key that is not known."""
-        values = dict(getattr(config, "mm_pilot", None) or {})
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            raise InputError(f"config.json: mm_pilot has unknown key {unknown[0]!r}")
-        return cls(**values)
 
 
 class PilotConnector(MLPConnector):
@@ -137,11 +132,10 @@ class PilotConnector(MLPConnector):
 
     def private(self) -> list[str]:
         """What never leaves the client, in whichever stage: psi_s, psi^c and phi."""
-        return [
-            name
-            for name in self.state_dict()
-            if name.startswith(EXTRA) and not name.startswith("pilot.others.")
-        ]
+        return [name for name in self.beyond_base() if not name.startswith("pilot.others.")]
+
+    def beyond_base(self) -> list[str]:
+        return [name for name in self.state_dict() if name.startswith(EXTRA)]
 
     @torch.no_grad()
     def derive(self) -> None:
@@ -154,23 +148,30 @@ class PilotConnector(MLPConnector):
                     parameter.copy_(base[name])
         if self.settings.init == "split":
             for adapter in added:
-                adapter[2].weight.zero_()
-                adapter[2].bias.zero_()
-        if "router" in self.pilot and self.pilot["router"].weight.numel():
-            self.pilot["router"].reset_parameters()
+                last = cast(nn.Linear, adapter[2])
+                last.weight.zero_()
+                last.bias.zero_()
+        if "router" in self.pilot and self._router.weight.numel():
+            self._router.reset_parameters()
 
-    def _adapters(self, part: str) -> list[nn.Module]:
+    @property
+    def _router(self) -> nn.Linear:
+        return cast(nn.Linear, self.pilot["router"])
+
+    def _adapters(self, part: str) -> Sequence[MLPConnector]:
         if part not in self.pilot:
             return []
-        return [self.pilot[part]] if part == "client" else list(self.pilot[part])
+        found = self.pilot[part]
+        modules = [found] if part == "client" else cast(nn.ModuleList, found)
+        return [cast(MLPConnector, module) for module in modules]
 
-    def forward(self, features: torch.Tensor, **context) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, **context: Any) -> torch.Tensor:
         """(batch, patches, mm_hidden_size) → (batch, patches, hidden_size)."""
-        own = self[2](self[1](self[0](features)))
+        own = self[2](self[1](self[0](input)))
         self._aux = None
         if self.settings.stage == 1:
-            return self._mined(own, features)
-        return self._mixed(own, features) if "router" in self.pilot else own
+            return self._mined(own, input)
+        return self._mixed(own, input) if "router" in self.pilot else own
 
     def aux_loss(self) -> torch.Tensor | None:
         """The weighted auxiliary losses of the last forward in training, a scalar; None if none."""
@@ -187,14 +188,14 @@ class PilotConnector(MLPConnector):
         return own + client
 
     def _mixed(self, own: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        logits = self.pilot["router"](features).float()
+        logits = self._router(features).float()
         gates = logits.softmax(-1)
         if self.training:
             self._aux = self.settings.balance * balance_loss(gates)
             self._aux = self._aux + self.settings.z * router_z_loss(logits)
         gates = self._chosen(gates).to(own.dtype)
         mixed = gates[..., :1] * own
-        pairs = zip(self.pilot["others"], self.pilot["cross"], strict=True)
+        pairs = zip(self._adapters("others"), self._adapters("cross"), strict=True)
         for i, (other, cross) in enumerate(pairs, 1):
             mixed = mixed + gates[..., i : i + 1] * (other(features) + cross(features))
         return mixed
@@ -209,6 +210,6 @@ class PilotConnector(MLPConnector):
         return gates / gates.sum(-1, keepdim=True)
 
 
-@connector("pilot")
-def _pilot(config) -> nn.Module:
-    return PilotConnector(config.mm_hidden_size, config.hidden_size, PilotSettings.of(config))
+@connector("pilot", settings=PilotSettings, base="mlp2x_gelu")
+def _pilot(config: Any, settings: PilotSettings) -> Connector:
+    return PilotConnector(config.mm_hidden_size, config.hidden_size, settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,8 +12,8 @@ from llava.model.multimodal_projector.connector import Connector, connector
 
 
 class LinearConnector(Connector, nn.Linear):
-    def forward(self, features: torch.Tensor, **context) -> torch.Tensor:
-        return super().forward(features)
+    def forward(self, input: torch.Tensor, **context: Any) -> torch.Tensor:
+        return super().forward(input)
 
 
 class MLPConnector(Connector, nn.Sequential):
@@ -23,27 +25,27 @@ class MLPConnector(Connector, nn.Sequential):
             layers += [nn.GELU(), nn.Linear(out_features, out_features)]
         super().__init__(*layers)
 
-    def forward(self, features: torch.Tensor, **context) -> torch.Tensor:
-        return super().forward(features)
+    def forward(self, input: torch.Tensor, **context: Any) -> torch.Tensor:
+        return super().forward(input)
 
 
 class IdentityConnector(Connector, nn.Identity):
-    def forward(self, features: torch.Tensor, **context) -> torch.Tensor:
-        return features
+    def forward(self, input: torch.Tensor, **context: Any) -> torch.Tensor:
+        return input
 
 
 @connector("linear")
-def _linear(config) -> nn.Module:
+def _linear(config: Any) -> Connector:
     return LinearConnector(config.mm_hidden_size, config.hidden_size)
 
 
-@connector(r"mlp([1-9]\d*)x_gelu")
-def _mlp(config, depth: str) -> nn.Module:
+@connector(r"mlp([1-9]\d*)x_gelu", title="mlp2x_gelu (any depth)")
+def _mlp(config: Any, depth: str) -> Connector:
     return MLPConnector(config.mm_hidden_size, config.hidden_size, int(depth))
 
 
 @connector("identity")
-def _identity(config) -> nn.Module:
+def _identity(config: Any) -> Connector:
     if config.mm_hidden_size != config.hidden_size:
         raise InputError(
             f"mm_projector_type identity needs a vision tower as wide as the language model: "

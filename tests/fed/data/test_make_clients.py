@@ -25,7 +25,7 @@ def make(tmp_path, pretrain, cc12m):
     def run(shape: str, *flags: object, data: str = "json", output: str = "out") -> Path:
         json_input = [
             *("--input", pretrain / "blip_laion_cc_sbu_558k.json"),
-            *("--image-folder", pretrain / "images"),
+            *("--image_folder", pretrain / "images"),
             *("--meta", pretrain / "blip_laion_cc_sbu_558k_meta.json"),
         ]
         given = json_input if data == "json" else ["--input", cc12m / "{00000..00001}.tar"]
@@ -52,7 +52,7 @@ def heldout(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("data", ["json", "tar"])
 def test_sources_rare_ones_pooled(make, data):
-    folder = make("source", "--key", "url-host", "--heldout", 0.1, "--minimum-size", 8, data=data)
+    folder = make("source", "--key", "url-host", "--heldout", 0.1, "--minimum_size", 8, data=data)
     found = clients(folder)
     assert list(found)[0] == "shop.example"
     assert list(found)[-1] == "other"
@@ -135,7 +135,7 @@ def test_style_and_cluster_may_be_the_records_own(tmp_path, pretrain):
     rows = json.loads((pretrain / "blip_laion_cc_sbu_558k.json").read_text())
     rows = [{**row, "style": "ab"[i % 2], "cluster": i % 3} for i, row in enumerate(rows)]
     (tmp_path / "in.json").write_text(json.dumps(rows))
-    flags = ["--input", tmp_path / "in.json", "--image-folder", pretrain / "images"]
+    flags = ["--input", tmp_path / "in.json", "--image_folder", pretrain / "images"]
     flags += ["--key", "style", "cluster", "--output", tmp_path / "out"]
     main(["source", *map(str, flags)])
     assert {f"{a}-x-{b}" for a in "ab" for b in range(3)} == set(clients(tmp_path / "out"))
@@ -143,7 +143,7 @@ def test_style_and_cluster_may_be_the_records_own(tmp_path, pretrain):
 
 def test_dirichlet_of_a_product(make):
     flags = ["--styles", "a=answer", "b=blip_caption", "--key", "url-host", "style"]
-    flags += ["--clients", 5, "--alpha", 0.3, "--size-alpha", 1, "--heldout", 0.1, "--seed", 4]
+    flags += ["--clients", 5, "--alpha", 0.3, "--size_alpha", 1, "--heldout", 0.1, "--seed", 4]
     folder = make("dirichlet", *flags)
     found = clients(folder)
     assert list(found) == [f"client-{i}" for i in range(5)]
@@ -168,7 +168,7 @@ def test_dirichlet_is_the_function_of_fed_partition(make):
 
 @pytest.mark.parametrize("data", ["json", "tar"])
 def test_clusters_are_of_like_pictures_and_repeat(make, tiny, data):
-    tower = ["--tower", tiny / "vision_tower", "--batch-size", 7]
+    tower = ["--tower", tiny / "vision_tower", "--batch_size", 7]
     folder = make("cluster", *tower, "--clusters", 3, "--heldout", 6, "--seed", 1, data=data)
     found = clients(folder)
     assert set(found) == {"cluster-0", "cluster-1", "cluster-2"}
@@ -179,7 +179,7 @@ def test_clusters_are_of_like_pictures_and_repeat(make, tiny, data):
     means = ["--centroids", folder / "centroids.safetensors"]
     again = make("cluster", *tower, *means, "--heldout", 6, "--seed", 1, data=data, output="2")
     assert clients(again) == found
-    bounded = ["--clusters", 2, "--fit-samples", 20]
+    bounded = ["--clusters", 2, "--fit_samples", 20]
     mixed = ["--key", "cluster", "--clients", 4, "--alpha", 1]
     assert len(clients(make("dirichlet", *tower, *bounded, *mixed, data=data, output="3"))) == 4
 
@@ -281,7 +281,7 @@ def test_the_script_itself_and_its_error_are_one_line(tmp_path):
     import subprocess
     import sys
 
-    flags = "source --key a --input no.json --image-folder . --output out".split()
+    flags = "source --key a --input no.json --image_folder . --output out".split()
     done = subprocess.run(
         [sys.executable, "-m", "fed.data", *flags], cwd=tmp_path, capture_output=True, text=True
     )

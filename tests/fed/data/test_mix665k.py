@@ -26,7 +26,7 @@ def make(tmp_path, mix):
     from fed.data.make_clients import main
 
     def run(*flags: object, folder: Path = mix, output: str = "out") -> Path:
-        given = ["--input", folder / "llava_v1_5_mix665k.json", "--image-folder", folder]
+        given = ["--input", folder / "llava_v1_5_mix665k.json", "--image_folder", folder]
         main(["task", *map(str, [*given, "--output", tmp_path / output, *flags])])
         return tmp_path / output
 
@@ -82,7 +82,7 @@ def test_the_report_counts_what_is_in_no_client_by_task(make):
 
 
 def test_shares_are_as_large_as_asked_and_another_seed_deals_others(make):
-    flags = ["--tasks", "vqa", "ocr-vqa", "--clients-per-task", 2, "--samples", 4]
+    flags = ["--tasks", "vqa", "ocr-vqa", "--clients_per_task", 2, "--samples", 4]
     found = clients(make(*flags, "--seed", 1))
     assert [len(rows) for rows in found.values()] == [4, 4, 4, 4]
     assert clients(make(*flags, "--seed", 1, output="again")) == found
@@ -90,7 +90,7 @@ def test_shares_are_as_large_as_asked_and_another_seed_deals_others(make):
 
 
 def test_no_picture_that_is_held_out_is_in_a_client_whatever_its_task(make):
-    flags = ["--tasks", "refcoco", "a-okvqa", "vqa", "--heldout", 2, "--clients-per-task", 2]
+    flags = ["--tasks", "refcoco", "a-okvqa", "vqa", "--heldout", 2, "--clients_per_task", 2]
     for seed in range(8):
         folder = make(*flags, "--seed", seed, output=f"out{seed}")
         held = {row["image"] for row in heldout(folder)}
@@ -104,7 +104,7 @@ def test_no_picture_that_is_held_out_is_in_a_client_whatever_its_task(make):
 
 def test_a_picture_of_gqa_is_the_one_of_visual_genome_with_its_name(make):
     for seed in range(4):
-        flags = ["--tasks", "gqa", "vg", "--clients-per-task", 1, "--heldout", 4, "--seed", seed]
+        flags = ["--tasks", "gqa", "vg", "--clients_per_task", 1, "--heldout", 4, "--seed", seed]
         folder = make(*flags, output=f"out{seed}")
         held = {Path(row["image"]).name for row in heldout(folder)}
         assert len(held) > 4
@@ -126,7 +126,7 @@ def test_a_missing_picture_is_refused_by_name_or_left_out(make, tmp_path):
     flags = ["--tasks", "ocr-vqa", "gqa"]
     with pytest.raises(InputError, match=r"\(id 'ocr-vqa-3'\): picture .*003.jpg does not exist"):
         make(*flags, folder=folder)
-    out = make(*flags, "--skip-bad", folder=folder)
+    out = make(*flags, "--skip_bad", folder=folder)
     assert "Left out for a fault: 1 samples." in (out / "clients.md").read_text()
     assert [len(rows) for rows in clients(out).values()] == [4] * 6
 
@@ -166,11 +166,14 @@ def test_a_task_is_told_by_folder_and_first_question(image, question, turns, tas
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["textvqa"], "--tasks textvqa: unknown; near: textcaps.*; known are gqa, ocr-vqa, textc"),
+        (
+            ["textvqa"],
+            r"--tasks textvqa: unknown \(did you mean textcaps.*\); known are gqa, ocr-vqa, textc",
+        ),
         (["OCR-VQA", "gqa"], "--tasks OCR-VQA: unknown; "),
         (["text"], "--tasks text: unknown"),
         (["gqa", "vg", "gqa"], "--tasks: gqa comes twice"),
-        (["gqa", "--clients-per-task", 0], "--clients-per-task 0: 1 or more is expected"),
+        (["gqa", "--clients_per_task", 0], "--clients_per_task 0: 1 or more is expected"),
         (["gqa", "--samples", 0], "--samples 0: 1 or more is expected"),
         (["gqa", "--heldout", 12], "task gqa: --heldout 12: there are 12 samples"),
         (
@@ -179,11 +182,11 @@ def test_a_task_is_told_by_folder_and_first_question(image, question, turns, tas
             "and those of their pictures 11, and a client's share is 3",
         ),
         (
-            ["vqa", "textcaps", "--clients-per-task", 10],
+            ["vqa", "textcaps", "--clients_per_task", 10],
             "task textcaps: 10 clients with 1 samples each need 10; it has 9",
         ),
         (
-            ["refcoco", "--clients-per-task", 2, "--samples", 9],  # nine pictures of two records
+            ["refcoco", "--clients_per_task", 2, "--samples", 9],  # nine pictures of two records
             "task refcoco: 2 clients with 9 samples each need 18; it has 18, .* share is 8",
         ),
     ],
@@ -221,12 +224,12 @@ def test_pilot_takes_what_was_made(make, mix):
     from fed.arguments import Arguments, FedArguments
     from fed.clients.clients_yaml import load_clients
     from fed.methods.pilot.run import prepare
-    from llava.train.arguments import DataArguments, ModelArguments
+    from llava.train.arguments import DataArguments, model_arguments
 
     tasks = ["ocr-vqa", "gqa", "refcoco"]
     folder = make("--tasks", *tasks, "--heldout", 1)
     specs = load_clients(folder / "clients.yaml", [])
-    model_args = ModelArguments(mm_projector_type="pilot")
+    model_args = model_arguments()(mm_projector_type="pilot")
     given = Arguments(model_args, DataArguments(), None, FedArguments(fed_method="pilot"))
     assert prepare(specs, given).model.pilot_tasks == tasks
     assert {Path(spec.image_folder).resolve() for spec in specs} == {mix.resolve()}

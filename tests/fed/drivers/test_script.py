@@ -20,6 +20,8 @@ from llava.processes import name_of
 from llava.state import read_tensors
 from tests.conftest import assert_moved_alike
 
+from ..conftest import assert_moved_alike
+
 NAMES = {
     f"model.mm_projector.{layer}.{part}": shape
     for layer, width in ((0, 32), (2, 48))
@@ -389,7 +391,7 @@ def test_a_clients_samples_that_teach_nothing_do_not_count(fake, tiny, tmp_path,
         ({"gpus": {"0": 1}}, "client a: gpus is"),
         ({"env": {"A": True}}, "client a: env A is True"),
         ({"env": {"A": "${NO_SUCH_VARIABLE}"}}, "env A names the variable NO_SUCH_VARIABLE"),
-        ({"comand": "x"}, "unknown key 'comand'; near: command"),
+        ({"comand": "x"}, r"unknown key 'comand' \(did you mean command"),
     ],
 )
 def test_bad_clients(fake, own, message):

@@ -86,8 +86,8 @@ def test_what_streams_has_no_place_for_a_method_of_the_whole(expert, tmp_path):
 
 
 def test_files_are_let_go_of_as_they_are_read(expert, tmp_path, monkeypatch):
-    """At most one file an expert is open, and none for longer than HELD bytes of it were read."""
-    monkeypatch.setattr("fed.merging.sources.HELD", 4000)
+    """At most one file an expert is open, and none for longer than so many bytes were read."""
+    monkeypatch.setattr("fed.merging.sources.RELEASE_AFTER_BYTES", 4000)
     released = []
     release = Shards.release
     monkeypatch.setattr(Shards, "release", lambda self: (released.append(self), release(self)))

@@ -258,8 +258,8 @@ def test_settings(settings, said, expert, out):
 
 
 def test_calibration_needs_a_language_model(expert, out):
-    for form, said in (("bin", "name the language model with --model-base"),
-                       ("projector", "name the language model with --model-base")):  # fmt: skip
+    for form, said in (("bin", "name the language model with --model_base"),
+                       ("projector", "name the language model with --model_base")):  # fmt: skip
         refused(said, [expert(form, 1), expert(form, 2)], out, method="regmean",
                 calibration_data=["x.json"])  # fmt: skip
     refused("bin-1.* has no config.json; name one by --config", [expert("bin", 1, name="bin-1b"),

@@ -8,7 +8,7 @@ import pytest
 
 from fed import methods
 from fed.merge import merge
-from fed.merging.calibration_data import load_calibration
+from fed.merging.calibration import load_calibration
 from fed.state import load
 
 LLM = Path(__file__).parents[2] / "golden" / "upstream" / "llm"

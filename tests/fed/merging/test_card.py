@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ import torch
 import yaml
 
 from fed.merge import list_methods, main, merge
-from fed.merging.config import Settings
-from fed.merging.recipe import settings
+from fed.merging.config import MergeConfig
+from fed.merging.recipe import read_config
 from fed.state import fingerprint, load
 from llava.errors import InputError
 
@@ -61,7 +62,7 @@ def test_what_the_card_says(projectors, expert, tmp_path):
     assert "| `density` | `0.5` |" in text
     assert "| `scale` | `1.0` |" in text
     assert "`model.mm_projector.2`" in text
-    assert torch.__version__ in text
+    assert metadata.version("torch") in text
     facts = json.loads((out / "merge.json").read_text())
     assert facts["experts"][1]["weight"] == 3
     assert facts["layers"].keys() == {
@@ -149,10 +150,10 @@ def test_a_yaml_and_flags_over_it(expert, tmp_path, capsys):
     assert f"-> {out}" in capsys.readouterr().out
     with pytest.raises(InputError, match="--overwrite"):
         main([path])
-    found = settings(path, {"experts": ["x", "y", "z"], "method": "linear"})
+    found = read_config(path, {"experts": ["x", "y", "z"], "method": "linear"})
     assert found.weights is None
     assert found.experts == ("x", "y", "z")
-    assert settings(path, {"weights": [5.0, 6.0]}).weights == (5.0, 6.0)
+    assert read_config(path, {"weights": [5.0, 6.0]}).weights == (5.0, 6.0)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +177,19 @@ def test_a_yaml_and_flags_over_it(expert, tmp_path, capsys):
 )
 def test_a_bad_yaml(text, said, tmp_path):
     with pytest.raises(InputError, match=said):
-        settings(recipe(tmp_path, text), {})
+        read_config(recipe(tmp_path, text), {})
     with pytest.raises(InputError, match="none.yaml: No such file"):
-        settings(str(tmp_path / "none.yaml"), {})
+        read_config(str(tmp_path / "none.yaml"), {})
+
+
+def test_keys_with_dashes_and_values_that_are_left_empty(tmp_path):
+    text = "experts: [a, b]\nmodel-base: llm\ncalibration_data: one.json\nbase:\nmethod:\n"
+    expected = MergeConfig(("a", "b"), model_base="llm", calibration_data=("one.json",))
+    assert read_config(recipe(tmp_path, text), {}) == expected
 
 
 def test_settings_survive_a_command_line():
-    given = Settings(
+    given = MergeConfig(
         ("a b", "c"), "o u t", base="b'", method="ties", weights=(0.1, 3.0), scope="all",
         lora="product", config="c.json", force=True, overwrite=True, calibration_data=("x", "y"),
         image_folder="i", model_base="m", calibration_samples=3, version="v1", device="cuda",
@@ -193,7 +200,7 @@ def test_settings_survive_a_command_line():
     assert words[:3] == ["python", "-m", "fed.merge"]
     flags = vars(parser().parse_args(words[3:]))
     assert flags.pop("options") == ["density=0.1"]
-    assert settings(None, flags) == given
+    assert read_config(None, flags) == given
 
 
 # -- what is printed ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fed import methods
 from fed.evaluate import EvaluationSet, evaluate
-from fed.merging.calibration_data import load_calibration, spread
+from fed.merging.calibration import load_calibration, spread
 from fed.state import StateError
 from llava.errors import InputError
 from llava.model.checkpoint import load_projector, projector_state
@@ -34,7 +34,12 @@ def aligned(tiny, tmp_path_factory):
     model_args, data_args, training_args = parse(argv + projector)
     session = load_session(model_args, data_args, training_args)
     session.model.eval()
-    dataset = LazySupervisedDataset(str(tiny / "heldout.json"), session.tokenizer, data_args)
+    dataset = LazySupervisedDataset(
+        str(tiny / "heldout.json"),
+        session.tokenizer,
+        data_args,
+        sample_format=session.sample_format,
+    )
     return out, session, dataset, DataCollatorForSupervisedDataset(session.tokenizer)
 
 

@@ -10,7 +10,7 @@ from tests.conftest import near
 
 
 def test_cosines_are_those_of_all_tensors_as_one_vector(monkeypatch):
-    monkeypatch.setattr("fed.server.round_metrics._CHUNK", 5)
+    monkeypatch.setattr("fed.numerics.chunks.CHUNK", 5)
     shapes = {"weight": (3, 4), "bias": (3,), "scale": ()}
     torch.manual_seed(0)
     starts = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]

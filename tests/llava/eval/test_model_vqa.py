@@ -20,7 +20,7 @@ from PIL import Image
 from llava.conversation import get_template
 from llava.errors import InputError
 from llava.eval import (
-    engine,
+    eval_loop,
     model_qa,
     model_vqa,
     model_vqa_loader,
@@ -446,7 +446,7 @@ def test_other_programs_may_pass_fewer_attributes(llava_folder, pictures, questi
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys; from llava.eval import model_vqa_loader as m, run_llava, eval_pope, engine"
-    code += "; m.arguments([]); assert not {'torch', 'transformers'} & set(sys.modules)"
-    root = Path(engine.__file__).parents[2]
+    code = "import sys; from llava.eval import model_vqa_loader as m, run_llava, eval_pope"
+    code += ", eval_loop; m.arguments([]); assert not {'torch', 'transformers'} & set(sys.modules)"
+    root = Path(eval_loop.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

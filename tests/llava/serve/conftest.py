@@ -68,7 +68,7 @@ def answers(address: str, body: dict, path: str = "worker_generate_stream") -> l
     """All that a worker or controller answers."""
     import httpx
 
-    from llava.serve.wire import read_chunks
+    from llava.serve.protocol import read_chunks
 
     # Not `json=`: httpx itself refuses half a surrogate pair, which other clients send.
     content = json.dumps(body)

@@ -18,14 +18,14 @@ import pytest
 
 from fed.train import train
 from llava.eval.answer import Answerer
+from llava.serve.batching import Engine
 from llava.serve.controller import Registry, controller_app
 from llava.serve.demo import free_port
-from llava.serve.engine import Engine
 from llava.serve.model_worker import ModelBackend, run_folder
 from llava.serve.model_worker import arguments as worker_arguments
 from llava.serve.worker_app import worker_app
 from tests.llava.serve.conftest import running
-from tests.llava.serve.test_page import Upstream, page
+from tests.llava.serve.test_ui import Upstream, page
 
 ROOT = Path(__file__).parents[3]
 PARTS = ROOT / "playground" / "backbones" / "instruct"

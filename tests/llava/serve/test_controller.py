@@ -6,9 +6,9 @@ import httpx
 import pytest
 
 from llava.errors import InputError
-from llava.serve import wire
+from llava.serve import protocol
 from llava.serve.controller import Registry, arguments, controller_app
-from llava.serve.registration import Registration
+from llava.serve.heartbeat import HeartBeat
 from tests.llava.serve.conftest import answers, running
 
 
@@ -18,7 +18,7 @@ def status(*names: str, speed: float = 1, queue: int = 0) -> dict:
 
 def stub(chunks: list[bytes], names=("m",)):
     """A worker as an application: its status, and the bytes that it answers."""
-    from llava.serve.web import application, streamed
+    from llava.serve.http_server import application, streamed
 
     async def worker_get_status(http):
         return status(*names)
@@ -71,16 +71,16 @@ def test_a_worker_that_sends_no_status_is_asked(controller):
 
 
 def test_an_answer_is_passed_on_and_a_missing_worker_said(controller):
-    whole = wire.chunk("one") + wire.chunk("one two")
+    whole = protocol.chunk("one") + protocol.chunk("one two")
     with running(stub([whole[:9], whole[9:]])) as worker:
         controller("register_worker", {"worker_name": worker})
         found = answers(controller.address, {"model": "m", "prompt": ""})
         assert [c["text"] for c in found] == ["one", "one two"]
         found = answers(controller.address, {"model": "n", "prompt": ""})
-        assert found[-1]["error_code"] == wire.NO_WORKER
+        assert found[-1]["error_code"] == protocol.NO_WORKER
         assert "models that are served: m" in str(found)
     found = answers(controller.address, {"model": "m", "prompt": ""})
-    assert found[-1]["error_code"] == wire.WORKER_GONE
+    assert found[-1]["error_code"] == protocol.WORKER_GONE
     assert "stopped" in found[-1]["text"]
 
 
@@ -112,7 +112,7 @@ def test_a_controller_that_was_started_anew_finds_its_workers_again():
     known = []
     with running(controller_app(Registry())) as address:
         port = int(address.rpartition(":")[2])
-        life = Registration(address, "http://localhost:7", lambda: status("m"))
+        life = HeartBeat(address, "http://localhost:7", lambda: status("m"))
         assert life.beat()
         assert life.beat()
         known.append(httpx.post(f"{address}/list_models").json()["models"])

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from llava.eval.answer import Answerer, generation_options
-from llava.serve import wire
-from llava.serve.engine import Engine
+from llava.serve import protocol
+from llava.serve.batching import Engine
 from llava.serve.model_worker import ModelBackend, arguments, run_folder
 from llava.serve.worker_app import address_of, worker_app
 from tests.llava.serve.conftest import answers, question, running
@@ -156,7 +156,7 @@ def png(width: int, height: int) -> str:
 def test_bad_questions_get_one_clear_error(worker, shots, changes, message):
     found = answers(worker, question("What?", shots[:1]) | changes)
     assert len(found) == 1
-    assert found[0]["error_code"] == wire.ERROR_MODEL
+    assert found[0]["error_code"] == protocol.ERROR_MODEL
     assert message in found[0]["text"]
     assert answers(worker, question("What?", shots[:1]))[-1]["error_code"] == 0
 
@@ -170,7 +170,7 @@ def test_a_picture_of_a_hundred_megapixels_is_refused_before_it_is_decoded(worke
 def test_what_is_not_json_or_too_large(worker, monkeypatch):
     response = httpx.post(f"{worker}/worker_generate_stream", content=b"{")
     assert b"not JSON" in response.content
-    monkeypatch.setattr(wire, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(protocol, "MAX_BYTES", 1 << 20)
     response = httpx.post(f"{worker}/worker_generate_stream", content=b" " * (2 << 20))
     assert response.status_code == 400
     assert "larger than 1 MiB" in response.json()["detail"]
@@ -206,7 +206,7 @@ def test_attention_is_as_before_after_an_error_too(worker, answerer, shots, monk
 
     monkeypatch.setattr(answerer.model.lm_head, "forward", fails)
     said = httpx.post(f"{worker}/worker_attention", json=body).json()
-    assert said == {"text": "the model failed: out of memory", "error_code": wire.ERROR_MODEL}
+    assert said == {"text": "the model failed: out of memory", "error_code": protocol.ERROR_MODEL}
     assert kinds == ["eager"]
     assert answerer.model.config._attn_implementation == before
     assert not answerer.model.model.layers[0].self_attn._forward_hooks
@@ -239,7 +239,7 @@ def test_attention_is_that_of_transformers(answerer, pictures):
     import torch
 
     from llava.mm_utils import expand_image_tokens, tokenizer_image_token
-    from llava.serve.attention import grids
+    from llava.serve.attention_maps import grids
 
     pixels, size = answerer.picture(Image.open(pictures / "0.png").convert("RGB"))
     prompt, answer = "USER: <image>\nWhat? ASSISTANT:", "a red one"
