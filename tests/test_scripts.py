@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file
 
 from fed.arguments import FedArguments
-from fed.personalise import PersonaliseArguments
+from fed.methods.pilot.personalise import PersonaliseArguments
 from llava.errors import InputError
 from llava.mm_utils import tokenizer_image_token
 from llava.model import apply_delta, consolidate, make_delta
