@@ -122,6 +122,15 @@ class TrainingArguments(transformers.TrainingArguments):
         default=1, metadata={"help": "Which of --schedule_samples this run is, from 1."}
     )
 
+    def __post_init__(self) -> None:
+        # Workers share the records and the features in memory; from Python 3.14 on, they would be
+        # sent a copy each instead, which takes longer than training and the memory of them all.
+        if sys.platform == "linux" and self.dataloader_num_workers > 0:
+            self.dataloader_multiprocessing_context = (
+                self.dataloader_multiprocessing_context or "fork"
+            )
+        super().__post_init__()
+
     @property
     def n_gpu(self) -> int:
         """0 or 1. A process takes one GPU: DataParallel would cut a batch whose positions count

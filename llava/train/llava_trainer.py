@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,8 +36,6 @@ from llava.state import load, save
 from llava.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from llava.train.arguments import TrainingArguments as LLaVATrainingArguments
 
 
@@ -233,7 +231,7 @@ def save_part(model: nn.Module, folder: str | os.PathLike, write: bool = True) -
     Every rank calls it, since ZeRO-3 gathers; those that `write` write.
     """
     if is_lora(model):
-        save_lora(cast("PeftModel", model), folder, write)
+        save_lora(model, folder, write)
         return
     state = projector_state(model)
     if write:
@@ -243,7 +241,7 @@ def save_part(model: nn.Module, folder: str | os.PathLike, write: bool = True) -
 def load_part(model: nn.Module, folder: str | os.PathLike) -> None:
     """Load what `save_part` wrote into a model of the same make."""
     if is_lora(model):
-        load_lora(cast("PeftModel", model), folder)
+        load_lora(model, folder)
     else:
         file = Path(folder) / PROJECTOR_FILE
         load_projector(model, load(file), str(file))

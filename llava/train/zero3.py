@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from transformers import Trainer
 
@@ -17,7 +16,7 @@ from llava.state import State
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def maybe_zero_3(param: torch.Tensor, ignore_status: bool = False, name: str | None = None):
+def maybe_zero_3(param: nn.Parameter, ignore_status: bool = False, name: str | None = None):
     """A copy of a parameter on the CPU, whole under ZeRO-3 too."""
     with gathered([param]):
         return param.detach().cpu().clone()

@@ -16,7 +16,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import PROJECTOR_FILE, ROWS, projector_state
 from llava.model.shards import Shards
 from llava.model.tokenizer import load_tokenizer
-from llava.model.trainable_part import ProjectorForm
+from llava.model.trainable_part import ProjectorPart
 from llava.train.arguments import parse
 from llava.train.session import load_session
 from llava.train.train import train
@@ -175,12 +175,12 @@ def test_rounds_carry_them(marked, tiny, llm, tmp_path):
 
 @pytest.mark.parametrize("saved", ["two", "a whole table", "none"])
 def test_a_client_may_save_them_as_upstream_does(marked, tmp_path, saved):
-    like = ProjectorForm().of_model(load_session(*parse(marked())).model)
+    like = ProjectorPart().of_model(load_session(*parse(marked())).model)
     assert like[ROWS].shape == (2, 48)
     rows = torch.randn(2 if saved == "two" else 9, 48)
     left = {n: t for n, t in like.items() if n != ROWS} | ({} if saved == "none" else {ROWS: rows})
     state.save(left, tmp_path / PROJECTOR_FILE)
-    found = ProjectorForm().read(tmp_path, like)
+    found = ProjectorPart().read(tmp_path, like)
     assert torch.equal(found[ROWS], like[ROWS] if saved == "none" else rows[-2:])
 
 

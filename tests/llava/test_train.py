@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -497,3 +498,16 @@ def test_upstreams_checkpoints_of_a_projector_are_put_aside_and_not_lost(flags, 
     }
     kept = tmp_path / "out" / "incomplete-checkpoint-1" / "mm_projector.bin"
     assert kept.read_bytes() == b"of an earlier night"
+
+
+def test_workers_share_the_data_whatever_way_python_starts_processes(flags, tiny, tmp_path):
+    """From Python 3.14 on they are served by a process that has to be sent all that they need."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        # With two epochs the features are kept in memory.
+        argv = flags(data_path=tiny / "a.json", dataloader_num_workers=2, num_train_epochs=2)
+        train(argv=argv)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert (tmp_path / "out" / "mm_projector.bin").is_file()
