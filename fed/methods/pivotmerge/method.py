@@ -20,7 +20,7 @@ alignment contributions".
        energy       p_k times the share of X_k's energy in shared directions (kappa_i at or above
                     what unrelated experts would have, sum_k p_k^2)
        subspace     p_k (P_k + floor), a matrix, P_k = G_k (G_k + noise)^-1, G_k = C_k C_k^T: an
-                    expert is heard along the directions in which it has moved, its own ones and
+                    expert counts along the directions in which it has moved, its own ones and
                     not the basis's; noise is in units of the mean eigenvalue of G_k
        calibration  p_k exp(what the caption loss gains when k's part of the layer is left out,
                     over the largest such gain of the layer)
