@@ -25,7 +25,8 @@ from llava.serve.model_worker import ModelBackend, run_folder
 from llava.serve.model_worker import arguments as worker_arguments
 from llava.serve.worker_app import worker_app
 from tests.llava.serve.conftest import running
-from tests.llava.serve.test_ui import Upstream, page
+from tests.llava.serve.test_gradio_web_server import page
+from tests.llava.serve.ui.conftest import Upstream
 
 ROOT = Path(__file__).parents[3]
 PARTS = ROOT / "playground" / "backbones" / "instruct"

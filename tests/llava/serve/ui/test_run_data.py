@@ -1,0 +1,61 @@
+"""The records of real runs and merges, as rows of plots."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava.serve.ui import run_data
+from llava.serve.ui.worker_client import PageError
+
+
+def test_a_runs_records_become_plots(recorded):
+    rounds, none = run_data.read(recorded / "fedcmp")
+    assert none is None
+    assert len(rounds) == 2
+    losses = run_data.client_losses(rounds)
+    assert [(row["round"], row["of"]) for row in losses] == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    assert losses[3]["loss"] == rounds[1]["clients"]["b"]["loss"]
+    held = run_data.heldout_losses(rounds)
+    assert {row["of"] for row in held} == {"global on heldout"}
+    assert len(held) == 2
+    agreed = run_data.agreements(rounds)
+    assert agreed[0]["cosine"] == rounds[0]["cosines"][0][1]
+    assert len(agreed) == 4
+    spectrum = [row for row in run_data.spectrum(rounds) if row["of"] == "layer 2"]
+    assert [row["share"] for row in spectrum] == (
+        rounds[1]["facts"]["layers"]["model.mm_projector.2"]["spectrum"]
+    )
+    alone = run_data.heldout_losses(run_data.read(recorded / "local")[0])
+    assert {row["of"] for row in alone} == {"a on heldout", "b on heldout"}
+
+
+def test_a_merges_weights_become_plots(recorded):
+    none, facts = run_data.read(recorded / "merge")
+    assert none == []
+    assert run_data.experts(facts) == ["a", "b"]
+    rows = run_data.layer_weights(facts)
+    said = facts["method_facts"]["layers"]["model.mm_projector.0"]["alpha"]
+    assert [row["weight"] for row in rows if row["layer"] == "layer 0"] == said
+    facts["method_facts"], facts["experts"][1]["weight"] = {}, 3.0
+    assert [row["weight"] for row in run_data.layer_weights(facts)] == [0.25, 0.75] * 2
+    facts["experts"][1]["path"] = facts["experts"][0]["path"].replace("local", "other")
+    assert run_data.experts(facts) == ["local/clients/a", "other/clients/a"]
+
+
+def test_a_line_that_is_being_written_waits_for_its_end(recorded, tmp_path):
+    text = (recorded / "fedcmp" / "rounds.jsonl").read_text()
+    file = tmp_path / "rounds.jsonl"
+    file.write_text(text[: len(text) - 30])
+    before = run_data.stamp(tmp_path)
+    assert len(run_data.read(tmp_path)[0]) == 1
+    file.write_text(text)
+    assert len(run_data.read(tmp_path)[0]) == 2
+    assert run_data.stamp(tmp_path) != before
+
+
+def test_a_folder_that_is_no_run_is_said_in_one_sentence(tmp_path):
+    with pytest.raises(PageError, match="neither rounds.jsonl nor merge.json"):
+        run_data.read(tmp_path)
+    (tmp_path / "rounds.jsonl").write_text("rounds\n")
+    with pytest.raises(PageError, match="are not JSON"):
+        run_data.read(tmp_path)
