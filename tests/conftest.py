@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,14 @@ def make_data(folder: Path, name: str, samples: int, seed: int = 0) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(records))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_heard():
+    """A process that a script starts in the background ignores SIGINT, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -235,9 +235,7 @@ def test_who_has_left_a_round_stays_out_of_it_when_the_run_is_continued(fake, tm
     assert list(fake(a=a, b=b, fed_min_clients=1)[0]["failed"]) == ["a"]
 
 
-def test_ctrl_c_ends_all_clients(fake, tmp_path, request):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+def test_ctrl_c_ends_all_clients(fake, tmp_path):
     wait = f"echo $$ > {tmp_path}/pid-$NAME; "
     wait += f"until [ -s {tmp_path}/pid-a -a -s {tmp_path}/pid-b ]; do sleep 0.02; done; "
     with pytest.raises(KeyboardInterrupt):
