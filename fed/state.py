@@ -14,7 +14,6 @@ from llava.state import (
     read_tensors,
     save,
 )
-from llava.suggest import did_you_mean as near
 
 __all__ = [
     "State",
@@ -23,7 +22,6 @@ __all__ = [
     "fingerprint",
     "is_finite",
     "load",
-    "near",
     "read_tensors",
     "save",
 ]

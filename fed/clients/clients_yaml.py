@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from fed.clients.yaml_values import flag_of, text_of, unquoted
-from fed.state import near
 from fed.yaml_file import read_yaml
 from llava.errors import InputError
+from llava.suggest import did_you_mean
 
 DATA_KEYS = ("name", "data_path", "image_folder", "task", "from_round")
 
@@ -132,7 +132,7 @@ def _client(
         if key in of_others and key not in known:
             raise InputError(f"{where} has {key}, which is for --fed_driver {of_others[key]}")
         if key not in known:
-            raise InputError(f"{where} has unknown key {key!r}{near(str(key), known)}")
+            raise InputError(f"{where} has unknown key {key!r}{did_you_mean(str(key), known)}")
     if entry.get("data_path") is None:
         raise InputError(f"{where} has no data_path")
     data_path = _path(path.parent, "data_path", entry["data_path"], where)

@@ -12,8 +12,8 @@ from typing import Any
 
 from fed.data.reading import LlavaJson
 from fed.data.samples import Sample
-from fed.state import near
 from llava.errors import InputError
+from llava.suggest import did_you_mean
 
 REGION = (
     "Please provide a short description for this region",
@@ -57,7 +57,9 @@ def check_tasks(names: Sequence[str]) -> None:
     for name in names:
         if name not in TASKS:
             known = ", ".join(TASKS)
-            raise InputError(f"--tasks {name}: unknown{near(name, TASKS)}; known are {known}")
+            raise InputError(
+                f"--tasks {name}: unknown{did_you_mean(name, TASKS)}; known are {known}"
+            )
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"--tasks: {doubled[0]} comes twice")
 

@@ -15,9 +15,10 @@ from fed.clients.clients_yaml import ClientSpec
 from fed.clients.store import ClientStore
 from fed.clients.task import ClientTask, Log, Result
 from fed.methods import Method
-from fed.state import State, near
+from fed.state import State
 from llava.errors import InputError
 from llava.model.trainable_part import TrainablePart
+from llava.suggest import did_you_mean
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.session import Session
 
@@ -154,7 +155,9 @@ def get(name: str) -> type[Driver]:
     _load()
     if name not in _DRIVERS:
         known = ", ".join(sorted(_DRIVERS))
-        raise InputError(f"--fed_driver is {name!r}{near(name, _DRIVERS)}; known are {known}")
+        raise InputError(
+            f"--fed_driver is {name!r}{did_you_mean(name, _DRIVERS)}; known are {known}"
+        )
     return _DRIVERS[name]
 
 

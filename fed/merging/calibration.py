@@ -19,11 +19,11 @@ from fed.merging.sources import WHOLE, Source
 from fed.methods import Calibration
 from fed.state import save
 from llava.errors import InputError
+from llava.json_files import read_json
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import PROJECTOR_FILE, projector_parameters
 from llava.model.lora import ADAPTER_CONFIG
 from llava.model.picture_tokens import separate_rows, uses_start_end
-from llava.model.shards import read_json
 from llava.train.arguments import DataArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.sample_format import SampleFormat

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava.atomic import left_of, own_name
+from llava.atomic import left_of, new_folder
 from llava.errors import InputError
 
 _SPARE = 2**20  # card, config and the like
@@ -60,21 +60,8 @@ def output_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the disk is full, whichever library was told so.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = own_name(path), own_name(path, "old")
-    temporary.mkdir()
-    try:
-        with _disk_errors(path):
-            yield temporary
-        if path.exists() and any(path.iterdir()):
-            os.replace(path, aside)
-        os.replace(temporary, path)  # an empty folder gives way
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if aside.exists() and not path.exists():
-            os.replace(aside, path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(path, replace=True) as temporary, _disk_errors(path):
+        yield temporary
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from fed.merging.config import MergeConfig
 from fed.yaml_file import read_yaml
 from llava.errors import InputError
 from llava.flags import pairs
+from llava.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
     for key, value in document.items():
         name = str(key).replace("-", "_")
         if name not in kinds:
-            from fed.state import near  # which needs torch
-
-            raise InputError(f"{path}: unknown key {key!r}{near(name, kinds)}")
+            raise InputError(f"{path}: unknown key {key!r}{did_you_mean(name, kinds)}")
         if value is not None:
             values[name] = value
     if "experts" in values:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ from llava.model.multimodal_projector.connector import (
     connector_types,
 )
 from llava.model.quantize import QUANT_TYPES, check_bitsandbytes
+from llava.suggest import did_you_mean
 from llava.transformers_private import gpus_without_launcher
 
 
@@ -191,9 +191,7 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
         raise InputError(str(error)) from None
     if unknown:
         known = [f"--{f.name}" for kind in kinds for f in dataclasses.fields(kind) if f.init]
-        close = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise InputError(f"unknown flag {unknown[0]}{hint}")
+        raise InputError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0], known)}")
     _check_together(parsed)
     return tuple(parsed)
 

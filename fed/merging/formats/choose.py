@@ -12,7 +12,7 @@ from fed.merging.formats.lora import LoraFormat
 from fed.merging.formats.projector import ProjectorFormat, ProjectorInModelFormat
 from fed.merging.sources import WHOLE, Source
 from llava.errors import InputError
-from llava.model.shards import read_json
+from llava.json_files import read_json
 
 
 def format_of(config: MergeConfig, experts: Sequence[Source], base: Source | None) -> Format:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fed.merging.sources import Source
 from fed.merging.task_vectors import stem
-from fed.state import State, StateError, near
+from fed.state import State, StateError
+from llava.suggest import did_you_mean
 
 Put = Callable[[State], None]
 
@@ -59,7 +60,7 @@ def check_names(sources: Sequence[Source], tensors: Sequence[Mapping[str, Tensor
         first = tensors[0]
         for name in first:
             if name not in others:
-                hint = near(name, others.keys() - first.keys())
+                hint = did_you_mean(name, others.keys() - first.keys())
                 raise StateError(
                     f"{source.label}: tensor {name} is missing{hint}, {sources[0].label} has it"
                 )

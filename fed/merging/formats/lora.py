@@ -25,6 +25,7 @@ from fed.merging.sources import Source, Weights, adapter_weights
 from fed.numerics.lora_delta import Products
 from fed.state import State
 from llava.errors import InputError
+from llava.json_files import read_json
 from llava.model.checkpoint import on_disk
 from llava.model.lora import (
     ADAPTER_CONFIG,
@@ -34,7 +35,6 @@ from llava.model.lora import (
     read_adapter_config,
     read_non_lora,
 )
-from llava.model.shards import read_json
 from llava.state import read_tensors, save
 
 # Keys in which adapters must agree for their matrices to mean the same.

@@ -15,9 +15,9 @@ from fed.merging.formats.format import Format, Put, bytes_of, check_names
 from fed.merging.formats.rewrite import copy_model, model_bytes
 from fed.merging.sources import Source
 from fed.state import State, fingerprint, save
+from llava.json_files import read_json
 from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, ROWS
 from llava.model.hf_layout import KEPT
-from llava.model.shards import read_json
 
 _FINGERPRINTS = "A fingerprint is the SHA-256 of the projector's names, types, shapes and values."
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fed.state import State, StateError, is_finite, near
+from fed.state import State, StateError, is_finite
+from llava.suggest import did_you_mean
 
 
 def check_not_zero(state: State, base: State, who: str) -> None:
@@ -43,10 +44,14 @@ def check_memory(
         return
     for name in shapes:
         if name not in memory:
-            raise StateError(f"{method} memory: tensor {name} is missing{near(name, memory)}")
+            raise StateError(
+                f"{method} memory: tensor {name} is missing{did_you_mean(name, memory)}"
+            )
     for name, tensor in memory.items():
         if name not in shapes:
-            raise StateError(f"{method} memory: tensor {name} is not expected{near(name, shapes)}")
+            raise StateError(
+                f"{method} memory: tensor {name} is not expected{did_you_mean(name, shapes)}"
+            )
         if tuple(tensor.shape) != shapes[name]:
             found, expected = tuple(tensor.shape), shapes[name]
             raise StateError(f"{method} memory: {name} has shape {found}, expected {expected}")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal
 
-from fed.state import near
 from llava.errors import InputError
 from llava.flags import pairs
+from llava.suggest import did_you_mean
 
 # Every method has the first three; the others are for those that ask for them. All else is options.
 ARGUMENTS = (
@@ -117,7 +117,7 @@ def parse(
     for option in given:
         if option not in known:
             has = f"it has {', '.join(known) or 'none'}"
-            raise InputError(f"{name} has no option {option!r}{near(option, known)}; {has}")
+            raise InputError(f"{name} has no option {option!r}{did_you_mean(option, known)}; {has}")
     return {option: known[option].parse(value) for option, value in given.items()}
 
 

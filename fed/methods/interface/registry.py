@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fed.methods.interface.method import Method, Outcome
-from fed.state import near
 from llava.errors import InputError
+from llava.suggest import did_you_mean
 
 _METHODS: dict[str, Method] = {}
 
@@ -37,7 +37,9 @@ def get(name: str) -> Method:
     _load()
     if name not in _METHODS:
         known = ", ".join(sorted(_METHODS))
-        raise InputError(f"no method is called {name!r}{near(name, _METHODS)}; there are {known}")
+        raise InputError(
+            f"no method is called {name!r}{did_you_mean(name, _METHODS)}; there are {known}"
+        )
     return _METHODS[name]
 
 
