@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from fed.methods import Method
 from fed.state import State
 from llava.errors import InputError
 from llava.model.trainable_part import TrainablePart
+from llava.plugins import import_modules
 from llava.suggest import did_you_mean
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.session import Session
@@ -146,23 +145,16 @@ def driver(name: str) -> Callable[[type[Driver]], type[Driver]]:
 
 def names() -> list[str]:
     """All drivers, sorted."""
-    _load()
+    import_modules("fed.drivers")
     return sorted(_DRIVERS)
 
 
 def get(name: str) -> type[Driver]:
     """The driver `name`; `InputError` if there is none."""
-    _load()
+    import_modules("fed.drivers")
     if name not in _DRIVERS:
         known = ", ".join(sorted(_DRIVERS))
         raise InputError(
             f"--fed_driver is {name!r}{did_you_mean(name, _DRIVERS)}; known are {known}"
         )
     return _DRIVERS[name]
-
-
-def _load() -> None:
-    """Import every file of fed/drivers/; those that are drivers register themselves."""
-    folder = importlib.import_module("fed.drivers").__path__
-    for module in pkgutil.iter_modules(folder):
-        importlib.import_module(f"fed.drivers.{module.name}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from fed.methods.interface.method import Method, Outcome
 from llava.errors import InputError
+from llava.plugins import import_modules
 from llava.suggest import did_you_mean
 
 _METHODS: dict[str, Method] = {}
@@ -44,9 +43,5 @@ def get(name: str) -> Method:
 
 
 def _load() -> None:
-    """Import every file of fed/methods/, and `method.py` of its packages: each registers itself."""
-    folder = importlib.import_module("fed.methods").__path__
-    for module in pkgutil.iter_modules(folder):
-        if module.name != "interface":
-            end = ".method" if module.ispkg else ""
-            importlib.import_module(f"fed.methods.{module.name}{end}")
+    """Every file of fed/methods/, and `method.py` of its packages, registers itself."""
+    import_modules("fed.methods", without="interface", main="method")

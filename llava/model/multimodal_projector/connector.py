@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import pkgutil
 import re
 import typing
 from collections.abc import Callable
@@ -31,6 +29,7 @@ import torch
 from torch import nn
 
 from llava.errors import InputError
+from llava.plugins import import_modules
 
 # In a federation: `shared` by all clients, of a `task`, or the `client`'s alone; those three train.
 # What is `frozen` was made by others, or has no part in the stage that the connector is in.
@@ -151,7 +150,7 @@ def connector(
 
 def connector_types() -> list[ConnectorType]:
     """All connectors."""
-    _load()
+    import_modules(__name__.rpartition(".")[0])  # connectors register themselves
     return list(_TYPES.values())
 
 
@@ -171,11 +170,3 @@ def connector_type(name: str | None) -> tuple[ConnectorType, tuple[str, ...]]:
 def connector_flags() -> list[type]:
     """The dataclasses of flags of all connectors that have some."""
     return [kind.flags for kind in connector_types() if kind.flags]
-
-
-@functools.cache
-def _load() -> None:
-    """Import every file of this folder: connectors register themselves."""
-    package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
