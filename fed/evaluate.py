@@ -37,10 +37,10 @@ def models_of(words: Sequence[str]) -> dict[str, str]:
 
 
 def template_of(path: str, asked: str | None) -> str:
-    """The template asked for, else the one in the model's config, else that of a projector alone.
+    """The template asked for, else `plain` for a projector alone, else the one in the config.
 
     Raises:
-        InputError: there is no such folder, or another kind of model that names no template.
+        InputError: there is no such folder, or its config names no template.
     """
     from llava.json_files import read_json
     from llava.model.builder import has_weights
@@ -51,13 +51,14 @@ def template_of(path: str, asked: str | None) -> str:
     folder = local_folder(path)
     if asked:
         return asked
-    config = folder / "config.json"
-    if config.is_file() and (named := read_json(config).get("conversation_template")):
-        return str(named)
     is_lora = (folder / ADAPTER_CONFIG).is_file()
     if (folder / PROJECTOR_FILE).is_file() and not is_lora and not has_weights(folder):
-        return "plain"
-    raise InputError(f"{path}: --version is missing: the conversation template of its training")
+        return "plain"  # as pre-training is; a config names the language model's own
+    config = folder / "config.json"
+    named = read_json(config).get("conversation_template") if config.is_file() else None
+    if not named:
+        raise InputError(f"{path}: --version is missing: the conversation template of its training")
+    return str(named)
 
 
 def check_output(path: Path) -> None:
@@ -134,7 +135,10 @@ def parser() -> argparse.ArgumentParser:
     add("--image_folder", help="the pictures of the data")
     add("--output", type=Path, metavar="FILE.json", help="where the measures go, too")
     add("--domain", default="domain", help="the key of a record that names its domain")
-    add("--version", help="conversation template; else the config's, else plain for a projector")
+    add(
+        "--version",
+        help="conversation template; else plain for a projector alone, else the config's",
+    )
     add("--batch_size", type=int, default=16)
     add("--device", default="cuda", help="cuda where there is one, else the CPU")
     return top

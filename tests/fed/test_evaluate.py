@@ -33,6 +33,11 @@ def assert_alike(found: dict, expected: dict) -> None:
     assert found["exact"] == pytest.approx(expected["exact"])
 
 
+def name_template(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"conversation_template": "v1"}))
+
+
 @pytest.fixture
 def run(flags, tiny, tmp_path):
     """`run(NAME, flag=value, …)`: the folder of a federated run of one round."""
@@ -47,6 +52,7 @@ def run(flags, tiny, tmp_path):
 
 def test_the_numbers_are_those_of_the_runs(run, tiny, tmp_path, capsys):
     shared, apart = run("shared"), run("apart", fed_method="local")
+    name_template(shared)  # of the language model's chats: a projector alone is aligned with plain
     capsys.readouterr()
     found = measured(tiny, tmp_path, f"FedAvg={shared}", str(apart))
     rows = rows_of([Run.load("FedAvg", shared), Run.load(str(apart), apart)])
@@ -69,8 +75,7 @@ def test_a_lora_and_the_full_model_that_it_becomes(run, tiny, tmp_path, capsys):
     merge_lora = runpy.run_path(str(MERGE_LORA))["main"]
     merge_lora(["--model-path", str(lora), "--model-base", str(tiny / "llm"),
                 "--save-model-path", str(full)])  # fmt: skip
-    config = json.loads((full / "config.json").read_text())
-    (full / "config.json").write_text(json.dumps(config | {"conversation_template": "v1"}))
+    name_template(full)
     with pytest.raises(SystemExit):
         measured(tiny, tmp_path, str(lora))
     assert f"error: {lora}: --version is missing" in capsys.readouterr().err
