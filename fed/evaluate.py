@@ -26,7 +26,7 @@ from llava.flags import FlagParser, pairs
 def models_of(words: Sequence[str]) -> dict[str, str]:
     """`[NAME=]FOLDER` each: name → folder; the clients of a run are named as `fed.report` does."""
     named = pairs("--models", [w if "=" in w else f"{w}={w}" for w in words], "NAME=FOLDER")
-    found = {}
+    found: dict[str, str] = {}
     for name, path in named.items():
         clients = sorted(file.parent for file in Path(path).glob("clients/*/config.json"))
         if clients and not (Path(path) / "config.json").is_file():

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fed.merging.config import MergeConfig
 from fed.merging.model_calibration import ModelCalibration
@@ -105,7 +106,8 @@ def load_calibration(
     if not data:
         raise InputError("calibration: no data file is given")
     session = finished_session(model, model_base, version, device)
-    llava, tokenizer = session.model, session.tokenizer
+    llava: Any = session.model  # its class is made by `llava_class`
+    tokenizer = session.tokenizer
     llava.get_model().mm_projector.float()  # small differences of projectors must not be lost
     if uses_start_end(llava.config):
         separate_rows(llava, tokenizer)
