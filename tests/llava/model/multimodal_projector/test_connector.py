@@ -13,7 +13,7 @@ import pytest
 from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector, connector_type
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 SCALED = '''
 """A linear connector whose tokens are scaled."""
 

@@ -25,7 +25,7 @@ from llava.train.settings import (
     training_settings,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONNECTORS = connector_flags()  # all of theirs decide
 OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments, *CONNECTORS)
 

@@ -25,7 +25,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.shards import Shards, write_shards
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 UPSTREAM = ROOT / "tests" / "golden" / "upstream"
 

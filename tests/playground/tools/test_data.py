@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HELD_OUT = ("heldout_dev.json", "heldout_test.json")
 STYLES = ("google", "twitter", "openmoji", "fluent")
 

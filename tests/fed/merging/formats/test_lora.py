@@ -18,7 +18,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.shards import Shards
 from llava.state import read_tensors
 
-LLM = Path(__file__).parents[2] / "golden" / "upstream" / "llm"
+LLM = Path(__file__).parents[3] / "golden" / "upstream" / "llm"
 ADAPTER, OTHERS = "adapter_model.safetensors", "non_lora_trainables.bin"
 
 

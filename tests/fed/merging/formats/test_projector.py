@@ -15,7 +15,7 @@ from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.shards import Shards, read_json
 
-LLM = Path(__file__).parents[2] / "golden" / "upstream" / "llm"
+LLM = Path(__file__).parents[3] / "golden" / "upstream" / "llm"
 WHOLE = ("full bin", "full", "hf", "hf memory", "hf 5")
 OTHERS = ("bin", "safetensors", "beside", "projector", "lora")
 

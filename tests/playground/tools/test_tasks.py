@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image, ImageChops
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCENARIOS = {"a": ("caption", "vqa", "grounding"), "b": ("category", "text", "caption")}
 PARTS = {"dev": 100, "test": 100}
 
