@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden"
 UPSTREAM = GOLDEN / "upstream"
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
@@ -58,6 +60,14 @@ def logits_of(path, base=None):
     side = processor.crop_size["height"]
     with torch.no_grad():
         return model(ids[None], images=torch.ones(1, 3, side, side)).logits
+
+
+def tool(name: str):
+    """`main` of a file of scripts/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
 
 
 def make_vision_tower(folder: Path, hidden_size: int = 32) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,7 @@ from safetensors.torch import load_file
 
 from llava.errors import InputError
 from llava.model.shards import Shards, write_shards
-from tests.conftest import UPSTREAM, logits_of, upstream_copy
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
+from tests.conftest import UPSTREAM, logits_of, tool, upstream_copy
 
 PROJECTOR = {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")}
 
