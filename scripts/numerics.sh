@@ -7,7 +7,7 @@ EXTRAS=dev
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 tests=(tests/fed/numerics tests/fed/methods tests/fed/server/test_round_metrics.py
-    --ignore tests/fed/methods/pilot/test_pilot_run.py
+    --ignore tests/fed/methods/pilot/test_run.py
     --ignore tests/fed/methods/test_all_methods.py)
 # Without those that count bytes, or draw or step hundreds of times.
 quick="not makes and not blocks and not seeds and not adam_goes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden"
+UPSTREAM = GOLDEN / "upstream"
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
@@ -32,6 +35,39 @@ def assert_moved_alike(found, expected, start, share):
         apart = (tensor.double() - found[name].double()).norm()
         assert went > 0, f"{name} has not moved"
         assert apart <= share * went, f"{name}: {float(apart):.3g} apart, went {float(went):.3g}"
+
+
+def upstream_copy(name: str, folder: Path) -> Path:
+    """A copy of one of upstream's folders, with its tower where it is on this machine."""
+    out = Path(shutil.copytree(UPSTREAM / name, folder / name))
+    config = json.loads((out / "config.json").read_text())
+    config["mm_vision_tower"] = str(UPSTREAM / "tower")
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def logits_of(path, base=None):
+    """Logits of one picture of ones and a question, by the model of a folder."""
+    import torch
+
+    from llava.mm_utils import tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(path), base and str(base), "any", device="cpu"
+    )
+    ids = tokenizer_image_token("USER: <image>\nWhat?", tokenizer, return_tensors="pt")
+    side = processor.crop_size["height"]
+    with torch.no_grad():
+        return model(ids[None], images=torch.ones(1, 3, side, side)).logits
+
+
+def tool(name: str):
+    """`main` of a file of scripts/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
 
 
 def make_vision_tower(folder: Path, hidden_size: int = 32) -> None:
@@ -160,3 +196,9 @@ def flags(tiny, tmp_path):
         return out
 
     return make
+
+
+@pytest.fixture
+def upstreams_full(tmp_path) -> Path:
+    """A full LLaVA in three pickled shards, as upstream on an old release writes it."""
+    return upstream_copy("llava-full", tmp_path)

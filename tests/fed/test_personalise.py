@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fed.personalise import personalise
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
-from tests.fed.methods.pilot.test_pilot_run import pilot as pilot
+from tests.fed.methods.pilot.test_run import pilot as pilot
 
 
 @pytest.fixture

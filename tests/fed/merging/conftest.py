@@ -16,12 +16,24 @@ from llava.model.checkpoint import projector_state
 from llava.model.convert import to_hf
 from llava.model.shards import Shards, write_shards
 from llava.state import load, save
+from tests.conftest import UPSTREAM
 
-UPSTREAM = Path(__file__).parents[2] / "golden" / "upstream"
 LLM = UPSTREAM / "llm"
 FILES = ("bin", "safetensors", "beside")
 DIALECTS = ("hf", "hf memory", "hf 5")
 FORMS = (*FILES, "projector", "lora", "full bin", "full", *DIALECTS)
+
+
+def model_of(folder: Path, base: Path | None = None):
+    """The model of a folder, which thereby is seen to load."""
+    return load_pretrained_model(str(folder), base and str(base), "any", device="cpu")[1]
+
+
+def close(found: dict, expected: dict, rtol: float, atol: float = 1e-6) -> None:
+    """Equal names, and in float64 values that differ by rounding alone."""
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.allclose(tensor.double(), expected[name].double(), rtol, atol), name
 
 
 def set_config(folder: Path, file: str = "config.json", **changes) -> None:

@@ -25,7 +25,7 @@ from llava.model.convert import main, rename_to_hf, rename_to_llava, to_hf, to_l
 from llava.model.hf_processor import chat_template, with_image_token
 from llava.model.shards import Shards
 
-UPSTREAM = Path(__file__).parents[1] / "golden" / "upstream"
+UPSTREAM = Path(__file__).parents[2] / "golden" / "upstream"
 TOWER = UPSTREAM / "tower"
 LLM = UPSTREAM / "llm"
 TALK = ["What is this?", "A cat.", "Why?"]

@@ -19,7 +19,7 @@ from llava.train.train import train as llava_train
 from tests.conftest import assert_moved_alike
 
 pytest.importorskip("deepspeed")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 NEAR = 0.01  # of the way that a tensor went: measured 2e-5, and one whole step of a value is 0.003
 
 # What each rank runs: one job after the other. The shared-memory op only makes gloo faster, and

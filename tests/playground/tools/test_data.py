@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HELD_OUT = ("heldout_dev.json", "heldout_test.json")
 STYLES = ("google", "twitter", "openmoji", "fluent")
 
@@ -22,10 +22,8 @@ def script(name: str):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("playground") / "emoji"
-    assert script("unpack_data").unpack(target=folder)
-    return folder
+def data(emoji) -> Path:
+    return emoji
 
 
 def records(data: Path, *patterns: str) -> list[dict]:

@@ -28,7 +28,7 @@ from llava.train.data import (
 from llava.train.feature_cache import FeatureCache
 from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
 
-GOLDEN_DIR = Path(__file__).parents[1] / "golden"
+GOLDEN_DIR = Path(__file__).parents[2] / "golden"
 GOLDEN = json.loads((GOLDEN_DIR / "upstream_golden.json").read_text())["preprocess"]
 UPSTREAM_TOKENS = json.loads((GOLDEN_DIR / "upstream_tokens.json").read_text())
 CONVERSATIONS = {

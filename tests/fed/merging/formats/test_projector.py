@@ -14,8 +14,8 @@ from fed.state import check, load
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.shards import Shards, read_json
+from tests.fed.merging.conftest import LLM
 
-LLM = Path(__file__).parents[2] / "golden" / "upstream" / "llm"
 WHOLE = ("full bin", "full", "hf", "hf memory", "hf 5")
 OTHERS = ("bin", "safetensors", "beside", "projector", "lora")
 

@@ -11,9 +11,8 @@ from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.distil import distil, main
 from llava.train.train import train
-
-from .test_pilot import make, pilot_flags, scattered
-from .test_pilot import start as start
+from tests.llava.model.multimodal_projector.test_pilot import make, pilot_flags, scattered
+from tests.llava.model.multimodal_projector.test_pilot import start as start
 
 
 def test_what_one_projector_can_say_is_distilled_without_an_error():

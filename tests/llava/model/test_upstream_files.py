@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from llava.mm_utils import process_images, stack_same, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
-UPSTREAM = Path(__file__).parents[1] / "golden" / "upstream"
+UPSTREAM = Path(__file__).parents[2] / "golden" / "upstream"
 # Logits of up to ±10 in float32: measured 1e-5 with a picture (as much as two runs of ours differ
 # by), 0 without. Rotary frequencies in float16 show as 4e-3, a wrong weight as 0.5 and more.
 TOLERANCE = 1e-4

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fed import methods
 from fed.merge import merge
 from fed.merging.calibration import load_calibration
 from fed.state import load
-
-LLM = Path(__file__).parents[2] / "golden" / "upstream" / "llm"
+from tests.fed.merging.conftest import LLM
 
 
 @pytest.mark.parametrize("form", ["projector", "lora", "full", "beside"])

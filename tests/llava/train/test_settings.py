@@ -25,7 +25,7 @@ from llava.train.settings import (
     training_settings,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONNECTORS = connector_flags()  # all of theirs decide
 FED_DECIDING = FedArguments.DECIDING.union(
     *(of for name in names() for of in declared(get(name).flags or object, "DECIDING"))

@@ -19,7 +19,7 @@ from llava.errors import InputError
 from llava.state import load, save
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 PICTURES = ROOT / "playground/data/emoji"
 SHARDS = {"food": 12, "animals": 12, "travel": 12}
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -22,7 +19,8 @@ from llava.model.builder import load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import save_full
 from llava.model.shards import Shards
 from llava.train.train import train
-from tests.llava.test_lora import make_model
+from tests.conftest import tool
+from tests.llava.model.test_lora import make_model
 
 IDS = torch.tensor([[1, 40, 7, -200, 30, 31, 32]])
 PIXELS = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
@@ -232,10 +230,9 @@ def test_a_run_goes_on_to_the_bit(base, flags, tiny, tmp_path):
 def test_the_script_merges_it(base, tmp_path):
     way = {"use_dora": True, "modules_to_save": ["mm_projector", "lm_head"]}
     expected = write(tmp_path / "a", base, **way)
-    root = Path(__file__).parents[2]
-    argv = [sys.executable, root / "scripts" / "merge_lora_weights.py", "--model-path",
-            tmp_path / "a", "--model-base", base, "--save-model-path", tmp_path / "f"]  # fmt: skip
-    subprocess.run(list(map(str, argv)), check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    places = {"--model-path": "a", "--save-model-path": "f"}
+    argv = [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
+    tool("merge_lora_weights")([*argv, "--model-base", str(base)])
     torch.testing.assert_close(logits(load(tmp_path / "f")), expected, rtol=1e-4, atol=1e-4)
 
 

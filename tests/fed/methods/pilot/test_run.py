@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,10 +18,9 @@ from llava.errors import InputError
 from llava.model import convert
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import load_projector
-from tests.conftest import make_llm
+from tests.conftest import make_llm, tool
 from tests.fed.test_train import StopError, stop_after
 
-ROOT = Path(__file__).parents[4]
 TASKS = {"a": "colour", "b": "colour", "c": "shape"}
 
 
@@ -260,12 +257,14 @@ def test_other_tools_take_what_it_leaves_or_say_why_not(pilot, tiny, tmp_path):
     pilot(tmp_path / "run", fed_rounds=1)
     clients, base = tmp_path / "run/clients", str(tiny / "llm")
     a, full = str(clients / "a"), str(tmp_path / "full")
-    tool("scripts/merge_lora_weights.py", model_path=a, model_base=base, save_model_path=full)
+    tool("merge_lora_weights")(["--model-path", a, "--model-base", base, "--save-model-path", full])
     _, whole, _, _ = load_pretrained_model(full, None, "x", device="cpu")
     _, apart, _, _ = load_pretrained_model(a, base, "x", device="cpu")
     pixels = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(whole.encode_images(pixels), apart.encode_images(pixels))
-    tool("scripts/extract_mm_projector.py", model_path=full, output=tmp_path / "connector.bin")
+    tool("extract_mm_projector")(
+        ["--model-path", full, "--output", str(tmp_path / "connector.bin")]
+    )
     load_projector(apart, states.load(tmp_path / "connector.bin"), "connector.bin")
     torch.testing.assert_close(whole.encode_images(pixels), apart.encode_images(pixels))
 
@@ -275,12 +274,6 @@ def test_other_tools_take_what_it_leaves_or_say_why_not(pilot, tiny, tmp_path):
     load_pretrained_model(str(tmp_path / "merged"), base, "x", device="cpu")
     with pytest.raises(InputError, match="mm_projector_type is 'pilot', which the other layout"):
         convert.main(["--to", "hf", "--model-path", full, "--output", str(tmp_path / "hf")])
-
-
-def tool(script: str, **options) -> None:
-    words = [word for name, value in options.items()
-             for word in ("--" + name.replace("_", "-"), str(value))]  # fmt: skip
-    subprocess.run([sys.executable, script, *words], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -30,7 +30,7 @@ from llava.train.session import (
 )
 from llava.train.train import train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_projector_only_run_saves_the_projector_and_upstreams_config(flags, tiny, tmp_path):

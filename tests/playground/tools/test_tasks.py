@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image, ImageChops
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCENARIOS = {"a": ("caption", "vqa", "grounding"), "b": ("category", "text", "caption")}
 PARTS = {"dev": 100, "test": 100}
 
@@ -23,11 +23,10 @@ def script(name: str):
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory) -> tuple[Path, Path]:
+def unpacked(emoji) -> tuple[Path, Path]:
     """The folders of the emoji and of the tasks."""
-    folder, unpack = tmp_path_factory.mktemp("playground"), script("unpack_data")
-    emoji, tasks = folder / "emoji", folder / "tasks"
-    assert unpack.unpack(target=emoji)
+    folder, unpack = emoji.parent, script("unpack_data")
+    tasks = folder / "tasks"
     assert unpack.unpack_tasks(target=tasks, emoji=emoji)
     assert not unpack.unpack_tasks(target=tasks, emoji=emoji)
     assert sorted(p.name for p in folder.iterdir()) == ["emoji", "tasks"]

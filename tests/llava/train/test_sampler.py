@@ -6,7 +6,7 @@ import torch
 
 from llava.train.sampler import LengthGroupedSampler, split_to_even_chunks
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/upstream_golden.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden/upstream_golden.json").read_text())
 MODALITY = GOLDEN["modality_sampler"]
 
 

@@ -13,7 +13,7 @@ import pytest
 from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector, connector_type
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 SCALED = '''
 """A linear connector whose tokens are scaled."""
 
@@ -50,37 +50,58 @@ def _scaled(config, settings):
 '''
 
 
-def run(folder, argv):
-    """llava.train in a process for which the files of a folder are more connectors."""
-    code = (
-        "import llava.model.multimodal_projector as package\n"
-        f"package.__path__.append({str(folder)!r})\n"
-        "from llava.train.train import main; main()"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+# llava.train again and again in one process, for which a folder's files are more connectors.
+TRAIN = """
+import json, sys
+import llava.model.multimodal_projector as package
+folder, commands = json.loads(sys.argv[1])
+package.__path__.append(folder)
+from llava.train.train import main
+
+for argv in commands:
+    sys.argv = ["train", *argv]
+    try:
+        main()
+    except SystemExit as end:
+        print("ended with", end.code, file=sys.stderr)
+    print("----", file=sys.stderr)
+"""
+
+
+def run(folder, *commands) -> list[str]:
+    """What each command says on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, json.dumps([str(folder), commands])],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *said, _ = done.stderr.split("----\n")
+    return said
 
 
 def test_a_connector_with_flags_is_one_file(flags, tiny, tmp_path):
     (tmp_path / "connectors").mkdir()
     (tmp_path / "connectors/scaled.py").write_text(SCALED)
 
-    def train(**changes):
-        argv = flags(data_path=tiny / "a.json", mm_projector_type="scaled", max_steps=2, **changes)
-        return run(tmp_path / "connectors", argv)
+    def scaled(**changes):
+        return flags(data_path=tiny / "a.json", mm_projector_type="scaled", max_steps=2, **changes)
 
-    done = train(scaled_factor=3)
-    assert done.returncode == 0, done.stderr
+    done, changed, zero, other = run(
+        tmp_path / "connectors",
+        scaled(scaled_factor=3),
+        scaled(scaled_factor=4),
+        scaled(scaled_factor=0, output_dir="x"),
+        flags(data_path=tiny / "a.json", scaled_factor=3),
+    )
+    assert "ended with" not in done, done
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["mm_projector_type"] == "scaled"
     assert config["mm_scaled"] == {"factor": 3.0}
     assert "--scaled_factor" in (tmp_path / "out/run.json").read_text()
-    assert "scaled_factor = '3.0', now it is '4.0'" in train(scaled_factor=4).stderr
-    assert "scaled_factor is 0, another number" in train(scaled_factor=0, output_dir="x").stderr
-    other = run(tmp_path / "connectors", flags(data_path=tiny / "a.json", scaled_factor=3))
-    assert "--scaled_factor is for --mm_projector_type scaled" in other.stderr
+    assert "scaled_factor = '3.0', now it is '4.0'" in changed
+    assert "scaled_factor is 0, another number" in zero
+    assert "--scaled_factor is for --mm_projector_type scaled" in other
+    assert all("ended with 2" in said for said in (changed, zero, other))
 
 
 def test_names_are_matched_whole_and_registered_once():

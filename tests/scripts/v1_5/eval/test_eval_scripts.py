@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+SCRIPTS = Path(__file__).parents[4] / "scripts"
 EVALUATIONS = sorted(p for p in (SCRIPTS / "v1_5/eval").glob("*.sh") if p.stem != "in_chunks")
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys

@@ -13,7 +13,7 @@ import pytest
 
 from llava.errors import InputError
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every language model and tower goes through the one graft: forward, generate, train, save, load.
+"""Every language model goes through the one graft: forward, generate, train, save, load.
 
 Small random models; what is checked does not depend on what they have learnt.
 """
@@ -216,79 +216,3 @@ def test_a_mixture_whose_routers_are_trained(kind, more):
     made = model.generate(torch.tensor([[0, 0, 30], [30, 31, 32]]), attention_mask=left, **options)
     model.config.output_router_logits = False
     assert made[0].tolist() == model.generate(torch.tensor([[30]]), **options)[0].tolist()
-
-
-# -- SigLIP ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def siglip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("siglip")
-    torch.manual_seed(3)
-    config = transformers.SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    transformers.SiglipVisionModel(config).save_pretrained(folder)
-    transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
-def test_siglip_has_no_class_token_to_drop(siglip, tiny):
-    config = read_config(tiny / "llm")
-    config.mm_hidden_size, config.mm_projector_type = 32, "linear"
-    config.mm_vision_tower, config.mm_vision_select_layer = str(siglip), -2
-    model = from_pretrained(str(tiny / "llm"), config, dtype=torch.float32).eval()
-    tower = model.load_vision_tower(torch.float32, "cpu")
-    pixels = torch.randn(2, 3, 16, 16)
-    reference = transformers.SiglipVisionModel.from_pretrained(siglip).eval()
-    with torch.no_grad():
-        states = reference(pixels, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(tower(pixels), states[-2], rtol=1e-5, atol=1e-5)
-    assert tower.num_patches == PATCHES
-    assert tower.image_processor.size["height"] == 16
-    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, 30]])
-    assert model(ids, images=pixels[:1]).logits.shape[1] == 2 + PATCHES
-
-
-def test_siglip_trains_and_answers(siglip, tiny, flags, tmp_path, capsys):
-    from llava.eval.run_llava import arguments, eval_model
-    from llava.train.train import train
-
-    train(
-        argv=flags(
-            data_path=tiny / "a.json", vision_tower=siglip, image_aspect_ratio="pad", max_steps=2
-        )
-    )
-    ask = ["--model-path", str(tmp_path / "out"), "--model-base", str(tiny / "llm"),
-           "--image-file", str(tiny / "images/a-0.png"), "--query", "What?", "--conv-mode", "v1",
-           "--temperature", "0", "--max_new_tokens", "3"]  # fmt: skip
-    eval_model(arguments(ask))
-
-
-@pytest.mark.parametrize("layer", [-3, -2, -1, 0, 1, 2])
-def test_a_tower_runs_only_the_layers_that_are_read(tiny, layer):
-    from types import SimpleNamespace
-
-    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-
-    name = str(tiny / "vision_tower")
-    tower = CLIPVisionTower(name, SimpleNamespace(mm_vision_select_layer=layer))
-    pixels = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        states = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
-    for _ in range(2):
-        torch.testing.assert_close(tower(pixels), states[layer][:, 1:], rtol=1e-5, atol=1e-5)
-    with torch.no_grad():  # and a program that asks the encoder itself gets what it always got
-        again = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
-    assert len(again) == 3
-    torch.testing.assert_close(again[layer], states[layer], rtol=1e-5, atol=1e-5)
-    run = []
-    for module in tower.vision_tower.encoder.layers:
-        module.register_forward_hook(lambda *_: run.append(1))
-    tower(pixels)
-    assert len(run) == (layer if layer >= 0 else 3 + layer)
