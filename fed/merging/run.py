@@ -16,7 +16,7 @@ from fed.merging.config import MergeConfig
 from fed.merging.formats.choose import format_of
 from fed.merging.formats.format import Format, Put
 from fed.merging.manifest import facts_of, plain
-from fed.merging.merge_group import Job, check_method, check_streamed, merge_group, rehearse
+from fed.merging.merge_group import MergeJob, check_method, check_streamed, merge_group, rehearse
 from fed.merging.output import check_output, check_space, output_folder
 from fed.merging.sources import Source, open_source
 from fed.state import State
@@ -88,7 +88,7 @@ def run(config: MergeConfig) -> Result:
 
 def _job(
     config: MergeConfig, options: dict[str, Any], experts: Sequence[Source], base: Source | None
-) -> Job:
+) -> MergeJob:
     method = calibration = None
     if not config.dry_run:
         method = methods.get(config.method)
@@ -96,7 +96,7 @@ def _job(
             from fed.merging.calibration import calibration_of  # which needs transformers
 
             calibration = calibration_of(config, experts)
-    return Job(
+    return MergeJob(
         method,
         options,
         config.shares,
@@ -107,7 +107,7 @@ def _job(
     )
 
 
-def _merge(job: Job, form: Format, puts: Sequence[Put]) -> dict[str, Any]:
+def _merge(job: MergeJob, form: Format, puts: Sequence[Put]) -> dict[str, Any]:
     """Every group's merged state into `puts`; the facts of what was measured, and the method's."""
     grams: task_vectors.Gram = {}
     facts: dict[str, Any] = {}
