@@ -354,7 +354,7 @@ def test_a_server_that_is_not_there_is_said_to_be_away(server):
 
 
 def test_a_server_that_falls_silent_is_not_waited_for_in_all_eternity(server, monkeypatch):
-    monkeypatch.setattr("llava.serve.openai_server.READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("llava.serve.openai_client.READ_TIMEOUT_S", 0.1)
     with running(backend_of(arguments(["--sgl-endpoint", server.address]))) as worker:
         (only,) = ask(worker, prompt_of("silent"))
     server.released.set()
