@@ -47,7 +47,7 @@ from fed.drivers.script_clients import make_clients
 from fed.state import State, StateError
 from llava.atomic import write_text
 from llava.errors import InputError
-from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX
+from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.model.lora import NON_LORA_FILE
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.trainable_part import ProjectorPart, read_result, trained_part

@@ -21,7 +21,8 @@ from fed.state import save
 from llava.errors import InputError
 from llava.json_files import read_json
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import PROJECTOR_FILE, projector_parameters
+from llava.model.checkpoint import projector_parameters
+from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import ADAPTER_CONFIG
 from llava.model.picture_tokens import separate_rows, uses_start_end
 from llava.train.arguments import DataArguments

@@ -17,7 +17,7 @@ from torch import Tensor
 from llava.errors import InputError
 from llava.json_files import read_json
 from llava.model.builder import has_weights
-from llava.model.checkpoint import (
+from llava.model.checkpoint_names import (
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,

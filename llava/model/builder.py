@@ -12,19 +12,21 @@ from llava.errors import InputError, reason
 from llava.json_files import read_json
 from llava.model import lora
 from llava.model.checkpoint import (
+    derive_projector,
+    gathered,
+    load_projector,
+    model_class,
+    read_config,
+    tower_weights,
+)
+from llava.model.checkpoint_names import (
     EXTRA_PREFIX,
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
     ROWS,
     SEPARATE_ROWS,
-    derive_projector,
-    gathered,
-    load_projector,
-    model_class,
-    read_config,
     split_tower,
-    tower_weights,
 )
 from llava.model.hf_layout import FROM_HF
 from llava.model.hf_logging import quiet

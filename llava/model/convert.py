@@ -229,7 +229,7 @@ def _llava_weights(
 
     from llava.json_files import read_json
     from llava.model.builder import has_weights, load_pretrained_model
-    from llava.model.checkpoint import PROJECTOR_FILE, on_disk
+    from llava.model.checkpoint_names import PROJECTOR_FILE, on_disk
     from llava.model.lora import ADAPTER_CONFIG
     from llava.model.shards import Shards, local_folder
     from llava.state import load
@@ -274,7 +274,7 @@ def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
     from transformers import AutoConfig
 
-    from llava.model.checkpoint import on_disk
+    from llava.model.checkpoint_names import on_disk
 
     try:
         with quiet():
@@ -363,7 +363,7 @@ def _check_same_tower(own: Stream, name: str, who: str) -> None:
     """`InputError` if the tower `name` is on this machine and is not the folder's own."""
     import torch
 
-    from llava.model.checkpoint import on_disk
+    from llava.model.checkpoint_names import on_disk
 
     tensors = dict(own)
     try:

@@ -25,7 +25,8 @@ from torch import nn
 from llava.atomic import write_text
 from llava.errors import InputError, reason
 from llava.json_files import read_json
-from llava.model.checkpoint import ROWS, SEPARATE, copies, copy_in, on_disk, separated_rows
+from llava.model.checkpoint import copies, copy_in, separated_rows
+from llava.model.checkpoint_names import ROWS, SEPARATE, on_disk
 from llava.state import State, StateError, read_tensors, save
 
 if TYPE_CHECKING:

@@ -194,7 +194,7 @@ def base_of(path: str) -> str | None:
     """The language model that a projector's folder says it was trained on, if that is there."""
     from llava.json_files import read_json
     from llava.model.builder import has_weights
-    from llava.model.checkpoint import PROJECTOR_FILE
+    from llava.model.checkpoint_names import PROJECTOR_FILE
 
     folder = Path(path)
     if not (folder / PROJECTOR_FILE).is_file() or has_weights(folder):

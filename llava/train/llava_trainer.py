@@ -24,13 +24,13 @@ from transformers.trainer_callback import TrainerCallback
 
 from llava.errors import InputError, reason
 from llava.model.checkpoint import (
-    PROJECTOR_FILE,
     load_full,
     load_projector,
     projector_state,
     save_full,
     write_config,
 )
+from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import is_lora, load_lora, save_lora
 from llava.state import load, save
 from llava.train.sampler import LengthGroupedSampler

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from llava.atomic import remove_leftovers, write_text
 from llava.errors import InputError
-from llava.model.checkpoint import PROJECTOR_FILE
+from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import ADAPTER_CONFIG
 from llava.train.arguments import TrainingArguments
 from llava.train.llava_trainer import last_checkpoint

@@ -26,7 +26,7 @@ from fed.numerics.lora_delta import Products
 from fed.state import State
 from llava.errors import InputError
 from llava.json_files import read_json
-from llava.model.checkpoint import on_disk
+from llava.model.checkpoint_names import on_disk
 from llava.model.lora import (
     ADAPTER_CONFIG,
     NON_LORA_FILE,

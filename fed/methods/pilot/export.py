@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 
 from fed import state as states
 from fed.state import State
-from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX, write_config
+from llava.model.checkpoint import write_config
+from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.train.llava_trainer import save_part
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from fed.clients.store import ClientStore, Sent
 from fed.clients.task import ClientTask, Log
 from fed.methods.pilot.export import export
 from fed.state import State, read_tensors, save
-from llava.model.checkpoint import PROJECTOR_PREFIX, copies, copy_in
+from llava.model.checkpoint import copies, copy_in
+from llava.model.checkpoint_names import PROJECTOR_PREFIX
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.trainable_part import TrainablePart
 
