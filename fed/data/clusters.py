@@ -98,7 +98,8 @@ class Encoder:
 
     def _pixels(self, picture: str | bytes) -> torch.Tensor | str:
         """(3, H, W), or what is wrong with the picture."""
-        from llava.mm_utils import image_pixels, open_image
+        from llava.mm_utils import image_pixels
+        from llava.pictures import open_image
 
         try:
             image = open_image(picture, name_of(picture))

@@ -367,6 +367,11 @@ def _read_adapter(folder: Path) -> State:
     return read_tensors(_adapter_file(folder))
 
 
+def base_of(folder: str | os.PathLike) -> str | None:
+    """The base that a LoRA folder names: a path or a hub name; None where it names none."""
+    return read_json(Path(folder) / ADAPTER_CONFIG).get("base_model_name_or_path") or None
+
+
 def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
     """`adapter_config.json` of a LoRA that can be put into a model here.
 
