@@ -12,7 +12,7 @@ from torch import nn
 
 from fed.arguments import FedArguments
 from fed.drivers.driver import Driver
-from fed.evaluate import EvaluationSet, evaluate
+from fed.server.evaluate import EvaluationSet, evaluate
 from fed.state import State
 from llava.errors import InputError
 from llava.model.checkpoint import gathered

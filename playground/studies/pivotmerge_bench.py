@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from fed import methods
 from fed.arguments import FedArguments
-from fed.evaluate import evaluate
 from fed.merging.calibration import load_calibration
+from fed.server.evaluate import evaluate
 from fed.server.heldout import evaluation_set
 from fed.state import State, load
 from llava.model.checkpoint import projector_state

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from fed.evaluate import EvaluationSet, evaluate
+from fed.server.evaluate import EvaluationSet, evaluate
 from llava.mm_utils import tokenizer_image_token
 from llava.train.arguments import parse
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
