@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import transformers
 
 from fed import methods
+from fed.server.round_state import RoundState
 from llava.errors import InputError, one_clear_error
 
 
@@ -26,7 +27,7 @@ def personalise(argv: Sequence[str] | None = None) -> None:
         given = list(able.values())
     if not given:
         raise InputError(f"{' or '.join(flags)} is missing: the --output_dir of a finished run")
-    given[0](argv)
+    given[0](argv, RoundState.load)
 
 
 def main() -> None:

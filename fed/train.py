@@ -8,6 +8,7 @@ checkpoints instead.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -68,7 +69,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     logger.start()
     final = loop.run(driver.initial)
     driver.store.config.use_cache = True
-    driver.store.export(final, loop.sent, run.output_dir)
+    driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
     logger.close()
 
 

@@ -7,9 +7,9 @@ gives each client a state. A method whose clients have private parameters brings
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from transformers import PreTrainedConfig
 
@@ -18,11 +18,23 @@ from fed.state import State
 from llava.model.checkpoint import write_config
 from llava.model.trainable_part import TrainablePart
 
-if TYPE_CHECKING:
-    from fed.server.round_state import RoundState
+# A client -> what it is sent after the last round: its state, and what goes beside it.
+Sent: TypeAlias = Callable[[str], tuple[State, State]]
 
-# (the server's state, a client) -> what the client is sent: its state, and what goes beside it.
-Sent: TypeAlias = "Callable[[RoundState, str], tuple[State, State]]"
+
+class FinishedRun(Protocol):
+    """The server's state after a round, as much of it as checkpoints and newcomers need."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def shared(self) -> State: ...
+    @property
+    def personal(self) -> Mapping[str, State]: ...
+    @property
+    def memory(self) -> State: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
 
 
 class ClientStore:
@@ -47,7 +59,7 @@ class ClientStore:
         """Make the model the client's as `round` has left it, to measure it."""
 
     def work_dir(self, task: ClientTask) -> Path:
-        """Where the trainer's checkpoints of a task lie."""
+        """The folder of the trainer's checkpoints of a task."""
         return task.work_dir
 
     def log_of(self, client: str, log: Log) -> Log:
@@ -58,7 +70,7 @@ class ClientStore:
         """Training arguments that are others in a round, by name."""
         return {}
 
-    def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
+    def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         """Write the checkpoints that the run leaves. Every rank calls it."""
         if not self.main:
             return

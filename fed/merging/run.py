@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fed import methods
-from fed.merging import card, compatibility, task_vectors
+from fed.merging import card, compatibility, manifest, task_vectors
 from fed.merging.config import MergeConfig
 from fed.merging.formats.choose import format_of
 from fed.merging.formats.format import Format, Put
-from fed.merging.manifest import facts_of, plain
 from fed.merging.merge_group import MergeJob, check_method, check_streamed, merge_group, rehearse
 from fed.merging.output import check_output, check_space, output_folder
 from fed.merging.sources import Source, open_source
@@ -68,7 +67,7 @@ def run(config: MergeConfig) -> Result:
         check_space(path, form.size)
 
     job = _job(config, options, experts, base)
-    facts = facts_of(config, options, form, experts, base, [*prints, base_print])
+    facts = manifest.facts_of(config, options, form, experts, base, [*prints, base_print])
     facts |= {"forced": forced, "warnings": warnings}
     state: State = {}
     with contextlib.ExitStack() as stack:
@@ -82,6 +81,7 @@ def run(config: MergeConfig) -> Result:
             _warn(late)
             facts["warnings"] = warnings + late
         if path is not None:
+            manifest.write(folder, facts)
             card.write(folder, facts)
     return Result(path, state or None, facts, card.lines(facts, config))
 
@@ -132,7 +132,7 @@ def _merge(job: MergeJob, form: Format, puts: Sequence[Put]) -> dict[str, Any]:
     facts["all"] = task_vectors.describe(task_vectors.total(grams), job.weights)
     if len(form.groups) > 1:  # what a method says of all layers together was said of one group
         method_facts = {"layers": method_facts["layers"]} if "layers" in method_facts else {}
-    facts["method_facts"] = plain(method_facts)
+    facts["method_facts"] = manifest.plain(method_facts)
     return facts
 
 

@@ -21,15 +21,14 @@ from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.train.llava_trainer import save_part
 
 if TYPE_CHECKING:
-    from fed.clients.store import Sent
+    from fed.clients.store import FinishedRun, Sent
     from fed.methods.pilot.private_parameters import PrivateParameters
-    from fed.server.round_state import RoundState
 
 
-def export(store: PrivateParameters, final: RoundState, sent: Sent, tasks_dir: Path) -> None:
+def export(store: PrivateParameters, final: FinishedRun, sent: Sent, tasks_dir: Path) -> None:
     """Write both; a client that has not taken part has no model. Every rank calls it."""
     for client in final.personal:
-        state, beside = sent(final, client)
+        state, beside = sent(client)
         store.visit(client, beside, final.round)
         store.part.into_model(store.model, state, f"the state of client {client}")
         config = copy.deepcopy(store.config)

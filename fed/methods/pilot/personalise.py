@@ -12,14 +12,14 @@ Killed, the same command goes on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fed.methods.pilot.method import send
+from fed.clients.store import FinishedRun
 from fed.methods.pilot.private_parameters import PrivateParameters
-from fed.server.round_state import RoundState
+from fed.methods.pilot.send import send
 from fed.state import check
 from llava.errors import InputError
 from llava.model.trainable_part import trainable_part
@@ -40,8 +40,11 @@ class PersonaliseArguments:
     pilot_task: str | None = field(default=None, metadata={"help": "The newcomer's task."})
 
 
-def personalise(argv: Sequence[str]) -> None:
-    """Fit a newcomer's private parameters. Bad input is found before anything trains."""
+def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> None:
+    """Fit a newcomer's private parameters. Bad input is found before anything trains.
+
+    `read` gives the state of a run that lies in a file.
+    """
     start_process_group(argv)
     model_args, data_args, training_args, own_args = parse(
         [*argv, "--prediction_loss_only", "True"],
@@ -51,7 +54,7 @@ def personalise(argv: Sequence[str]) -> None:
         PersonaliseArguments,
     )
     folder, task = _checked(model_args, own_args)
-    run = _read_run(folder)
+    run = _read_run(folder, read)
     known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
     tasks = [task, *(other for other in known if other != task)]
     model_args = dataclasses.replace(cast(Any, model_args), pilot_tasks=tasks)
@@ -106,11 +109,11 @@ def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tupl
     return Path(own_args.pilot_run), own_args.pilot_task
 
 
-def _read_run(folder: Path) -> RoundState:
+def _read_run(folder: Path, read: Callable[[Path], FinishedRun]) -> FinishedRun:
     """The server's state of a Pilot run."""
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"--pilot_run {folder}: there is no {STATE_FILE}")
-    run = RoundState.load(folder / STATE_FILE)
+    run = read(folder / STATE_FILE)
     if run.settings.get("--fed_method") != "pilot" or not run.memory:
         found = run.settings.get("--fed_method")
         raise InputError(

@@ -12,9 +12,9 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fed.clients.store import ClientStore, Sent
+from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientTask, Log
 from fed.methods.pilot.export import export
 from fed.state import State, read_tensors, save
@@ -22,9 +22,6 @@ from llava.model.checkpoint import copies, copy_in
 from llava.model.checkpoint_names import PROJECTOR_PREFIX
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.trainable_part import TrainablePart
-
-if TYPE_CHECKING:
-    from fed.server.round_state import RoundState
 
 
 class PrivateParameters(ClientStore):
@@ -69,7 +66,7 @@ class PrivateParameters(ClientStore):
         return self.root / client
 
     def work_dir(self, task: ClientTask) -> Path:
-        """Where the trainer's checkpoints of a task lie, which hold private parameters."""
+        """The folder of the trainer's checkpoints of a task, which hold private parameters."""
         return self.folder(task.name) / f"turn-{task.round:04d}"
 
     def enter(self, task: ClientTask) -> None:
@@ -136,7 +133,7 @@ class PrivateParameters(ClientStore):
 
         return own_log
 
-    def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
+    def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         """A whole model for each client that has taken part, and the adapter of each task."""
         export(self, final, sent, output_dir / "tasks")
 
