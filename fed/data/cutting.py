@@ -32,7 +32,7 @@ class Column:
 
 @dataclass
 class Cut:
-    """Where every sample goes.
+    """The client of every sample, or its place among the held-out ones.
 
     Attributes:
         owner: (samples,) int32, the number of its client, or LEFT_OUT, or HELD_OUT.

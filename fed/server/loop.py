@@ -87,7 +87,7 @@ class RoundLoop:
         return self.output_dir / "fed" / "state.safetensors"
 
     def _folder(self, round: int) -> Path:
-        """Where a round's finished updates lie until it is over."""
+        """The folder of a round's finished updates until it is over."""
         return self.output_dir / "fed" / f"round-{round:04d}"
 
     def run(self, initial: State) -> RoundState:

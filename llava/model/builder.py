@@ -238,7 +238,7 @@ def _with_pictures(
 
 
 def _source(folder: Path, model_base: str | None, is_lora: bool, is_projector: bool) -> str:
-    """Where the language model's weights are: in the folder itself, or in its base."""
+    """The place of the language model's weights: the folder itself, or its base."""
     if is_lora:
         model_base = model_base or lora.base_of(folder)
         if not model_base:

@@ -248,7 +248,7 @@ def load_part(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def steps_of(args: TrainingArguments, samples: int) -> int:
-    """How many optimizer steps a run on `samples` samples takes; as the Trainer counts them."""
+    """The number of optimizer steps of a run on `samples` samples, as the Trainer counts them."""
     if not samples:
         return 0
     if args.max_steps > 0:

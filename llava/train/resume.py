@@ -1,4 +1,4 @@
-"""Where a run in --output_dir goes on from, and that it is the same run.
+"""The checkpoint from which a run in --output_dir goes on, and the check that it is the same run.
 
 `run.json` lies beside the checkpoints and holds what decides their result. It is written before
 anything trains. A folder with checkpoints and without it is of upstream's code, or of a version of
@@ -99,7 +99,7 @@ class SayWhereItBegins(TrainerCallback):
 
 
 def _named(args: TrainingArguments, newest: str | None) -> str | None:
-    """What --resume_from_checkpoint names; upstream's users also type True and False."""
+    """The checkpoint of --resume_from_checkpoint; upstream's users also type True and False."""
     given = args.resume_from_checkpoint
     if given is None or given == "":
         return None
