@@ -15,8 +15,10 @@ import transformers
 from fed import methods
 from fed.server.round_state import RoundState
 from llava.errors import InputError, one_clear_error
+from llava.progress import progress_shown
 
 
+@progress_shown()
 def personalise(argv: Sequence[str] | None = None) -> None:
     """Fit a newcomer's private parameters. Bad input is found before anything trains."""
     argv = list(sys.argv[1:] if argv is None else argv)

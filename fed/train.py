@@ -25,10 +25,12 @@ from fed.server.loop import RoundLoop
 from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
+from llava.progress import progress_shown
 from llava.train.distributed import start_process_group
 from llava.train.train import prepare_output
 
 
+@progress_shown()
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
     argv = validation.command_line(sys.argv[1:] if argv is None else argv)

@@ -7,6 +7,7 @@ gives each client a state. A method whose clients have private parameters brings
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -17,6 +18,8 @@ from fed.clients.task import ClientTask, Log
 from fed.state import State
 from llava.model.checkpoint import write_config
 from llava.model.trainable_part import TrainablePart
+
+logger = logging.getLogger(__name__)
 
 # A client -> what it is sent after the last round: its state, and what goes beside it.
 Sent: TypeAlias = Callable[[str], tuple[State, State]]
@@ -80,4 +83,4 @@ class ClientStore:
         for folder, trained in places.items():
             self.part.write(trained, folder)
             write_config(self.config, folder, full=False)
-            print(f"wrote {folder / self.part.files[0]}", flush=True)
+            logger.info("wrote %s", folder / self.part.files[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -37,6 +38,8 @@ from llava.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
     from llava.train.arguments import TrainingArguments as LLaVATrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class LLaVATrainer(Trainer):
@@ -289,10 +292,10 @@ def _put_away(folder: Path) -> None:
     only_projector = {p.name for p in folder.iterdir()} == {PROJECTOR_FILE, "config.json"}
     if only_projector and not aside.exists():
         folder.rename(aside)
-        print(f"{folder}: cannot be continued; now called {aside.name}", flush=True)
+        logger.info("%s: cannot be continued; now called %s", folder, aside.name)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"{folder}: removed, it was not saved whole", flush=True)
+        logger.info("%s: removed, it was not saved whole", folder)
 
 
 class _SeedEachEpoch(TrainerCallback):

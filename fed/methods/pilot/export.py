@@ -8,6 +8,7 @@ projector.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from fed.clients.store import FinishedRun, Sent
     from fed.methods.pilot.private_parameters import PrivateParameters
 
+logger = logging.getLogger(__name__)
+
 
 def export(store: PrivateParameters, final: FinishedRun, sent: Sent, tasks_dir: Path) -> None:
     """Write both; a client that has not taken part has no model. Every rank calls it."""
@@ -37,7 +40,7 @@ def export(store: PrivateParameters, final: FinishedRun, sent: Sent, tasks_dir: 
         save_part(store.model, store.folder(client), write=store.main)
         if store.main:
             write_config(config, store.folder(client), full=False)
-            print(f"wrote {store.folder(client)}", flush=True)
+            logger.info("wrote %s", store.folder(client))
     if store.main:
         _write_tasks(final.memory, store.config, store.tasks, tasks_dir)
 
@@ -55,4 +58,4 @@ def _write_tasks(memory: State, config: PreTrainedConfig, tasks: Sequence[str], 
         if adapter:
             states.save(adapter, root / task / PROJECTOR_FILE)
             write_config(plain, root / task, full=False)
-            print(f"wrote {root / task / PROJECTOR_FILE}", flush=True)
+            logger.info("wrote %s", root / task / PROJECTOR_FILE)

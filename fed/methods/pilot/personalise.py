@@ -12,6 +12,7 @@ Killed, the same command goes on.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import load_session
 from llava.train.settings import fingerprint, training_settings
 from llava.train.train import make_supervised_data_module, make_trainer, prepare, prepare_output
+
+logger = logging.getLogger(__name__)
 
 NEWCOMER = "newcomer"
 STATE_FILE = "fed/state.safetensors"
@@ -81,7 +84,7 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     if not trained:
         raise InputError(f"--pilot_run {folder}: it has one task, {task}: nothing to fit")
     kind = "a client of the known" if task in known else "the new"
-    print(f"{kind} task {task}: {trained} parameters train", flush=True)
+    logger.info("%s task %s: %d parameters train", kind, task, trained)
 
     data = make_supervised_data_module(session.tokenizer, data_args, session.sample_format)
     for name, title in (("train_dataset", "training"), ("eval_dataset", "validation")):
@@ -93,7 +96,7 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     trainer.save_state()
     session.model.config.use_cache = True
     trainer.save_model()
-    print(f"wrote {training_args.output_dir}", flush=True)
+    logger.info("wrote %s", training_args.output_dir)
 
 
 def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tuple[Path, str]:
