@@ -21,7 +21,7 @@ from llava.model.trainable_part import TrainablePart
 
 logger = logging.getLogger(__name__)
 
-# A client -> what it is sent after the last round: its state, and what goes beside it.
+# A client -> what it is sent after the last round: its state, and the extras beside it.
 Sent: TypeAlias = Callable[[str], tuple[State, State]]
 
 
@@ -58,7 +58,7 @@ class ClientStore:
     def leave(self, task: ClientTask) -> None:
         """The task is done: keep what is the client's. Every rank calls it."""
 
-    def visit(self, client: str, beside: State, round: int) -> None:
+    def visit(self, client: str, extras: State, round: int) -> None:
         """Make the model the client's as `round` has left it, to measure it."""
 
     def work_dir(self, task: ClientTask) -> Path:

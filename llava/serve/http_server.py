@@ -45,7 +45,7 @@ def application(*endpoints):
 
 
 def streamed(pieces: AsyncGenerator[bytes]):
-    """A response of `pieces`, which are closed when the client hangs up, wherever they are then."""
+    """A response of `pieces`, which are closed at once when the client's connection ends."""
     from starlette.responses import StreamingResponse
 
     class StreamedAnswer(StreamingResponse):

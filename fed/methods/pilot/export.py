@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 def export(store: PrivateParameters, final: FinishedRun, sent: Sent, tasks_dir: Path) -> None:
     """Write both; a client that has not taken part has no model. Every rank calls it."""
     for client in final.personal:
-        state, beside = sent(client)
-        store.visit(client, beside, final.round)
+        state, extras = sent(client)
+        store.visit(client, extras, final.round)
         store.part.into_model(store.model, state, f"the state of client {client}")
         config = copy.deepcopy(store.config)
         tasks, stage = store.order(client), store.connector.settings.stage

@@ -69,14 +69,14 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     }
     checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
-    state, beside = send(NEWCOMER, task, run.personal, run.shared, run.memory)
+    state, extras = send(NEWCOMER, task, run.personal, run.shared, run.memory)
 
     part = trainable_part(session.model)
     check(state, part.of_model(session.model), who=f"--pilot_run {folder}")
     part.into_model(session.model, state, f"--pilot_run {folder}")
     root = Path(training_args.output_dir)
     own = PrivateParameters(session.model, root, {NEWCOMER: task}, [task, *known], part)
-    own.visit(NEWCOMER, beside, round=2)
+    own.visit(NEWCOMER, extras, round=2)
     for parameter in session.model.parameters():
         parameter.requires_grad_(False)
     own.connector.train_groups("client", *(() if task in known else ("task",)))
