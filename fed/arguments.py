@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -40,16 +41,27 @@ CLIENT_FLAGS = (
 
 @dataclass
 class FedArguments:
+    """The flags of every federated run.
+
+    Those of a method (`Method.flags`) and of a driver (`Driver.flags`) are added on a command line.
+    A field's metadata may have `least`, a bound, and `decides`, where a run that is continued must
+    have the same value.
+    """
+
     fed_clients: str | None = field(
         default=None, metadata={"help": "clients.yaml: the clients and their data."}
     )
-    fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run."})
+    fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run.", "least": 1})
     fed_method: str = field(default="fedavg", metadata={"help": "How updates become one state."})
     fed_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options: [FILE.yaml] name=value …"}
     )
     fed_clients_per_round: int = field(
-        default=0, metadata={"help": "How many clients take part in a round, drawn anew; 0: all."}
+        default=0,
+        metadata={
+            "help": "How many clients take part in a round, drawn anew; 0: all.",
+            "least": 0,
+        },
     )
     fed_one_pass: bool = field(
         default=True,
@@ -76,29 +88,25 @@ class FedArguments:
         default="domain", metadata={"help": "The key of a record that names its domain."}
     )
     fed_eval_every: int = field(
-        default=1, metadata={"help": "Measure every N rounds and after the last; 0: never."}
+        default=1,
+        metadata={"help": "Measure every N rounds and after the last; 0: never.", "least": 0},
     )
     fed_driver: str = field(
         default="resident",
         metadata={"help": "How clients are run: `resident` (one process) or `script` (one each)."},
     )
-    fed_client_command: str | None = field(
-        default=None,
-        metadata={"help": "script: the command of a client's round, as 'bash train.sh'."},
-    )
-    fed_client_timeout: float = field(
-        default=0.0, metadata={"help": "script: seconds that a client's try may take; 0: no limit."}
-    )
-    fed_client_retries: int = field(
-        default=0, metadata={"help": "script: how often a client that failed is tried again."}
-    )
-    fed_parallel_clients: int = field(
-        default=1, metadata={"help": "script: how many clients are at work at once."}
-    )
     fed_min_clients: int = field(
         default=0,
-        metadata={"help": "script: with how many clients a round goes on if others fail; 0: all."},
+        metadata={
+            "help": "With how many clients a round goes on if others fail; 0: all.",
+            "least": 0,
+        },
     )
+
+
+def own_flags(part: Any) -> tuple[dataclasses.Field, ...]:
+    """The fields of the flags that a method or a driver has of its own."""
+    return dataclasses.fields(part.flags) if part.flags else ()
 
 
 class Arguments(NamedTuple):

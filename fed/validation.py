@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fed import methods
-from fed.arguments import Arguments, FedArguments
+from fed.arguments import Arguments, FedArguments, own_flags
 from fed.clients.clients_yaml import ClientSpec, named
 from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver
@@ -36,10 +36,20 @@ def parse_arguments(argv: list[str]) -> Arguments:
 
 
 def _kinds() -> tuple[type, ...]:
-    """The dataclasses of the command line; FedArguments has the methods' own flags, too."""
-    of_methods = [flags for name in methods.names() if (flags := methods.get(name).flags)]
-    fed = dataclasses.make_dataclass("FedArguments", [], bases=(FedArguments, *of_methods))
+    """The dataclasses of the command line; FedArguments has methods' and drivers' flags, too."""
+    kinds = [flags for part in _parts().values() if (flags := part.flags)]
+    # A class that another one is made of comes with that one.
+    whole = [kind for kind in kinds if not any(kind in other.__mro__[1:] for other in kinds)]
+    bases = (FedArguments, *dict.fromkeys(whole))
+    fed = dataclasses.make_dataclass("FedArguments", [], bases=bases)
     return ModelArguments, DataArguments, TrainingArguments, fed
+
+
+def _parts() -> dict[str, Method | type[Driver]]:
+    """All drivers and methods, by the flag that chooses them."""
+    return {f"--fed_driver {name}": drivers.get(name) for name in drivers.names()} | {
+        f"--fed_method {name}": methods.get(name) for name in methods.names()
+    }
 
 
 def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
@@ -70,27 +80,20 @@ def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
     fed_args = dataclasses.replace(
         fed_args, fed_lr_schedule=fed_args.fed_lr_schedule or kind.lr_schedule
     )
+    method = methods.get(fed_args.fed_method)
     _check_numbers(fed_args)
     _check_driver(fed_args, kind)
-    method = methods.get(fed_args.fed_method)
+    _check_others(fed_args, kind, method)
     options = method.parse(_options(method.name, fed_args.fed_options))
     _check_method(method, kind, arguments._replace(fed=fed_args))
     return arguments._replace(fed=fed_args), options
 
 
 def _check_numbers(fed_args: FedArguments) -> None:
-    for flag, least in (("fed_rounds", 1), ("fed_parallel_clients", 1)):
-        if getattr(fed_args, flag) < least:
-            raise InputError(f"--{flag} is {getattr(fed_args, flag)}, at least {least} is expected")
-    for flag in (
-        "fed_clients_per_round",
-        "fed_eval_every",
-        "fed_client_timeout",
-        "fed_client_retries",
-        "fed_min_clients",
-    ):
-        if not getattr(fed_args, flag) >= 0:
-            raise InputError(f"--{flag} is {getattr(fed_args, flag)}, 0 or more is expected")
+    for field in dataclasses.fields(fed_args):
+        least, value = field.metadata.get("least"), getattr(fed_args, field.name)
+        if least is not None and not value >= least:
+            raise InputError(f"--{field.name} is {value}, {least} or more is expected")
     schedules = ("run", "round")
     if fed_args.fed_lr_schedule not in schedules:
         raise InputError(
@@ -99,16 +102,24 @@ def _check_numbers(fed_args: FedArguments) -> None:
 
 
 def _check_driver(fed_args: FedArguments, kind: type[Driver]) -> None:
-    """Refuse flags that are for another driver."""
+    """Refuse flags that have no meaning with a driver."""
     who = f"--fed_driver {fed_args.fed_driver}"
     if fed_args.fed_pool and not kind.trains_here:
         raise InputError(f"--fed_pool has no place with {who}: run the script itself")
-    for name in drivers.names():
-        for flag in drivers.get(name).flags:
-            if flag in kind.flags:
-                continue
-            if getattr(fed_args, flag) != getattr(FedArguments, flag):
-                raise InputError(f"--{flag} is for --fed_driver {name}")
+    if fed_args.fed_min_clients and not kind.may_fail:
+        raise InputError(
+            f"--fed_min_clients has no place with {who}: a client that fails ends the run"
+        )
+
+
+def _check_others(fed_args: FedArguments, kind: type[Driver], method: Method) -> None:
+    """Refuse flags that are for another driver or method."""
+    own = {field.name for part in (kind, method) for field in own_flags(part)}
+    defaults = type(fed_args)()
+    for who, part in _parts().items():
+        for name in [field.name for field in own_flags(part) if field.name not in own]:
+            if getattr(fed_args, name) != getattr(defaults, name):
+                raise InputError(f"--{name} is for {who}")
 
 
 def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> None:
@@ -124,9 +135,6 @@ def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> N
                 f"--fed_method {name} and --mm_projector_type {other.connector} go together, here "
                 f"they are {method.name} and {model_args.mm_projector_type}"
             )
-        for field in dataclasses.fields(other.flags) if other.flags and other is not method else ():
-            if getattr(fed_args, field.name) != field.default:
-                raise InputError(f"--{field.name} is for --fed_method {name}")
     if method.store is not None and not kind.trains_here:
         raise InputError(
             f"{who} has no place with --fed_driver {fed_args.fed_driver}: clients' private "

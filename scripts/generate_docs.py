@@ -12,10 +12,12 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments as TheirArguments
+
 from fed import merge, methods
 from fed.arguments import FedArguments
+from fed.drivers import driver as drivers
 from fed.methods.pilot.personalise import PersonaliseArguments
-from fed.methods.pilot.run import PilotFlags
 from llava.atomic import write_text
 from llava.model.multimodal_projector.connector import connector_types
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -32,7 +34,16 @@ FLAGS = (
     (DataArguments, "Data: `llava.train`, `fed.train`"),
     (TrainingArguments, "Training: `llava.train`, `fed.train`"),
     (FedArguments, "Federation: `fed.train`"),
-    (PilotFlags, "Pilot: `fed.train --fed_method pilot`"),
+    *(
+        (drivers.get(name).flags, f"The driver `{name}`: `fed.train --fed_driver {name}`")
+        for name in drivers.names()
+        if drivers.get(name).flags
+    ),
+    *(
+        (methods.get(name).flags, f"The method `{name}`: `fed.train --fed_method {name}`")
+        for name in methods.names()
+        if methods.get(name).flags
+    ),
     (PersonaliseArguments, "A new client after a Pilot run: `fed.personalise`"),
 )
 
@@ -77,7 +88,12 @@ def flags_page() -> str:
         "`fed.data` take their flags with dashes, too: `--dry-run`.",
     ]
     for kind, title in FLAGS:
-        fields = [f for f in dataclasses.fields(kind) if f.name in kind.__annotations__]
+        theirs = TheirArguments.__dataclass_fields__ if issubclass(kind, TheirArguments) else ()
+        fields = [
+            field
+            for field in dataclasses.fields(kind)
+            if field.name in kind.__annotations__ or field.name not in theirs
+        ]
         parts += [f"## {title}", _table([(f"--{f.name}", _default(f), _help(f)) for f in fields])]
     rows = [
         (action.option_strings[0], _plain(action.default), action.help or "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from fed.arguments import Arguments
 from fed.clients.clients_yaml import ClientSpec
@@ -22,6 +23,8 @@ from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.session import Session
 
 _DRIVERS: dict[str, type[Driver]] = {}
+
+Flags = TypeVar("Flags")
 
 
 class Participant(Protocol):
@@ -57,6 +60,11 @@ class Run:
         """The number of times that clients send something back."""
         return self.method.exchanges(self.arguments.fed.fed_rounds)
 
+    def flags(self, kind: type[Flags]) -> Flags:
+        """The flags of a driver or a method, from the command line."""
+        names = [field.name for field in dataclasses.fields(cast(Any, kind))]
+        return kind(**{name: getattr(self.arguments.fed, name) for name in names})
+
     @property
     def main(self) -> bool:
         """Whether this process writes."""
@@ -73,10 +81,13 @@ class Driver(ABC):
 
     Attributes:
         keys: those that it adds to a client's in clients.yaml; `read_keys` reads them.
-        flags: the fields of FedArguments that are for such drivers only.
+        flags: a dataclass of command-line flags of its own; `fed/drivers/flags.py` has those that
+            drivers share.
         lr_schedule: the default of --fed_lr_schedule.
         trains_here: whether clients step in this process, on its model: then a method may change
             their steps and keep parameters with them, and --fed_pool has a meaning.
+        may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
+            meaning.
         clients: all clients, in a fixed order.
         datasets: the records of each client of clients.yaml.
         part: what trains.
@@ -86,9 +97,10 @@ class Driver(ABC):
     """
 
     keys: ClassVar[tuple[str, ...]] = ()
-    flags: ClassVar[tuple[str, ...]] = ()
+    flags: ClassVar[type | None] = None
     lr_schedule: ClassVar[str] = "run"
     trains_here: ClassVar[bool] = False
+    may_fail: ClassVar[bool] = False
 
     clients: Sequence[Participant]
     datasets: Sequence[Sized]

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from fed.clients.task import ClientError, ClientTask, Result
 from fed.clients.update import Update
 from fed.drivers.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from fed.drivers.driver import Driver, Run, driver
+from fed.drivers.flags import CommandFlags, ParallelFlags, TryFlags
 from fed.drivers.process_groups import ProcessGroups, locked, sole_use, unwound_by_signals
 from fed.drivers.script_clients import make_clients
 from fed.state import State, StateError
@@ -56,6 +58,11 @@ from llava.train.session import load_session, training_config
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class ScriptFlags(CommandFlags, ParallelFlags, TryFlags):
+    """The flags of --fed_driver script."""
+
+
 @driver("script")
 class ScriptDriver(Driver):
     """Runs clients' tasks as processes, with logs in `logs/round-NNNN-CLIENT.log`.
@@ -64,17 +71,12 @@ class ScriptDriver(Driver):
     """
 
     keys = PROCESS_KEYS
-    flags = (
-        "fed_client_command",
-        "fed_client_timeout",
-        "fed_client_retries",
-        "fed_parallel_clients",
-        "fed_min_clients",
-    )
+    may_fail = True
+    flags = ScriptFlags
     lr_schedule = "round"  # upstream's own training code knows no schedule that spans several runs
 
     def __init__(self, run: Run):
-        args, fed = run.arguments, run.arguments.fed
+        args, fed, flags = run.arguments, run.arguments.fed, run.flags(ScriptFlags)
         self.clients = make_clients(run)
         self.datasets = [client.records for client in self.clients]
         self.session = None
@@ -90,8 +92,8 @@ class ScriptDriver(Driver):
         self.store = ClientStore(self.part, config, run.main)
         self.output_dir = run.output_dir
         self.schedule = fed.fed_lr_schedule
-        self.timeout, self.retries = fed.fed_client_timeout, fed.fed_client_retries
-        self.parallel = fed.fed_parallel_clients
+        self.timeout, self.retries = flags.fed_client_timeout, flags.fed_client_retries
+        self.parallel = flags.fed_parallel_clients
         self.log_of = run.log_of
         self._log_mutex = threading.Lock()
 

@@ -11,6 +11,7 @@ from fed.clients.clients_yaml import ClientSpec, named
 from fed.clients.slices import cut
 from fed.drivers.client_process import ProcessSpec, check_command, split_command
 from fed.drivers.driver import Run
+from fed.drivers.flags import CommandFlags
 from llava.errors import InputError
 from llava.train.data import load_records
 from llava.train.preprocess import says_nothing
@@ -41,9 +42,9 @@ class ScriptClient:
 def make_clients(run: Run) -> list[ScriptClient]:
     """The clients of a run; their commands and records are checked."""
     fed, training = run.arguments.fed, run.arguments.training
-    common = None
-    if fed.fed_client_command is not None:
-        common = split_command(fed.fed_client_command, "--fed_client_command")
+    common, command = None, run.flags(CommandFlags).fed_client_command
+    if command is not None:
+        common = split_command(command, "--fed_client_command")
     commands, records = [], []
     for spec in run.specs:
         with named(spec):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from fed.arguments import FedArguments
+from fed.arguments import FedArguments, own_flags
+from fed.drivers.driver import get, names
 from fed.server.resume_key import FED_DECIDING
 from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector_flags
@@ -27,6 +28,7 @@ from llava.train.settings import (
 
 ROOT = Path(__file__).parents[2]
 CONNECTORS = connector_flags()  # all of theirs decide
+OF_DRIVERS = [field for name in names() for field in own_flags(get(name))]
 OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments, *CONNECTORS)
 
 # Ours that do not decide: where things lie, what is measured or said, how a machine does its part.
@@ -57,9 +59,10 @@ def own_fields(kind: type) -> set[str]:
 
 
 def test_every_flag_of_ours_decides_or_is_known_not_to():
-    ours = set().union(*(own_fields(kind) for kind in OWN))
+    ours = {field.name for field in OF_DRIVERS}.union(*(own_fields(kind) for kind in OWN))
     decide = DECIDING | FED_DECIDING | set(CONTENT)
     decide |= {field.name for kind in CONNECTORS for field in dataclasses.fields(kind)}
+    decide |= {field.name for field in OF_DRIVERS if field.metadata.get("decides")}
     assert ours - decide - NOT_DECIDING == set()
     assert decide & NOT_DECIDING == set()
     assert NOT_DECIDING - ours == set()

@@ -64,7 +64,6 @@ def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
     from fed.methods.pilot.private_parameters import PrivateParameters
 
     model_flags: Any = run.arguments.model
-    flags: Any = run.arguments.fed
     return PrivateParameters(
         model,
         run.output_dir / "clients",
@@ -72,7 +71,7 @@ def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
         model_flags.pilot_tasks,
         part=part,
         main=run.main,
-        first_rate=flags.pilot_stage1_learning_rate,
+        first_rate=run.flags(PilotFlags).pilot_stage1_learning_rate,
     )
 
 
