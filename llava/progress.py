@@ -20,18 +20,23 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def progress_shown() -> Iterator[None]:
-    """For entry points: what our packages log at INFO or above is on the screen, a line each."""
+    """For entry points: what our packages log at INFO or above is on the screen, a line each.
+
+    It is there once: handlers of the root logger, which a library may have set up, do not get it.
+    """
     loggers = [logging.getLogger(name) for name in LOGGERS]
     if any(isinstance(handler, _Lines) for handler in loggers[0].handlers):
         yield  # one entry point called by another
         return
-    lines, levels = _Lines(), [logger.level for logger in loggers]
+    lines, before = _Lines(), [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.addHandler(lines)
         logger.setLevel(logging.INFO)
+        logger.propagate = False
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
             logger.removeHandler(lines)
             logger.setLevel(level)
+            logger.propagate = propagate

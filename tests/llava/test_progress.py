@@ -19,12 +19,14 @@ def test_progress_is_on_the_screen_of_entry_points_alone(capsys):
     assert capsys.readouterr() == ("step 1\nround 1\n", "odd\n")
 
 
-def test_a_user_s_own_level_comes_back(capsys):
+def test_a_user_s_own_logging_comes_back(capsys, caplog):
     logger = logging.getLogger("fed")
     logger.setLevel(logging.ERROR)
     try:
         with progress_shown():
             logger.info("shown")
+        logger.error("logged")
+        assert caplog.messages == ["logged"]
         assert logger.level == logging.ERROR
     finally:
         logger.setLevel(logging.NOTSET)
