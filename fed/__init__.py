@@ -1,7 +1,7 @@
 """Federated training and merging of LLaVA: what travels is the part that trains.
 
-At the root are the commands (`train`, `merge`, `report`, `gallery`, `personalise`), their flags
-(`arguments`) and what is refused before anything is loaded (`validation`). A run goes through
+At the root are the commands (`train`, `merge`, `evaluate`, `report`, `gallery`, `personalise`),
+their flags (`arguments`) and what is refused before anything is loaded (`validation`). The rooms:
 
     clients   clients.yaml; a client's task and its update; what a client keeps to itself
     drivers   how a client's task is run: in this process, or as a script of its own

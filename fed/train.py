@@ -8,6 +8,7 @@ checkpoints instead.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -80,9 +81,17 @@ def _measurer(driver: Driver, arguments: Arguments) -> Measure | None:
     if not arguments.fed.fed_eval_data_path:
         return None
     assert driver.session is not None  # a driver loads a model where something is measured
+    fed_args = arguments.fed
+    folder = fed_args.fed_eval_image_folder or arguments.data.image_folder
     sets = [
-        evaluation_set(path, arguments.data, arguments.fed, driver.session, arguments.training)
-        for path in arguments.fed.fed_eval_data_path
+        evaluation_set(
+            path,
+            driver.session,
+            dataclasses.replace(arguments.data, image_folder=folder),
+            fed_args.fed_eval_domain,
+            world_size=arguments.training.world_size,
+        )
+        for path in fed_args.fed_eval_data_path
     ]
     return measurer(driver, driver.session, sets, arguments.training)
 

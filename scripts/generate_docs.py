@@ -84,8 +84,8 @@ def flags_page() -> str:
         NOTE,
         "Flags have upstream's names and defaults. Beside these, `llava.train` and `fed.train` "
         "take all flags of transformers' `TrainingArguments`, also where a newer version renamed "
-        "one. Booleans are written `--flag True`. `fed.merge`, `fed.report`, `fed.gallery` and "
-        "`fed.data` take their flags with dashes, too: `--dry-run`.",
+        "one. Booleans are written `--flag True`. `fed.merge`, `fed.evaluate`, `fed.report`, "
+        "`fed.gallery` and `fed.data` take their flags with dashes, too: `--dry-run`.",
     ]
     for kind, title in FLAGS:
         theirs = TheirArguments.__dataclass_fields__ if issubclass(kind, TheirArguments) else ()

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fed.merging.config import MergeConfig
 from fed.merging.model_calibration import ModelCalibration
@@ -19,14 +20,13 @@ from fed.merging.sources import WHOLE, Source
 from fed.methods import Calibration
 from fed.state import save
 from llava.errors import InputError
-from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import projector_parameters
 from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import base_of
 from llava.model.picture_tokens import separate_rows, uses_start_end
 from llava.train.arguments import DataArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from llava.train.sample_format import SampleFormat
+from llava.train.finished import finished_session
 from llava.train.session import make_feature_cache
 
 
@@ -102,20 +102,15 @@ def load_calibration(
         raise InputError(f"calibration: {samples} samples in batches of {batch_size}, expected 1+")
     if not data:
         raise InputError("calibration: no data file is given")
-    tokenizer, llava, _, context = load_pretrained_model(model, model_base, "", device=device)
-    if not hasattr(llava, "get_vision_tower"):
-        raise InputError(f"{model}: a language model without pictures, expected a LLaVA")
-    llava.requires_grad_(False)
+    session = finished_session(model, model_base, version, device)
+    llava: Any = session.model  # its class is made by `llava_class`
+    tokenizer = session.tokenizer
     llava.get_model().mm_projector.float()  # small differences of projectors must not be lost
     if uses_start_end(llava.config):
         separate_rows(llava, tokenizer)
     for parameter in projector_parameters(llava).values():
         parameter.requires_grad_(True)
-    limit = getattr(llava.config, "tokenizer_model_max_length", None) or context
-    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    sample_format = SampleFormat.of_model(llava, version)
+    sample_format = session.sample_format
     tiled = sample_format.tiling is not None
     cache = None if tiled else make_feature_cache(llava.get_vision_tower(), sample_format)
     collate = DataCollatorForSupervisedDataset(tokenizer)

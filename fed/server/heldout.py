@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -10,9 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from fed.arguments import FedArguments
 from fed.drivers.driver import Driver
-from fed.server.evaluate import EvaluationSet, evaluate
+from fed.server.measures import EvaluationSet, evaluate
 from fed.state import State
 from llava.errors import InputError
 from llava.model.checkpoint import gathered
@@ -27,28 +25,35 @@ Measure: TypeAlias = Callable[[str, State, State, int], dict]
 
 def evaluation_set(
     path: str,
-    data_args: DataArguments,
-    fed_args: FedArguments,
     session: Session,
-    training_args: TrainingArguments,
+    data_args: DataArguments,
+    domain: str,
+    *,
+    flag: str = "--fed_eval_data_path",
+    world_size: int = 1,
 ) -> EvaluationSet:
-    """A file of --fed_eval_data_path, checked whole, with its samples' domains."""
-    image_folder = fed_args.fed_eval_image_folder or data_args.image_folder
+    """A held-out file, checked whole, with its samples' domains.
+
+    Args:
+        domain: the key of a record that names its domain; where one lacks it there are none.
+        flag: what named the file, for messages.
+
+    Raises:
+        InputError: what `LazySupervisedDataset` refuses, or a caption that would be cut.
+    """
     dataset = LazySupervisedDataset(
-        path,
-        session.tokenizer,
-        dataclasses.replace(data_args, image_folder=image_folder),
-        sample_format=session.sample_format,
+        path, session.tokenizer, data_args, sample_format=session.sample_format
     )
-    report = prepare(dataset, f"held out, {path}", session.feature_cache, training_args.world_size)
+    report = prepare(dataset, f"held out, {path}", session.feature_cache, world_size)
     if report.truncated:
         raise InputError(
-            f"--fed_eval_data_path {path}: {report.truncated} captions are longer than "
-            f"--model_max_length {training_args.model_max_length}; cut ones cannot be measured"
+            f"{flag} {path}: {report.truncated} captions are longer than model_max_length "
+            f"{session.tokenizer.model_max_length}; cut ones cannot be measured"
         )
-    keys = [record.get(fed_args.fed_eval_domain) for record in dataset.records]
-    domains = None if None in keys else [str(key) for key in keys]
-    return EvaluationSet(Path(path).stem, dataset, domains)
+    keys = [record.get(domain) for record in dataset.records]
+    return EvaluationSet(
+        Path(path).stem, dataset, None if None in keys else [str(key) for key in keys]
+    )
 
 
 def measurer(

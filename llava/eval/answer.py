@@ -60,7 +60,7 @@ class Answerer:
         """The model that `add_model_flags` asks for."""
         if args.conv_mode:
             get_template(args.conv_mode)  # a misspelt one is said before the model loads
-        _check_device(args.device)
+        check_device(args.device)
         from llava.mm_utils import get_model_name_from_path
         from llava.model.builder import load_pretrained_model
 
@@ -242,7 +242,7 @@ class Answerer:
         )
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """`InputError` unless torch knows such a device and this machine has it."""
     import torch
 

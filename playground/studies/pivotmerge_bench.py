@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from fed import methods
 from fed.arguments import FedArguments
 from fed.merging.calibration import load_calibration
-from fed.server.evaluate import evaluate
 from fed.server.heldout import evaluation_set
+from fed.server.measures import evaluate
 from fed.state import State, load
 from llava.model.checkpoint import projector_state
 from llava.model.trainable_part import ProjectorPart
@@ -43,8 +43,9 @@ class Bench:
 
     def __init__(self, feature_cache: str):
         more = {"use_cpu": True, "feature_cache": feature_cache}
-        self.arguments = parse(words(training_flags() | more), *KINDS)
-        self.session = load_session(*self.arguments[:3])
+        *loading, fed = parse(words(training_flags() | more), *KINDS)
+        self.session = load_session(*loading)
+        self.data_args = dataclasses.replace(loading[1], image_folder=fed.fed_eval_image_folder)
         self.collate = DataCollatorForSupervisedDataset(self.session.tokenizer)
         self.sets: dict[tuple[str, str], object] = {}
 
@@ -52,11 +53,8 @@ class Bench:
         """Loss and exact captions of a projector, over all pictures of a set and by domain."""
         ProjectorPart().into_model(self.session.model, state, title)
         if (heldout, domain) not in self.sets:
-            _, data_args, training_args, fed_args = self.arguments
-            fed_args = dataclasses.replace(fed_args, fed_eval_domain=domain)
-            path = str(DATA / f"{heldout}.json")
             self.sets[heldout, domain] = evaluation_set(
-                path, data_args, fed_args, self.session, training_args
+                str(DATA / f"{heldout}.json"), self.session, self.data_args, domain
             )
         data = self.sets[heldout, domain]
         return evaluate(self.session.model.eval(), data, self.collate, batch_size=64)

@@ -1,126 +1,143 @@
-"""The measures against a literal computation, and `exact` against real greedy generation."""
+"""`fed.evaluate`: on checkpoints of every kind, the numbers that their run recorded."""
 
 from __future__ import annotations
 
+import json
+import runpy
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from transformers import MixtralConfig, MixtralForCausalLM
 
-from fed.server.evaluate import EvaluationSet, evaluate
-from llava.mm_utils import tokenizer_image_token
-from llava.train.arguments import parse
-from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from llava.train.train import load_session, train
+from fed import evaluate
+from fed.report import RunRecords, rows_of
+from fed.train import train
+
+MERGE_LORA = Path(__file__).parents[2] / "scripts/merge_lora_weights.py"
+
+
+def measured(tiny, tmp_path, *models, flags=()) -> dict[str, dict]:
+    """What the command writes: model → its measures on heldout.json."""
+    out = tmp_path / "new" / "measures.json"
+    evaluate.main(["--models", *models, "--model-base", str(tiny / "llm"), "--batch-size", "4",
+                   "--data", str(tiny / "heldout.json"), "--image-folder", str(tiny / "images"),
+                   "--output", str(out), *flags])  # fmt: skip
+    return {row["model"]: row["heldout"] for row in json.loads(out.read_text())["rows"]}
+
+
+def assert_alike(found: dict, expected: dict) -> None:
+    assert found["samples"] == expected["samples"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["exact"] == pytest.approx(expected["exact"])
+
+
+def name_template(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"conversation_template": "v1"}))
+
+
+@pytest.fixture
+def run(flags, tiny, tmp_path):
+    """`run(NAME, flag=value, …)`: the folder of a federated run of one round."""
+
+    def make(name, **changes):
+        train(flags(fed_clients=tiny / "clients.yaml", output_dir=tmp_path / name,
+                    fed_eval_data_path=[tiny / "heldout.json"], **changes))  # fmt: skip
+        return tmp_path / name
+
+    return make
+
+
+def test_the_numbers_are_those_of_the_runs(run, tiny, tmp_path, capsys):
+    shared, apart = run("shared"), run("apart", fed_method="local")
+    name_template(shared)  # of the language model's chats: a projector alone is aligned with plain
+    capsys.readouterr()
+    found = measured(tiny, tmp_path, f"FedAvg={shared}", str(apart))
+    rows = rows_of([RunRecords.load("FedAvg", shared), RunRecords.load(str(apart), apart)])
+    assert list(found) == [row["model"] for row in rows] == ["FedAvg", f"a, {apart}", f"b, {apart}"]
+    for row in rows:
+        assert_alike(found[row["model"]], row["heldout"])
+        assert found[row["model"]]["domains"].keys() == {"red", "green", "blue"}
+        for domain, expected in row["heldout"]["domains"].items():
+            assert_alike(found[row["model"]]["domains"][domain], expected)
+    printed, progress = capsys.readouterr()
+    assert printed.startswith("| model")
+    assert f"| {found['FedAvg']['loss']:.3f} |" in printed.replace("  ", "")
+    assert "Caption loss per domain, heldout:" in printed
+    assert "template plain" in progress
+
+
+def test_a_lora_and_the_full_model_that_it_becomes(run, tiny, tmp_path, capsys):
+    lora = run("lora", tune_mm_mlp_adapter=None, lora_enable=True, lora_r=2, version="v1")
+    full = tmp_path / "full"
+    merge_lora = runpy.run_path(str(MERGE_LORA))["main"]
+    merge_lora(["--model-path", str(lora), "--model-base", str(tiny / "llm"),
+                "--save-model-path", str(full)])  # fmt: skip
+    name_template(full)
+    with pytest.raises(SystemExit):
+        measured(tiny, tmp_path, str(lora))
+    assert f"error: {lora}: --version is missing" in capsys.readouterr().err
+    expected = RunRecords.load("lora", lora).final["global"]["heldout"]
+    (alone,) = measured(tiny, tmp_path, str(lora), flags=["--version", "v1"]).values()
+    (whole,) = measured(tiny, tmp_path, str(full)).values()
+    assert_alike(alone, expected)
+    assert_alike(whole, expected)
+
+
+def test_several_files_and_a_key_of_the_domain(run, tiny, tmp_path):
+    records = json.loads((tiny / "heldout.json").read_text())
+    (tmp_path / "two.json").write_text(json.dumps([{**r, "who": "me"} for r in records[:2]]))
+    out = tmp_path / "measures.json"
+    data = [str(tmp_path / "two.json"), str(tiny / "heldout.json")]
+    evaluate.main(["--models", str(run("x")), "--model_base", str(tiny / "llm"), "--data", *data,
+                   "--image_folder", str(tiny / "images"), "--domain", "who",
+                   "--output", str(out)])  # fmt: skip
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["two"]["samples"], row["heldout"]["samples"]) == (2, 6)
+    assert row["two"]["domains"] == {"me": {k: row["two"][k] for k in ("samples", "loss", "exact")}}
+    assert row["heldout"]["domains"] == {}
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A model that has learnt something, its held-out set, and its collator."""
-    out = tmp_path_factory.mktemp("trained")
-    argv = ["--model_name_or_path", str(tiny / "llm"), "--vision_tower", str(tiny / "vision_tower"),
-            "--version", "plain", "--mm_projector_type", "mlp2x_gelu", "--mm_use_im_patch_token",
-            "False", "--mm_vision_select_layer", "-2", "--image_folder", str(tiny / "images"),
-            "--output_dir", str(out), "--save_strategy", "no", "--report_to", "none"]  # fmt: skip
-    # The language model too, or so small a one would name nothing.
-    learn = ["--data_path", str(tiny / "a.json"), "--learning_rate", "5e-3",
-             "--num_train_epochs", "12", "--per_device_train_batch_size", "4"]  # fmt: skip
-    train(argv=argv + learn)
-    argv[1] = str(out)
-    model_args, data_args, training_args = parse(argv)
-    session = load_session(model_args, data_args, training_args)
-    session.model.eval()
-    dataset = LazySupervisedDataset(
-        str(tiny / "heldout.json"),
-        session.tokenizer,
-        data_args,
-        sample_format=session.sample_format,
-    )
-    collator = DataCollatorForSupervisedDataset(session.tokenizer)
-    return session, dataset, collator
+def projector(tiny, tmp_path_factory):
+    """A folder that looks like a projector's; bad input is found before it is read."""
+    folder = tmp_path_factory.mktemp("projector")
+    shutil.copy(tiny / "llm/config.json", folder)
+    (folder / "mm_projector.bin").touch()
+    return folder
 
 
-def test_loss_is_the_mean_over_labelled_tokens(trained):
-    session, dataset, collator = trained
-    batch = collator([dataset[i] for i in range(len(dataset))])
-    expected = float(session.model(**batch).loss)
-    for batch_size in (1, 4, 64):
-        measured = evaluate(session.model, EvaluationSet("x", dataset), collator, batch_size)
-        assert measured["loss"] == pytest.approx(expected, rel=1e-4)
-        assert measured["samples"] == 6
-        assert measured["domains"] == {}
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--models", "a={projector}", "a={projector}"], "--models: a is given twice"),
+        (["--models", "{projector}", "./none"], "./none: no such folder"),
+        (["--data", "{tiny}/none.json"], "none.json cannot be read"),
+        (["--data", "{tiny}/heldout.json", "x/heldout.json"], "two files are called heldout"),
+        (["--batch_size", "0"], "--batch_size 0: at least 1 is expected"),
+        (["--version", "plane"], "plane"),
+        (["--device", "gpu"], "--device gpu: cuda, cuda:0, cpu or the like is expected"),
+        (["--output", "{tiny}"], "this is a folder, a JSON file is expected"),
+        ([], "mm_projector.bin"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tiny, projector, tmp_path, capsys, flags, message):
+    output = tmp_path / "measures.json"
+    argv = ["--models", str(projector), "--data", f"{tiny}/heldout.json", "--output", str(output)]
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(argv + [word.format(tiny=tiny, projector=projector) for word in flags])
+    said = capsys.readouterr()
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert message in error
+    assert ended.value.code == 2
+    assert not said.out
+    assert not list(tmp_path.iterdir())
 
 
-def test_exact_is_what_greedy_generation_says(trained):
-    session, dataset, collator = trained
-    domains = [record["conversations"][1]["value"] for record in dataset.records]
-    measured = evaluate(session.model, EvaluationSet("x", dataset, domains), collator, 2)
-    ids = tokenizer_image_token("<image>", session.tokenizer, return_tensors="pt")
-    right = {}
-    for i, record in enumerate(dataset.records):
-        wanted = [t for t in dataset[i]["labels"].tolist() if t != -100]
-        said = session.model.generate(
-            ids[None],
-            images=dataset[i]["images"],
-            do_sample=False,
-            max_new_tokens=len(wanted),
-            pad_token_id=0,
-            eos_token_id=-1,
-        )[0].tolist()
-        right.setdefault(record["conversations"][1]["value"], []).append(said == wanted)
-    flat = [r for group in right.values() for r in group]
-    assert sum(flat) > 0, "the model learnt nothing, so this would test nothing"
-    assert measured["exact"] == pytest.approx(sum(flat) / len(flat))
-    for name, group in right.items():
-        assert measured["domains"][name]["exact"] == pytest.approx(sum(group) / len(group))
-        assert measured["domains"][name]["samples"] == len(group)
-
-
-def test_domains_add_up_to_the_whole(trained):
-    session, dataset, collator = trained
-    measured = evaluate(
-        session.model, EvaluationSet("x", dataset, ["p", "q", "p", "q", "q", "p"]), collator
-    )
-    parts = measured["domains"].values()
-    assert sum(part["samples"] for part in parts) == 6
-    assert torch.isfinite(torch.tensor([part["loss"] for part in parts])).all()
-
-
-def test_a_mixture_with_trained_routers_is_measured_as_without(tiny, tmp_path):
-    """Its base gives the logits of all positions, and adds the routers' loss to its own."""
-    shutil.copytree(tiny / "llm", tmp_path / "llm")
-    (tmp_path / "llm/model.safetensors").unlink()
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=1200, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
-        max_position_embeddings=256, output_router_logits=True,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "llm")
-    argv = ["--model_name_or_path", str(tmp_path / "llm"), "--version", "plain",
-            "--vision_tower", str(tiny / "vision_tower"), "--mm_use_im_patch_token", "False",
-            "--mm_vision_select_layer", "-2", "--image_folder", str(tiny / "images"),
-            "--output_dir", str(tmp_path / "out"), "--save_strategy", "no",
-            "--report_to", "none"]  # fmt: skip
-    train(argv=[*argv, "--data_path", str(tiny / "a.json"), "--max_steps", "2"])
-    model_args, data_args, training_args = parse([argv[0], str(tmp_path / "out"), *argv[2:]])
-    session = load_session(model_args, data_args, training_args)
-    model = session.model.eval()
-    assert model.config.output_router_logits
-    held_out = EvaluationSet(
-        "x",
-        LazySupervisedDataset(
-            str(tiny / "heldout.json"),
-            session.tokenizer,
-            data_args,
-            sample_format=session.sample_format,
-        ),
-    )
-    collator = DataCollatorForSupervisedDataset(session.tokenizer)
-    found = evaluate(model, held_out, collator, 4)
-    model.config.output_router_logits = False
-    expected = evaluate(model, held_out, collator, 4)
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert found["exact"] == expected["exact"]
-    assert found["samples"] == 6
+def test_help_comes_without_torch():
+    code = "import sys; from fed.evaluate import parser; parser().format_help()\n"
+    code += "print([m for m in ('torch', 'transformers', 'PIL') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "[]\n"

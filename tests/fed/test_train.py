@@ -575,7 +575,7 @@ def test_bad_flags_are_found_before_anything_trains(
 
 
 def test_cut_captions_cannot_be_measured(flags, tiny, tmp_path):
-    with pytest.raises(InputError, match="captions are longer than --model_max_length 6"):
+    with pytest.raises(InputError, match="captions are longer than model_max_length 6"):
         run(
             flags,
             tmp_path / "x",

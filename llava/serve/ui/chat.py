@@ -51,7 +51,7 @@ def _widgets(offers: list[dict]) -> ChatWidgets:
             parameters = settings()
         with gr.Column(scale=8, min_width=300):
             chatbot = gr.Chatbot(
-                label="Conversation", height="54vh", elem_id="chatbot", buttons=["copy"]
+                label="Conversation", height="52vh", elem_id="chatbot", buttons=["copy"]
             )
             box = question_box("Your question", offers)
             with gr.Row():

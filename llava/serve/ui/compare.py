@@ -55,7 +55,7 @@ def _widgets(offers: list[dict]) -> CompareWidgets:
             hide = gr.Checkbox(label="Hide names until a vote")
     with gr.Row():
         columns = [
-            gr.Chatbot(label="", height="50vh", min_width=260, visible=place < 2, buttons=["copy"])
+            gr.Chatbot(label="", height="42vh", min_width=260, visible=place < 2, buttons=["copy"])
             for place in range(MAX_COLUMNS)
         ]
     with gr.Row():

@@ -159,7 +159,7 @@ def _table(rounds: list[dict]):
         cells = "".join(
             f'<td style="background: color-mix(in srgb, var(--secondary-500) '
             f'{0 if c is None else max(0, round(60 * c))}%, transparent)">'
-            f"{'–' if c is None else f'{c:.2f}'}</td>"
+            f"{'–' if c is None else f'{round(c, 2) + 0:.2f}'}</td>"
             for c in row
         )
         rows.append(f"<tr><th>{name}</th>{cells}</tr>")

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fed import methods
 from fed.merging.calibration import load_calibration, spread
-from fed.server.evaluate import EvaluationSet, evaluate
+from fed.server.measures import EvaluationSet, evaluate
 from fed.state import StateError
 from llava.errors import InputError
 from llava.model.checkpoint import load_projector, projector_state

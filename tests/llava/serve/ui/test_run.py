@@ -36,3 +36,10 @@ def test_a_clients_name_is_text_on_the_page(recorded):
     table = run._table(json.loads(text))["value"]
     assert "<img" not in table
     assert "&lt;img src=x&gt;" in table
+
+
+def test_a_cosine_that_rounds_to_nothing_has_no_sign():
+    cosines = [[1.0, -0.001], [-0.001, 1.0]]
+    table = run._table([{"round": 1, "clients": {"a": {}, "b": {}}, "cosines": cosines}])["value"]
+    assert "1.00" in table
+    assert table.count(">0.00<") == 2

@@ -1,0 +1,158 @@
+"""Models measured on held-out data: the caption loss and the exact answers, as a run records them.
+
+    python -m fed.evaluate --models "FedAvg=runs/fedavg" runs/merged --model_base LLM \\
+        --data heldout.json --image_folder images --output measures.json
+
+A model is a folder with a projector, a LoRA or a whole LLaVA, or the folder of a run; of a run that
+leaves a model for each client, each of these. Prints the table of `fed.report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fed.report import table
+from llava.atomic import write_text
+from llava.errors import InputError, one_clear_error
+from llava.flags import FlagParser, pairs
+from llava.progress import progress_shown
+
+
+def models_of(words: Sequence[str]) -> dict[str, str]:
+    """`[NAME=]FOLDER` each: name → folder; the clients of a run are named as `fed.report` does."""
+    named = pairs("--models", [w if "=" in w else f"{w}={w}" for w in words], "NAME=FOLDER")
+    found: dict[str, str] = {}
+    for name, path in named.items():
+        clients = sorted(file.parent for file in Path(path).glob("clients/*/config.json"))
+        if clients and not (Path(path) / "config.json").is_file():
+            found |= {f"{folder.name}, {name}": str(folder) for folder in clients}
+        else:
+            found[name] = path
+    return found
+
+
+def template_of(path: str, asked: str | None) -> str:
+    """The template asked for, else `plain` for a projector alone, else the one in the config.
+
+    Raises:
+        InputError: there is no such folder, or its config names no template.
+    """
+    from llava.json_files import read_json
+    from llava.model.builder import has_weights
+    from llava.model.checkpoint_names import PROJECTOR_FILE
+    from llava.model.lora import ADAPTER_CONFIG
+    from llava.model.shards import local_folder
+
+    folder = local_folder(path)
+    if asked:
+        return asked
+    is_lora = (folder / ADAPTER_CONFIG).is_file()
+    if (folder / PROJECTOR_FILE).is_file() and not is_lora and not has_weights(folder):
+        return "plain"  # as pre-training is; a config names the language model's own
+    config = folder / "config.json"
+    named = read_json(config).get("conversation_template") if config.is_file() else None
+    if not named:
+        raise InputError(f"{path}: --version is missing: the conversation template of its training")
+    return str(named)
+
+
+def check_output(path: Path) -> None:
+    """Find out before anything is loaded whether the file can be written."""
+    if path.is_dir():
+        raise InputError(f"--output {path}: this is a folder, a JSON file is expected")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def check_data(paths: Sequence[str]) -> None:
+    """`InputError` for files of one name, and for one that holds no LLaVA records."""
+    from llava.train.data import load_records
+
+    names = [Path(path).stem for path in paths]
+    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if name in names[:i]:
+            raise InputError(f"--data: two files are called {name}")
+        load_records(path)
+
+
+def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dict]:
+    """The measures of one model on each file: see `fed.server.measures.evaluate`."""
+    from fed.server.heldout import evaluation_set
+    from fed.server.measures import evaluate
+    from llava.train.arguments import DataArguments
+    from llava.train.data import DataCollatorForSupervisedDataset
+    from llava.train.finished import finished_session
+
+    session = finished_session(path, args.model_base, version, args.device)
+    collate = DataCollatorForSupervisedDataset(session.tokenizer)
+    data_args = DataArguments(image_folder=args.image_folder)
+    sets = [
+        evaluation_set(data, session, data_args, args.domain, flag="--data") for data in args.data
+    ]
+    return {
+        data.name: evaluate(session.model, data, collate, args.batch_size, session.model.device)
+        for data in sets
+    }
+
+
+def evaluate_all(args: argparse.Namespace) -> str:
+    """Measure every model, write --output, and give the tables. Bad input is found first."""
+    from llava.conversation import get_template
+    from llava.eval.answer import check_device
+
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size {args.batch_size}: at least 1 is expected")
+    check_device(args.device)
+    if args.version:
+        get_template(args.version)
+    models = models_of(args.models)
+    versions = {name: template_of(path, args.version) for name, path in models.items()}
+    check_data(args.data)
+    if args.output:
+        check_output(args.output)
+    rows = []
+    for name, path in models.items():
+        print(f"{name}: {path}, template {versions[name]}", file=sys.stderr, flush=True)
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            progress_shown(),
+        ):  # the tables have stdout to themselves
+            rows.append({"model": name, **measures(path, versions[name], args)})
+    if args.output:
+        write_text(args.output, json.dumps({"rows": rows}, indent=1))
+    return table(rows, [Path(path).stem for path in args.data])
+
+
+def parser() -> argparse.ArgumentParser:
+    top = FlagParser(prog="python -m fed.evaluate", description=__doc__.split("\n")[0])
+    add = top.add_argument
+    add("--models", nargs="+", required=True, metavar="[NAME=]FOLDER")
+    add("--model_base", help="the language model of a projector or a LoRA")
+    add("--data", nargs="+", required=True, metavar="JSON", help="LLaVA JSON files to measure on")
+    add("--image_folder", help="the pictures of the data")
+    add("--output", type=Path, metavar="FILE.json", help="where the measures go, too")
+    add("--domain", default="domain", help="the key of a record that names its domain")
+    add(
+        "--version",
+        help="conversation template; else plain for a projector alone, else the config's",
+    )
+    add("--batch_size", type=int, default=16)
+    add("--device", default="cuda", help="cuda where there is one, else the CPU")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    with one_clear_error():
+        print(evaluate_all(args), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The measures against a literal computation, and `exact` against real greedy generation."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from fed.server.measures import EvaluationSet, evaluate
+from llava.mm_utils import tokenizer_image_token
+from llava.train.arguments import parse
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
+from llava.train.train import load_session, train
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A model that has learnt something, its held-out set, and its collator."""
+    out = tmp_path_factory.mktemp("trained")
+    argv = ["--model_name_or_path", str(tiny / "llm"), "--vision_tower", str(tiny / "vision_tower"),
+            "--version", "plain", "--mm_projector_type", "mlp2x_gelu", "--mm_use_im_patch_token",
+            "False", "--mm_vision_select_layer", "-2", "--image_folder", str(tiny / "images"),
+            "--output_dir", str(out), "--save_strategy", "no", "--report_to", "none"]  # fmt: skip
+    # The language model too, or so small a one would name nothing.
+    learn = ["--data_path", str(tiny / "a.json"), "--learning_rate", "5e-3",
+             "--num_train_epochs", "12", "--per_device_train_batch_size", "4"]  # fmt: skip
+    train(argv=argv + learn)
+    argv[1] = str(out)
+    model_args, data_args, training_args = parse(argv)
+    session = load_session(model_args, data_args, training_args)
+    session.model.eval()
+    dataset = LazySupervisedDataset(
+        str(tiny / "heldout.json"),
+        session.tokenizer,
+        data_args,
+        sample_format=session.sample_format,
+    )
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
+    return session, dataset, collator
+
+
+def test_loss_is_the_mean_over_labelled_tokens(trained):
+    session, dataset, collator = trained
+    batch = collator([dataset[i] for i in range(len(dataset))])
+    expected = float(session.model(**batch).loss)
+    for batch_size in (1, 4, 64):
+        measured = evaluate(session.model, EvaluationSet("x", dataset), collator, batch_size)
+        assert measured["loss"] == pytest.approx(expected, rel=1e-4)
+        assert measured["samples"] == 6
+        assert measured["domains"] == {}
+
+
+def test_exact_is_what_greedy_generation_says(trained):
+    session, dataset, collator = trained
+    domains = [record["conversations"][1]["value"] for record in dataset.records]
+    measured = evaluate(session.model, EvaluationSet("x", dataset, domains), collator, 2)
+    ids = tokenizer_image_token("<image>", session.tokenizer, return_tensors="pt")
+    right = {}
+    for i, record in enumerate(dataset.records):
+        wanted = [t for t in dataset[i]["labels"].tolist() if t != -100]
+        said = session.model.generate(
+            ids[None],
+            images=dataset[i]["images"],
+            do_sample=False,
+            max_new_tokens=len(wanted),
+            pad_token_id=0,
+            eos_token_id=-1,
+        )[0].tolist()
+        right.setdefault(record["conversations"][1]["value"], []).append(said == wanted)
+    flat = [r for group in right.values() for r in group]
+    assert sum(flat) > 0, "the model learnt nothing, so this would test nothing"
+    assert measured["exact"] == pytest.approx(sum(flat) / len(flat))
+    for name, group in right.items():
+        assert measured["domains"][name]["exact"] == pytest.approx(sum(group) / len(group))
+        assert measured["domains"][name]["samples"] == len(group)
+
+
+def test_domains_add_up_to_the_whole(trained):
+    session, dataset, collator = trained
+    measured = evaluate(
+        session.model, EvaluationSet("x", dataset, ["p", "q", "p", "q", "q", "p"]), collator
+    )
+    parts = measured["domains"].values()
+    assert sum(part["samples"] for part in parts) == 6
+    assert torch.isfinite(torch.tensor([part["loss"] for part in parts])).all()
+
+
+def test_a_mixture_with_trained_routers_is_measured_as_without(tiny, tmp_path):
+    """Its base gives the logits of all positions, and adds the routers' loss to its own."""
+    shutil.copytree(tiny / "llm", tmp_path / "llm")
+    (tmp_path / "llm/model.safetensors").unlink()
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=1200, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+        max_position_embeddings=256, output_router_logits=True,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "llm")
+    argv = ["--model_name_or_path", str(tmp_path / "llm"), "--version", "plain",
+            "--vision_tower", str(tiny / "vision_tower"), "--mm_use_im_patch_token", "False",
+            "--mm_vision_select_layer", "-2", "--image_folder", str(tiny / "images"),
+            "--output_dir", str(tmp_path / "out"), "--save_strategy", "no",
+            "--report_to", "none"]  # fmt: skip
+    train(argv=[*argv, "--data_path", str(tiny / "a.json"), "--max_steps", "2"])
+    model_args, data_args, training_args = parse([argv[0], str(tmp_path / "out"), *argv[2:]])
+    session = load_session(model_args, data_args, training_args)
+    model = session.model.eval()
+    assert model.config.output_router_logits
+    held_out = EvaluationSet(
+        "x",
+        LazySupervisedDataset(
+            str(tiny / "heldout.json"),
+            session.tokenizer,
+            data_args,
+            sample_format=session.sample_format,
+        ),
+    )
+    collator = DataCollatorForSupervisedDataset(session.tokenizer)
+    found = evaluate(model, held_out, collator, 4)
+    model.config.output_router_logits = False
+    expected = evaluate(model, held_out, collator, 4)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["exact"] == expected["exact"]
+    assert found["samples"] == 6
