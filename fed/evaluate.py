@@ -21,6 +21,7 @@ from fed.report import table
 from llava.atomic import write_text
 from llava.errors import InputError, one_clear_error
 from llava.flags import FlagParser, pairs
+from llava.progress import progress_shown
 
 
 def models_of(words: Sequence[str]) -> dict[str, str]:
@@ -44,7 +45,7 @@ def template_of(path: str, asked: str | None) -> str:
     """
     from llava.json_files import read_json
     from llava.model.builder import has_weights
-    from llava.model.checkpoint import PROJECTOR_FILE
+    from llava.model.checkpoint_names import PROJECTOR_FILE
     from llava.model.lora import ADAPTER_CONFIG
     from llava.model.shards import local_folder
 
@@ -82,7 +83,7 @@ def check_data(paths: Sequence[str]) -> None:
 
 
 def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dict]:
-    """What one model gives on each file: see `fed.server.measures.evaluate`."""
+    """The measures of one model on each file: see `fed.server.measures.evaluate`."""
     from fed.server.heldout import evaluation_set
     from fed.server.measures import evaluate
     from llava.train.arguments import DataArguments
@@ -119,7 +120,10 @@ def evaluate_all(args: argparse.Namespace) -> str:
     rows = []
     for name, path in models.items():
         print(f"{name}: {path}, template {versions[name]}", file=sys.stderr, flush=True)
-        with contextlib.redirect_stdout(sys.stderr):  # the tables have stdout to themselves
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            progress_shown(),
+        ):  # the tables have stdout to themselves
             rows.append({"model": name, **measures(path, versions[name], args)})
     if args.output:
         write_text(args.output, json.dumps({"rows": rows}, indent=1))

@@ -38,9 +38,10 @@ def captions(
     from llava.constants import DEFAULT_IMAGE_TOKEN
     from llava.conversation import get_template
     from llava.eval.answer import Answerer, generation_options, single_turn
-    from llava.mm_utils import open_image
     from llava.model.builder import load_pretrained_model
-    from llava.model.checkpoint import PROJECTOR_FILE, load_projector
+    from llava.model.checkpoint import load_projector
+    from llava.model.checkpoint_names import PROJECTOR_FILE
+    from llava.pictures import open_image
 
     tokenizer, model, processor, _ = load_pretrained_model(folders[0], model_base, "llava")
     positions = getattr(model.config, "max_position_embeddings", None) or 2048

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import transformers
 
 from fed import methods
+from fed.server.round_state import RoundState
 from llava.errors import InputError, one_clear_error
+from llava.progress import progress_shown
 
 
+@progress_shown()
 def personalise(argv: Sequence[str] | None = None) -> None:
     """Fit a newcomer's private parameters. Bad input is found before anything trains."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -26,7 +29,7 @@ def personalise(argv: Sequence[str] | None = None) -> None:
         given = list(able.values())
     if not given:
         raise InputError(f"{' or '.join(flags)} is missing: the --output_dir of a finished run")
-    given[0](argv)
+    given[0](argv, RoundState.load)
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 @dataclass
-class Run:
+class RunRecords:
     """A run's name for people, and its rounds.jsonl."""
 
     name: str
     records: list[dict]
 
     @classmethod
-    def load(cls, name: str, folder: str | Path) -> Run:
+    def load(cls, name: str, folder: str | Path) -> RunRecords:
         file = Path(folder) / "rounds.jsonl"
         try:
             records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -49,7 +49,7 @@ class Run:
         return measured[-1] if measured else {}
 
 
-def rows_of(runs: Sequence[Run]) -> list[dict]:
+def rows_of(runs: Sequence[RunRecords]) -> list[dict]:
     """One row a model: a run's shared model, or each client's where a method keeps them apart."""
     rows = []
     for run in runs:
@@ -94,7 +94,7 @@ def _cell(measures: dict | None, what: str) -> str:
     return f"{measures[what]:.3f}" if what == "loss" else f"{100 * measures[what]:.1f} %"
 
 
-def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
+def draw_loss(runs: Sequence[RunRecords], data: str, path: Path) -> None:
     """Held-out loss over rounds: a line per run of several rounds, a dashed level per other one."""
     import matplotlib
 
@@ -127,7 +127,7 @@ def draw_loss(runs: Sequence[Run], data: str, path: Path) -> None:
     write_figure(figure, path)
 
 
-def draw_cosines(run: Run, path: Path) -> None:
+def draw_cosines(run: RunRecords, path: Path) -> None:
     """Cosines between the clients' updates, in the first and in the last round of a run."""
     import matplotlib
 
@@ -166,7 +166,7 @@ def write_figure(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(runs: Sequence[Run], output: Path, title: str, note: str = "") -> str:
+def report(runs: Sequence[RunRecords], output: Path, title: str, note: str = "") -> str:
     """Write all files of the report into `output`; returns the Markdown."""
     rows = rows_of(runs)
     sets = list(
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_clear_error():
         folders = pairs("--runs", args.runs, "NAME=FOLDER")
-        runs = [Run.load(name, folder) for name, folder in folders.items()]
+        runs = [RunRecords.load(name, folder) for name, folder in folders.items()]
         print(report(runs, args.output, args.title, args.note), end="")
 
 

@@ -5,6 +5,7 @@ on disk as `mm_projector.bin`; so the code is llava's. `fed` takes these names f
 """
 
 from llava.state import (
+    SUFFIXES,
     State,
     StateError,
     check,
@@ -16,6 +17,7 @@ from llava.state import (
 )
 
 __all__ = [
+    "SUFFIXES",
     "State",
     "StateError",
     "check",

@@ -9,6 +9,7 @@ checkpoints instead.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -25,10 +26,12 @@ from fed.server.loop import RoundLoop
 from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
+from llava.progress import progress_shown
 from llava.train.distributed import start_process_group
 from llava.train.train import prepare_output
 
 
+@progress_shown()
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
     argv = validation.command_line(sys.argv[1:] if argv is None else argv)
@@ -69,7 +72,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     logger.start()
     final = loop.run(driver.initial)
     driver.store.config.use_cache = True
-    driver.store.export(final, loop.sent, run.output_dir)
+    driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
     logger.close()
 
 

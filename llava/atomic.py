@@ -74,12 +74,12 @@ def new_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]
 
 
 def own_name(path: Path, end: str = "tmp") -> Path:
-    """What this process alone calls `path` while it is not whole: `.NAME.HOST.PID.BEGAN.end`."""
+    """The name that `path` has in this process until it is whole: `.NAME.HOST.PID.BEGAN.end`."""
     return path.with_name(f".{path.name}.{name_of()}.{end}")
 
 
 def left_of(path: Path) -> list[Path]:
-    """What processes of this host that have ended called `path`, under any `end`."""
+    """The `own_name`s of `path`, under any `end`, of processes of this host that have ended."""
     names = re.compile(rf"\.{re.escape(path.name)}\.({NAME})\.[a-z]+")
     return _abandoned(path.parent, names)
 

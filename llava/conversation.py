@@ -161,7 +161,7 @@ class Conversation:
         return dataclasses.replace(self, messages=[list(message) for message in self.messages])
 
     def dict(self) -> dict[str, Any]:
-        """What a worker is told of the conversation, without the pictures."""
+        """The conversation in a worker's message, without the pictures."""
         return {
             "system": self.system,
             "roles": self.roles,

@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """What a library's error says, on one line and not too long of it, to end a message of ours."""
+    """The text of a library's error on one line, shortened, to end a message of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} …"
 

@@ -1,4 +1,7 @@
-"""Command-line flags: both spellings of a name, and words NAME=VALUE."""
+"""A parser of flags in both spellings of a name, and words NAME=VALUE.
+
+The flags of training are in `llava/train/arguments.py`.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteria
 
-from llava.chunks import chunk_ids
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 
@@ -20,6 +19,7 @@ from llava.pictures import load_images as load_images
 from llava.pictures import open_image as open_image
 from llava.squaring import expand2square as expand2square
 from llava.squaring import for_processor
+from llava.text_tokens import chunk_ids
 from llava.tiling import divide_to_patches as divide_to_patches
 from llava.tiling import get_anyres_image_grid_shape as get_anyres_image_grid_shape
 from llava.tiling import process_anyres_image
@@ -87,7 +87,7 @@ def tokenizer_image_token(
 ) -> list[int] | torch.Tensor:
     """Token ids of `prompt`, with `image_token_index` in the place of each `<image>`.
 
-    The pieces between pictures are tokenised each by itself, as `llava.chunks` says.
+    The pieces between pictures are tokenised each by itself, as `llava.text_tokens` says.
     `return_tensors="pt"` gives a 1-D LongTensor in place of the list.
     """
     ids = bos_prefix(tokenizer)

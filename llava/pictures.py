@@ -161,7 +161,7 @@ def _grey(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _bits(file: Image.Image) -> tuple[int, bool]:
-    """How many bits a value has in the file, and whether one of them is the sign."""
+    """The number of bits of a value in the file, and whether one of them is the sign."""
     if file.format == "TIFF":
         return _tag(file, "BitsPerSample")[0], _tag(file, "SampleFormat") == (2,)
     in_sixteen = file.mode != "I" or file.format in ("PNG", "PPM")

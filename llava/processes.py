@@ -20,7 +20,7 @@ NAME = r"[\w-]+\.\d+\.\d+"
 
 @functools.cache
 def host() -> str:
-    """Where process numbers mean what they mean here; letters, digits, `_` and `-`."""
+    """The machine or container that process numbers are of; letters, digits, `_` and `-`."""
     name = socket.gethostname()
     try:
         space = os.readlink("/proc/self/ns/pid")

@@ -74,13 +74,13 @@ def _padded(
 
 
 def _span(first: float, last: float, scale: float, most: int) -> tuple[int, int]:
-    """What a filter of this scale looks at for `first` to `last`, of 0 to `most`."""
+    """The interval, within 0 to `most`, that a filter of this scale reads for `first` to `last`."""
     margin = _SUPPORT * max(scale, 1) + 1
     return max(0, math.floor(first - margin)), min(most, math.ceil(last + margin))
 
 
 def for_processor(image: Image.Image, processor: Any, background_color: Any = None) -> Image.Image:
-    """What to give the processor: the picture, on a square if it has a `background_color`.
+    """The processor's input: the picture, on a square if it has a `background_color`.
 
     Where the way from there would be too large, it is the picture as the processor resizes it,
     which resizes it no more, and of that as much as it cuts out.

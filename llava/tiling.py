@@ -28,7 +28,7 @@ MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
 @dataclass(frozen=True)
 class Tiling:
-    """How pictures are tiled.
+    """The sizes and settings by which pictures are tiled.
 
     Args:
         resolutions: (width, height) in pixels, of which the best fitting is taken.
@@ -48,7 +48,7 @@ class Tiling:
         return width // self.tile, height // self.tile
 
     def num_tokens(self, size: Size) -> int:
-        """How many tokens a picture of `size` becomes."""
+        """The number of tokens that a picture of `size` becomes."""
         across, down = self.grid(size)
         whole = self.side**2
         if self.merge != "spatial_unpad":

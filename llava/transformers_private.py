@@ -43,7 +43,7 @@ def mark_as_adapted(model: Any) -> None:
 
 
 def gpus_without_launcher(args: Any) -> int:
-    """How many GPUs transformers would spread a process of these TrainingArguments over."""
+    """The number of GPUs over which transformers would spread a process of these arguments."""
     return args._n_gpu
 
 

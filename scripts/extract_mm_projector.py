@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="a .bin or .safetensors file")
     args = parser.parse_args(argv)
 
-    from llava.model.checkpoint import projector_name
+    from llava.model.checkpoint_names import projector_name
     from llava.model.shards import Shards, local_folder
     from llava.state import load, save
 

@@ -21,16 +21,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from llava.atomic import new_folder
-    from llava.json_files import read_json
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
     from llava.model.checkpoint import save_full
+    from llava.model.lora import ADAPTER_CONFIG, base_of
     from llava.model.shards import Shards, copy_small_files, local_folder
 
-    adapter = local_folder(args.model_path) / "adapter_config.json"
-    if not adapter.is_file():
-        raise InputError(f"{args.model_path}: no adapter_config.json there, so this is no LoRA")
-    base = args.model_base or read_json(adapter).get("base_model_name_or_path")
+    adapter = local_folder(args.model_path)
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{args.model_path}: no {ADAPTER_CONFIG} there, so this is no LoRA")
+    base = args.model_base or base_of(adapter)
     if not base:
         raise InputError(f"{args.model_path}: does not name its base; do so with --model-base")
     base_folder = local_folder(base)

@@ -1,1 +1,1 @@
-"""Clients: what clients.yaml says of them, and which of their samples each round sees."""
+"""Clients: clients.yaml, the samples of a round, a task and its update, and private parameters."""

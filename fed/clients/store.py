@@ -7,9 +7,10 @@ gives each client a state. A method whose clients have private parameters brings
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from transformers import PreTrainedConfig
 
@@ -18,11 +19,25 @@ from fed.state import State
 from llava.model.checkpoint import write_config
 from llava.model.trainable_part import TrainablePart
 
-if TYPE_CHECKING:
-    from fed.server.round_state import RoundState
+logger = logging.getLogger(__name__)
 
-# (the server's state, a client) -> what the client is sent: its state, and what goes beside it.
-Sent: TypeAlias = "Callable[[RoundState, str], tuple[State, State]]"
+# A client -> what it is sent after the last round: its state, and the extras beside it.
+Sent: TypeAlias = Callable[[str], tuple[State, State]]
+
+
+class FinishedRun(Protocol):
+    """The server's state after a round, as much of it as checkpoints and newcomers need."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def shared(self) -> State: ...
+    @property
+    def personal(self) -> Mapping[str, State]: ...
+    @property
+    def memory(self) -> State: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
 
 
 class ClientStore:
@@ -43,11 +58,11 @@ class ClientStore:
     def leave(self, task: ClientTask) -> None:
         """The task is done: keep what is the client's. Every rank calls it."""
 
-    def visit(self, client: str, beside: State, round: int) -> None:
+    def visit(self, client: str, extras: State, round: int) -> None:
         """Make the model the client's as `round` has left it, to measure it."""
 
     def work_dir(self, task: ClientTask) -> Path:
-        """Where the trainer's checkpoints of a task lie."""
+        """The folder of the trainer's checkpoints of a task."""
         return task.work_dir
 
     def log_of(self, client: str, log: Log) -> Log:
@@ -58,7 +73,7 @@ class ClientStore:
         """Training arguments that are others in a round, by name."""
         return {}
 
-    def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
+    def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         """Write the checkpoints that the run leaves. Every rank calls it."""
         if not self.main:
             return
@@ -68,4 +83,4 @@ class ClientStore:
         for folder, trained in places.items():
             self.part.write(trained, folder)
             write_config(self.config, folder, full=False)
-            print(f"wrote {folder / self.part.files[0]}", flush=True)
+            logger.info("wrote %s", folder / self.part.files[0])

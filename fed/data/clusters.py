@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fed.clients.slices import seed_of
 from fed.data.cutting import LEFT_OUT, Column
-from fed.data.samples import Sample, Source, name_of
+from fed.data.samples import Sample, SampleSource, name_of
 from llava.errors import InputError, reason
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Encoder:
         self.batch_size = batch_size
 
     def stream(
-        self, source: Source, wanted: np.ndarray, count_faults: bool
+        self, source: SampleSource, wanted: np.ndarray, count_faults: bool
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Numbers of the `wanted` samples (a bool for each) and their features (N, C) float32.
 
@@ -98,7 +98,8 @@ class Encoder:
 
     def _pixels(self, picture: str | bytes) -> torch.Tensor | str:
         """(3, H, W), or what is wrong with the picture."""
-        from llava.mm_utils import image_pixels, open_image
+        from llava.mm_utils import image_pixels
+        from llava.pictures import open_image
 
         try:
             image = open_image(picture, name_of(picture))
@@ -115,7 +116,7 @@ class Encoder:
 
 
 def _batches(
-    source: Source, wanted: np.ndarray, size: int
+    source: SampleSource, wanted: np.ndarray, size: int
 ) -> Iterator[list[tuple[int, str, str | bytes]]]:
     """Number, name and (first) picture of wanted samples."""
     batch = []
@@ -130,7 +131,7 @@ def _batches(
 
 
 def fit(
-    encoder: Encoder, source: Source, used: np.ndarray, clusters: int, samples: int, seed: int
+    encoder: Encoder, source: SampleSource, used: np.ndarray, clusters: int, samples: int, seed: int
 ) -> Centroids:
     """Centroids of at most `samples` pictures, drawn by `seed`; 4 C bytes each are held."""
     try:
@@ -157,7 +158,9 @@ def fit(
     return Centroids(means.cluster_centers_.astype(np.float32), encoder.fingerprint)
 
 
-def assign(encoder: Encoder, source: Source, used: np.ndarray, centroids: Centroids) -> Column:
+def assign(
+    encoder: Encoder, source: SampleSource, used: np.ndarray, centroids: Centroids
+) -> Column:
     """The nearest centroid of every sample; one whose picture does not decode is left out."""
     codes = np.full(len(used), LEFT_OUT, dtype=np.int32)
     stream = tqdm(encoder.stream(source, used, True), desc="clustering", disable=None)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fed.clients.slices import seed_of
 from fed.data import keys
 from fed.data.dirichlet import dirichlet_owners
-from fed.data.samples import LeftOut, Sample, Source
+from fed.data.samples import LeftOut, Sample, SampleSource
 from fed.data.styles import Style
 from llava.errors import InputError
 
@@ -32,7 +32,7 @@ class Column:
 
 @dataclass
 class Cut:
-    """Where every sample goes.
+    """The client of every sample, or its place among the held-out ones.
 
     Attributes:
         owner: (samples,) int32, the number of its client, or LEFT_OUT, or HELD_OUT.
@@ -51,7 +51,7 @@ class Cut:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def survey(source: Source, wanted: Sequence[str], styles: Sequence[Style]) -> list[Column]:
+def survey(source: SampleSource, wanted: Sequence[str], styles: Sequence[Style]) -> list[Column]:
     """The first pass: every sample is checked, and its keys are read.
 
     4 bytes a sample and key, and the keys' distinct values, are all that stays in memory.

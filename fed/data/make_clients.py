@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fed.data.cutting import Column, Cut
-    from fed.data.samples import Sample, Source
+    from fed.data.samples import Sample, SampleSource
 
 SHAPES = {
     "source": "a client for each value of a key",
@@ -178,10 +178,10 @@ def _is_done(output: Path, head: str) -> bool:
         return False
 
 
-def open_source(args: argparse.Namespace) -> Source:
+def open_source(args: argparse.Namespace) -> SampleSource:
     """The input that the flags name: tar files, or one JSON."""
     from fed.data.reading import LlavaJson
-    from fed.data.shards import Shards, expand
+    from fed.data.shards import TarShards, expand
 
     paths = expand(args.input)
     tars = [path.endswith(".tar") for path in paths]
@@ -189,7 +189,7 @@ def open_source(args: argparse.Namespace) -> Source:
         for flag in ("image_folder", "meta"):
             if getattr(args, flag):
                 raise InputError(f"--{flag} is for a JSON, not for tar files")
-        return Shards(paths, args.caption, args.question, args.decode)
+        return TarShards(paths, args.caption, args.question, args.decode)
     if len(paths) > 1 or any(tars):
         if args.shape == "task":
             raise InputError("--input: one JSON is expected, the mix of LLaVA 1.5")
@@ -215,7 +215,7 @@ class Clusters:
         if self.given and self.given.tower != self.encoder.fingerprint:
             raise InputError(f"--centroids {args.centroids}: they are of another tower")
 
-    def of(self, source: Source, used: np.ndarray, folder: Path) -> Column:
+    def of(self, source: SampleSource, used: np.ndarray, folder: Path) -> Column:
         """The cluster of every sample that is used (a bool for each); `folder` gets the means."""
         from fed.data.clusters import assign, fit
 
@@ -227,7 +227,7 @@ class Clusters:
         return assign(self.encoder, source, used, centroids)
 
 
-def _cut(args: argparse.Namespace, source: Source, columns: list[Column]) -> Cut:
+def _cut(args: argparse.Namespace, source: SampleSource, columns: list[Column]) -> Cut:
     from fed.data import cutting
 
     if args.shape == "task":

@@ -31,7 +31,7 @@ class Sample:
     pictures: Callable[[], list[str | bytes]]
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """An input, which may be read several times and gives its samples in the same order."""
 
     image_folder: str | None

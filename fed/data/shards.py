@@ -53,7 +53,7 @@ def _braces(pattern: str) -> Iterator[str]:
         yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
 
 
-class Shards:
+class TarShards:
     """Samples of tar files: KEY.jpg (.png, .webp), KEY.txt and KEY.json, whatever their order.
 
     A sample's fields are those of its .json, `txt`, and `shard`, the tar's name without `.tar`. Its

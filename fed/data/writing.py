@@ -14,7 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from fed.data.cutting import HELD_OUT, LEFT_OUT, Cut
-from fed.data.samples import LeftOut, Sample, Source
+from fed.data.samples import LeftOut, Sample, SampleSource
 from llava.errors import InputError
 
 MAX_CLIENTS = 500
@@ -41,7 +41,7 @@ class JsonList:
 
 
 def write_records(
-    folder: Path, source: Source, cut: Cut, record_of: Callable[[int, Sample], dict]
+    folder: Path, source: SampleSource, cut: Cut, record_of: Callable[[int, Sample], dict]
 ) -> None:
     """The last pass: captions.json of every client and heldout.json, with pictures if need be.
 

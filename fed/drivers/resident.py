@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
 from llava.train.session import Session, load_session
 from llava.train.train import make_trainer
 from llava.transformers_private import release
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -214,7 +217,10 @@ class _Watch(TrainerCallback):
         self.log(self.before + state.global_step, shown)
         if state.is_world_process_zero and time.perf_counter() - self._spoken > 10:
             self._spoken = time.perf_counter()
-            print(
-                f"{self.title}: step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f}",
-                flush=True,
+            logger.info(
+                "%s: step %d/%d loss %.4f",
+                self.title,
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
             )

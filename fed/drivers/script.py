@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -49,11 +49,13 @@ from fed.drivers.script_clients import make_clients
 from fed.state import State, StateError
 from llava.atomic import write_text
 from llava.errors import InputError
-from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX
+from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.model.lora import NON_LORA_FILE
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.trainable_part import ProjectorPart, read_result, trained_part
 from llava.train.session import load_session, training_config
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -157,7 +159,7 @@ class ScriptDriver(Driver):
             except ClientError as error:
                 failure = error
             if left:
-                print(f"client {task.name} is tried again", flush=True)
+                logger.info("client %s is tried again", task.name)
         return failure
 
     def _fit(self, task: ClientTask, groups: ProcessGroups) -> Update:
@@ -228,10 +230,10 @@ class ScriptDriver(Driver):
 
     def _failure(self, task: ClientTask, how: str, log: Path, said_before: int) -> ClientError:
         """The failure in one sentence; the end of the log goes to the screen at once."""
-        lines = "".join(f"  {task.name} | {line}\n" for line in _tail(log, said_before))
+        lines = [f"  {task.name} | {line}" for line in _tail(log, said_before)]
         command = shlex.join(task.client.command)
         text = f"client {task.name}, round {task.round}: `{command}` {how} (log: {log})"
-        print(f"{text}\n{lines}", end="", file=sys.stderr, flush=True)
+        logger.warning("%s", "\n".join([text, *lines]))
         return ClientError(text)
 
     def _report(self, task: ClientTask, history: list[dict], steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from fed.drivers.flags import CommandFlags
 from llava.errors import InputError
 from llava.train.data import load_records
 from llava.train.preprocess import says_nothing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,10 +84,11 @@ def _teaching(spec: ClientSpec) -> list[dict[str, Any]]:
             "have an empty answer"
         )
     if left_out := len(records) - len(kept):
-        print(
-            f"client {spec.name}: {len(kept)} samples, {left_out} left out: "
-            "their answers are empty",
-            flush=True,
+        logger.info(
+            "client %s: %d samples, %d left out: their answers are empty",
+            spec.name,
+            len(kept),
+            left_out,
         )
     return kept
 

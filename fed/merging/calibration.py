@@ -20,9 +20,9 @@ from fed.merging.sources import WHOLE, Source
 from fed.methods import Calibration
 from fed.state import save
 from llava.errors import InputError
-from llava.json_files import read_json
-from llava.model.checkpoint import PROJECTOR_FILE, projector_parameters
-from llava.model.lora import ADAPTER_CONFIG
+from llava.model.checkpoint import projector_parameters
+from llava.model.checkpoint_names import PROJECTOR_FILE
+from llava.model.lora import base_of
 from llava.model.picture_tokens import separate_rows, uses_start_end
 from llava.train.arguments import DataArguments
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
@@ -41,7 +41,6 @@ def calibration_of(config: MergeConfig, experts: Sequence[Source]) -> Sequence[C
     """
     if not config.calibration_data:
         return None
-    from fed.merging.calibration import load_calibration
 
     def load(model: Path | str, model_base: str | None) -> Sequence[Calibration]:
         loaded = load_calibration(
@@ -60,9 +59,7 @@ def calibration_of(config: MergeConfig, experts: Sequence[Source]) -> Sequence[C
         return load(first.path, None)
     model_base = config.model_base
     if first.kind == "lora":
-        model_base = model_base or read_json(first.path / ADAPTER_CONFIG).get(
-            "base_model_name_or_path"
-        )
+        model_base = model_base or base_of(first.path)
     if not model_base:
         raise InputError("--calibration_data: name the language model with --model_base")
     file = Path(config.config) if config.config else first.folder / "config.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ MANY = 32  # layers; above it kinds of layers are listed
 
 
 def write(folder: Path, facts: dict[str, Any]) -> None:
-    """merge.json and README.md in `folder`."""
-    text = json.dumps(facts, indent=2, allow_nan=False)
-    (folder / "merge.json").write_text(text + "\n", encoding="utf-8")
+    """README.md in `folder`."""
     (folder / "README.md").write_text(render(facts), encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fed.merging.config import MergeConfig
 from fed.merging.sources import WHOLE, Source
 from llava.errors import InputError
-from llava.model.checkpoint import NEWLINE, PROJECTOR_PREFIX
+from llava.model.checkpoint_names import NEWLINE, PROJECTOR_PREFIX
 from llava.model.hf_layout import KEPT, Config, language_model_type
 
 _KEYS = (

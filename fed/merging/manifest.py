@@ -1,12 +1,14 @@
-"""The facts of a merge, as merge.json holds them."""
+"""The manifest of a merge: merge.json, and the facts that it holds."""
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +55,12 @@ def facts_of(
         "command": config.command(full),
         "versions": versions(),
     }
+
+
+def write(folder: Path, facts: dict[str, Any]) -> None:
+    """merge.json in `folder`."""
+    text = json.dumps(facts, indent=2, allow_nan=False)
+    (folder / "merge.json").write_text(text + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

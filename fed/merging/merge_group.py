@@ -68,7 +68,7 @@ def check_streamed(config: MergeConfig) -> None:
 
 
 @dataclass
-class Job:
+class MergeJob:
     """The merge as every group of tensors has it.
 
     Attributes:
@@ -97,7 +97,7 @@ class Merged:
 
 
 def merge_group(
-    job: Job,
+    job: MergeJob,
     names: Sequence[str],
     experts: Sequence[Mapping[str, Tensor]],
     base: Mapping[str, Tensor] | None,

@@ -58,7 +58,7 @@ def output_folder(path: Path) -> Iterator[Path]:
     the instant of the exchange it may leave the old folder, as `.old`, which that merge puts back.
 
     Raises:
-        InputError: the disk is full, whichever library was told so.
+        InputError: the disk is full, whichever library met the error.
     """
     with new_folder(path, replace=True) as temporary, _disk_errors(path):
         yield temporary

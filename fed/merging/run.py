@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fed import methods
-from fed.merging import card, compatibility, task_vectors
+from fed.merging import card, compatibility, manifest, task_vectors
 from fed.merging.config import MergeConfig
 from fed.merging.formats.choose import format_of
 from fed.merging.formats.format import Format, Put
-from fed.merging.manifest import facts_of, plain
-from fed.merging.merge_group import Job, check_method, check_streamed, merge_group, rehearse
+from fed.merging.merge_group import MergeJob, check_method, check_streamed, merge_group, rehearse
 from fed.merging.output import check_output, check_space, output_folder
 from fed.merging.sources import Source, open_source
 from fed.state import State
@@ -68,7 +67,7 @@ def run(config: MergeConfig) -> Result:
         check_space(path, form.size)
 
     job = _job(config, options, experts, base)
-    facts = facts_of(config, options, form, experts, base, [*prints, base_print])
+    facts = manifest.facts_of(config, options, form, experts, base, [*prints, base_print])
     facts |= {"forced": forced, "warnings": warnings}
     state: State = {}
     with contextlib.ExitStack() as stack:
@@ -82,13 +81,14 @@ def run(config: MergeConfig) -> Result:
             _warn(late)
             facts["warnings"] = warnings + late
         if path is not None:
+            manifest.write(folder, facts)
             card.write(folder, facts)
     return Result(path, state or None, facts, card.lines(facts, config))
 
 
 def _job(
     config: MergeConfig, options: dict[str, Any], experts: Sequence[Source], base: Source | None
-) -> Job:
+) -> MergeJob:
     method = calibration = None
     if not config.dry_run:
         method = methods.get(config.method)
@@ -96,7 +96,7 @@ def _job(
             from fed.merging.calibration import calibration_of  # which needs transformers
 
             calibration = calibration_of(config, experts)
-    return Job(
+    return MergeJob(
         method,
         options,
         config.shares,
@@ -107,7 +107,7 @@ def _job(
     )
 
 
-def _merge(job: Job, form: Format, puts: Sequence[Put]) -> dict[str, Any]:
+def _merge(job: MergeJob, form: Format, puts: Sequence[Put]) -> dict[str, Any]:
     """Every group's merged state into `puts`; the facts of what was measured, and the method's."""
     grams: task_vectors.Gram = {}
     facts: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _merge(job: Job, form: Format, puts: Sequence[Put]) -> dict[str, Any]:
     facts["all"] = task_vectors.describe(task_vectors.total(grams), job.weights)
     if len(form.groups) > 1:  # what a method says of all layers together was said of one group
         method_facts = {"layers": method_facts["layers"]} if "layers" in method_facts else {}
-    facts["method_facts"] = plain(method_facts)
+    facts["method_facts"] = manifest.plain(method_facts)
     return facts
 
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from fed.state import SUFFIXES, State, StateError, load
 from llava.errors import InputError
 from llava.json_files import read_json
 from llava.model.builder import has_weights
-from llava.model.checkpoint import (
+from llava.model.checkpoint_names import (
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
@@ -28,7 +29,6 @@ from llava.model.checkpoint import (
 from llava.model.hf_layout import rename_to_llava
 from llava.model.lora import ADAPTER_CONFIG, ADAPTER_FILE, OLD_ADAPTER_FILE, read_beside
 from llava.model.shards import Shards, local_folder
-from llava.state import SUFFIXES, State, StateError, load
 
 Kind = Literal["file", "projector", "lora", "full", "transformers"]
 WHOLE = ("full", "transformers")

@@ -21,7 +21,7 @@ from fed.state import State
 
 
 class Proximal(ClientRule):
-    """The pull towards the weights that the turn began with."""
+    """The pull towards the weights that the task began with."""
 
     def __init__(self, start: State, sent: State, kept: State, *, mu: float, **options):
         super().__init__(start, sent, kept)

@@ -1,6 +1,6 @@
 """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378): clients correct for their own drift.
 
-The server has a control variate c, client k its own c_k, both 0 at first. In its turn a client
+The server has a control variate c, client k its own c_k, both 0 at first. In its task a client
 that was sent x and c makes K steps, with every gradient g_i of its loss (after the trainer's
 clipping) becoming
 

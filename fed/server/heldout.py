@@ -19,7 +19,7 @@ from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDat
 from llava.train.session import Session
 from llava.train.train import prepare
 
-# (client, state, beside, round) -> measures by data set.
+# (client, state, extras, round) -> measures by data set.
 Measure: TypeAlias = Callable[[str, State, State, int], dict]
 
 
@@ -59,7 +59,7 @@ def evaluation_set(
 def measurer(
     driver: Driver, session: Session, sets: Sequence[EvaluationSet], args: TrainingArguments
 ) -> Measure:
-    """A function that measures a client's state: (client, state, beside, round) -> measures.
+    """A function that measures a client's state: (client, state, extras, round) -> measures.
 
     The state is that after the round. Where clients train elsewhere, the model is on the device
     only for that.
@@ -68,8 +68,8 @@ def measurer(
     visit = not driver.trains_here
     collator = DataCollatorForSupervisedDataset(session.tokenizer)
 
-    def measure(client: str, state: State, beside: State, round: int) -> dict:
-        driver.store.visit(client, beside, round)
+    def measure(client: str, state: State, extras: State, round: int) -> dict:
+        driver.store.visit(client, extras, round)
         driver.part.into_model(model, state, "the aggregated state")
         model.eval()
         if visit:

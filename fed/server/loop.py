@@ -59,7 +59,7 @@ class RoundLoop:
         rounds: the number of times that clients send something back.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
         task_of: the task of each client, where clients have tasks.
-        evaluate: `evaluate(client, state, beside, round) -> dict` of the state that a client is
+        evaluate: `evaluate(client, state, extras, round) -> dict` of the state that a client is
             sent after a round, or None; the client is "global" where all have one state.
         log: `log(values, round)`: scalars for TensorBoard and its like.
         main: whether this process writes; in a distributed run just one does.
@@ -87,7 +87,7 @@ class RoundLoop:
         return self.output_dir / "fed" / "state.safetensors"
 
     def _folder(self, round: int) -> Path:
-        """Where a round's finished updates lie until it is over."""
+        """The folder of a round's finished updates until it is over."""
         return self.output_dir / "fed" / f"round-{round:04d}"
 
     def run(self, initial: State) -> RoundState:

@@ -120,7 +120,7 @@ def suspicions(record: dict) -> Iterator[str]:
 
 def curves(record: dict) -> dict[str, float]:
     """The numbers of a record that make curves."""
-    values = {f"clients/{n}/loss": c["loss"] for n, c in record["clients"].items()}
+    values = {f"clients/{n}/loss": c.get("loss") for n, c in record["clients"].items()}
     for model, sets in record["heldout"].items():
         for name, m in sets.items():
             values[f"heldout/{model}/{name}/loss"] = m["loss"]

@@ -104,7 +104,7 @@ def get_chunk(items: Sequence, chunks: int, index: int) -> Sequence:
 
 
 def picture_path(folder: str | os.PathLike, name: str, question_id: Any) -> str:
-    """Where a question's picture lies; `InputError` with the question's id if it does not."""
+    """The path of a question's picture; `InputError` with the question's id if there is no file."""
     path = Path(folder).expanduser() / name
     if not path.is_file():
         raise InputError(f"question {question_id}: picture {path} cannot be read: no such file")

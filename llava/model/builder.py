@@ -9,22 +9,23 @@ import torch
 from safetensors import SafetensorError
 
 from llava.errors import InputError, reason
-from llava.json_files import read_json
 from llava.model import lora
 from llava.model.checkpoint import (
+    derive_projector,
+    gathered,
+    load_projector,
+    model_class,
+    read_config,
+    tower_weights,
+)
+from llava.model.checkpoint_names import (
     EXTRA_PREFIX,
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
     ROWS,
     SEPARATE_ROWS,
-    derive_projector,
-    gathered,
-    load_projector,
-    model_class,
-    read_config,
     split_tower,
-    tower_weights,
 )
 from llava.model.hf_layout import FROM_HF
 from llava.model.hf_logging import quiet
@@ -81,22 +82,15 @@ def load_pretrained_model(
     config = _config(folder, source, is_lora, is_projector)
 
     options = _load_options(device, device_map, bits, use_flash_attn, kwargs)
-    model, missing = _from_pretrained(source, config, **options)
-    if "device_map" not in options:
-        model.to(device)
+    model, missing, tower = _base(source, config, device, options)
     tokenizer = load_tokenizer(source)
-    tower = tower_weights(folder_of(source)) if hasattr(model, "get_vision_tower") else None
-
     trained: State = {}
     if is_projector:
         trained = load(folder / PROJECTOR_FILE)
         load_projector(model, trained, str(folder / PROJECTOR_FILE))
     if is_lora:
-        own_tower, trained = split_tower(lora.read_beside(folder))
-        tower = own_tower or tower
-        tokenizer = _own_tokenizer(folder, trained) or tokenizer
-        model = _with_lora(model, folder, trained, merged=bits == 16)
-        trained = _rows_of_tokens(trained)
+        model, own_tokenizer, own_tower, trained = _with_lora(model, folder, merged=bits == 16)
+        tokenizer, tower = own_tokenizer or tokenizer, own_tower or tower
     if bits == 4 and device == "cpu":
         check_4bit_on_cpu(model)
     _check_loaded(missing, trained, folder, source)
@@ -137,6 +131,18 @@ def _load_options(
     return {**options, "dtype": dtype, **quantization(bits, dtype, placement)}
 
 
+def _base(
+    source: str, config, device: str, options: dict[str, Any]
+) -> tuple[Any, list[str], State | None]:
+    """The model with the weights of `source`, which of the projector's they lack, and the tower's
+    weights if they are among them."""
+    model, missing = _from_pretrained(source, config, **options)
+    if "device_map" not in options:
+        model.to(device)
+    has_pictures = hasattr(model, "get_vision_tower")
+    return model, missing, tower_weights(folder_of(source)) if has_pictures else None
+
+
 def _check_loaded(missing: list[str], trained: State, folder: Path, source: str) -> None:
     """`InputError` for a tensor `missing` in the weights of `source` that `folder` lacks, too."""
     extra = PROJECTOR_PREFIX + EXTRA
@@ -161,8 +167,11 @@ def _config(folder: Path, source: str, is_lora: bool, is_projector: bool):
     return config
 
 
-def _with_lora(model, folder: Path, beside: State, merged: bool):
-    """The model with an adapter and with what lies beside it, which is `beside`."""
+def _with_lora(model, folder: Path, merged: bool) -> tuple[Any, Any, State, State]:
+    """The model with the LoRA of `folder`, and what lies beside the adapter: its tokenizer if it
+    has one of its own, the tower's tensors, and the others as `_rows_of_tokens` has them."""
+    tower, beside = split_tower(lora.read_beside(folder))
+    tokenizer = _own_tokenizer(folder, beside)
     for name in (ROWS, lora.HEAD):
         if name in beside:
             grow_embeddings(model, len(beside[name]))
@@ -170,7 +179,8 @@ def _with_lora(model, folder: Path, beside: State, merged: bool):
     lora.load_non_lora(model, loaded, lora.beside_file(folder))
     adapted = lora.attach_lora(model, folder)
     # What is quantised cannot take the adapter in without a loss.
-    return lora.merge(adapted, folder) if merged else adapted.get_base_model()
+    model = lora.merge(adapted, folder) if merged else adapted.get_base_model()
+    return model, tokenizer, tower, _rows_of_tokens(beside)
 
 
 def _own_tokenizer(folder: Path, beside: State):
@@ -228,12 +238,12 @@ def _with_pictures(
 
 
 def _source(folder: Path, model_base: str | None, is_lora: bool, is_projector: bool) -> str:
-    """Where the language model's weights are: in the folder itself, or in its base."""
+    """The place of the language model's weights: the folder itself, or its base."""
     if is_lora:
-        named = read_json(folder / lora.ADAPTER_CONFIG).get("base_model_name_or_path")
-        if not (model_base or named):
+        model_base = model_base or lora.base_of(folder)
+        if not model_base:
             raise InputError(f"{folder}: a LoRA; name its language model with --model-base")
-        return str(model_base or named)
+        return str(model_base)
     if is_projector:
         if model_base is None:
             raise InputError(

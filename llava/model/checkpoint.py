@@ -1,9 +1,10 @@
-"""Every on-disk form of a LLaVA, read and written in one place.
+"""A LLaVA's folder and a model in memory: configs, projectors and whole models between the two.
 
 Upstream's layout is the native one. A *projector-only* folder has `mm_projector.bin` and
 `config.json`; a *full* folder has the language model's weights with the projector, and perhaps the
 vision tower, among them; a *LoRA* folder is described in `lora.py`, transformers' own layout in
-`hf_layout.py`.
+`hf_layout.py`. The tensors' names are in `checkpoint_names.py`; `builder.py` makes a model of a
+folder of any form.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,8 +23,17 @@ from torch import nn
 from llava.atomic import write_text
 from llava.errors import InputError, reason
 from llava.json_files import read_json
+from llava.model.checkpoint_names import (
+    EXTRA_PREFIX,
+    NEWLINE,
+    PROJECTOR_PREFIX,
+    ROWS,
+    SEPARATE,
+    on_disk,
+    projector_name,
+    tower_name,
+)
 from llava.model.hf_layout import language_model_type, llava_config
-from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.shards import Shards, check_hub_name, not_found, write_shards
 from llava.model.tokenizer import write_tokenizer
 from llava.state import State, check
@@ -34,22 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llava.model.llava_arch import LlavaMixin
-
-PROJECTOR_FILE = "mm_projector.bin"
-PROJECTOR_PREFIX = "model.mm_projector."
-# What a connector has beside its base is called so in mm_projector.bin, where upstream passes over
-# all names without "mm_projector" and would refuse ones with it that it does not know.
-EXTRA_PREFIX = "model.pilot."
-NEWLINE = "model.image_newline"
-# The rows of the start and end token of pictures, the last two of what upstream saves; while they
-# train they are a parameter of the embedding. See `picture_tokens.py`.
-ROWS = "model.embed_tokens.weight"
-SEPARATE = "picture_rows"
-SEPARATE_ROWS = f"model.embed_tokens.{SEPARATE}"
-
-# A tower's tensors in any layout, and as upstream names them.
-_TOWER = re.compile(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)")
-_TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
 
 def read_config(path: str | os.PathLike):
@@ -254,25 +247,11 @@ def own_rows(tensor: torch.Tensor, tables: Container[int]) -> torch.Tensor:
     return tensor[-2:] if tensor.ndim == 2 and len(tensor) in tables else tensor
 
 
-def projector_name(name: str) -> str:
-    """A connector's own name of a parameter → that in `mm_projector.bin`."""
-    if name.startswith(EXTRA):
-        return EXTRA_PREFIX + name.removeprefix(EXTRA)
-    return PROJECTOR_PREFIX + name
-
-
 def tower_weights(folder: str | os.PathLike) -> State | None:
     """The vision tower's tensors in a full folder, named as in the tower itself; None if none."""
     shards = Shards(folder)
-    names = {match[1]: name for name in shards if (match := _TOWER.fullmatch(name))}
+    names = {short: name for name in shards if (short := tower_name(name))}
     return {short: shards[name] for short, name in names.items()} or None
-
-
-def split_tower(tensors: State) -> tuple[State, State]:
-    """Tensors of the tower, named as in the tower itself, and the others as they are."""
-    matches = {name: _TOWER.fullmatch(name) for name in tensors}
-    tower = {m[1]: tensors[name] for name, m in matches.items() if m}
-    return tower, {name: tensors[name] for name, m in matches.items() if not m}
 
 
 def save_full(
@@ -306,9 +285,3 @@ def load_full(model: nn.Module, folder: str | os.PathLike) -> None:
     with torch.no_grad():
         for name in shards:
             own[name].copy_(shards[name])
-
-
-def on_disk(name: str) -> str:
-    """A tensor's name in memory → upstream's, which differs in the tower alone."""
-    match = _TOWER.fullmatch(name)
-    return _TOWER_PREFIX + match[1] if match else name

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from llava.conversation import Conversation
+
     Tensors = Mapping[str, torch.Tensor]
     Stream = Iterable[tuple[str, torch.Tensor]]
     Shapes = dict[str, tuple[int, ...]]
@@ -85,9 +87,7 @@ def to_hf(
     weights = _with_tower(weights, config, vision_tower, model_path)
     embedding = weights[EMBEDDING]
     mark = hf_processor.picture_mark(config)
-    tokenizer = _read_tokenizer(beside, len(embedding), model_path)
-    with_image = hf_processor.with_image_token(tokenizer, mark)
-    hf_processor.check_same_ids(tokenizer, with_image, template)
+    with_image = _with_image_token(beside, len(embedding), mark, template, model_path)
     rows = -(-max(len(embedding), len(with_image)) // 64) * 64
     values = hf_config(
         {**config, "vocab_size": len(embedding), "dtype": dtype or str(embedding.dtype)[6:]},
@@ -143,11 +143,9 @@ def to_llava(
     rows = values["vocab_size"]
 
     weights = Shards(folder)
-    tower: list[tuple[str, str]] = []
-    others: list[tuple[str, str]] = []
-    for old in weights:
-        if new := rename_to_llava(old):
-            (tower if new.startswith(TOWER) else others).append((new, old))
+    renamed = [(new, old) for old in weights if (new := rename_to_llava(old))]
+    tower = [(new, old) for new, old in renamed if new.startswith(TOWER)]
+    others = [(new, old) for new, old in renamed if not new.startswith(TOWER)]
 
     def tensors() -> Stream:
         for new, old in others:
@@ -205,8 +203,15 @@ def _read_tower_config(name: str) -> Config:
     return config
 
 
-def _read_tokenizer(folder: Path, rows: int, who: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; `InputError` if it has more tokens than the embedding has rows."""
+def _with_image_token(
+    folder: Path, rows: int, mark: str, template: Conversation, who: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder with `<image>`, for which `mark` stands, and `<pad>`.
+
+    `InputError` if it has more tokens than the embedding of `who` has rows, or if the new one
+    would give a prompt of `template` other ids.
+    """
+    from llava.model import hf_processor
     from llava.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
@@ -215,7 +220,9 @@ def _read_tokenizer(folder: Path, rows: int, who: str) -> PreTrainedTokenizerBas
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, "
             f"the embedding of {who} only {rows} rows"
         )
-    return tokenizer
+    with_image = hf_processor.with_image_token(tokenizer, mark)
+    hf_processor.check_same_ids(tokenizer, with_image, template)
+    return with_image
 
 
 def _llava_weights(
@@ -227,10 +234,9 @@ def _llava_weights(
     """
     import torch
 
-    from llava.json_files import read_json
     from llava.model.builder import has_weights, load_pretrained_model
-    from llava.model.checkpoint import PROJECTOR_FILE, on_disk
-    from llava.model.lora import ADAPTER_CONFIG
+    from llava.model.checkpoint_names import PROJECTOR_FILE, on_disk
+    from llava.model.lora import ADAPTER_CONFIG, base_of
     from llava.model.shards import Shards, local_folder
     from llava.state import load
 
@@ -239,7 +245,7 @@ def _llava_weights(
     if not lora and (has_weights(folder) or not projector.is_file()):
         return Shards(folder), folder
     if lora and base is None:
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = base_of(folder)
     if not base:
         kind = "a LoRA" if lora else f"a projector ({PROJECTOR_FILE})"
         raise InputError(f"{folder}: holds only {kind}; name its language model with --model-base")
@@ -274,7 +280,7 @@ def _tower_weights(name: str, **kwargs) -> Tensors:
     """The weights of a tower by folder or hub name, under upstream's names in a full LLaVA."""
     from transformers import AutoConfig
 
-    from llava.model.checkpoint import on_disk
+    from llava.model.checkpoint_names import on_disk
 
     try:
         with quiet():
@@ -363,7 +369,7 @@ def _check_same_tower(own: Stream, name: str, who: str) -> None:
     """`InputError` if the tower `name` is on this machine and is not the folder's own."""
     import torch
 
-    from llava.model.checkpoint import on_disk
+    from llava.model.checkpoint_names import on_disk
 
     tensors = dict(own)
     try:

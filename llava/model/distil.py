@@ -23,7 +23,8 @@ from torch import nn
 from llava.errors import InputError, one_clear_error
 from llava.model import lora
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX, write_config
+from llava.model.checkpoint import write_config
+from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.model.multimodal_projector.pilot import PilotConnector
 from llava.model.multimodal_projector.plain import MLPConnector
 from llava.state import save

@@ -25,7 +25,8 @@ from torch import nn
 from llava.atomic import write_text
 from llava.errors import InputError, reason
 from llava.json_files import read_json
-from llava.model.checkpoint import ROWS, SEPARATE, copies, copy_in, on_disk, separated_rows
+from llava.model.checkpoint import copies, copy_in, separated_rows
+from llava.model.checkpoint_names import ROWS, SEPARATE, on_disk
 from llava.state import State, StateError, read_tensors, save
 
 if TYPE_CHECKING:
@@ -364,6 +365,11 @@ def _adapter_file(folder: Path) -> Path:
 
 def _read_adapter(folder: Path) -> State:
     return read_tensors(_adapter_file(folder))
+
+
+def base_of(folder: str | os.PathLike) -> str | None:
+    """The base that a LoRA folder names: a path or a hub name; None where it names none."""
+    return read_json(Path(folder) / ADAPTER_CONFIG).get("base_model_name_or_path") or None
 
 
 def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:

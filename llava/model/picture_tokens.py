@@ -17,7 +17,8 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_PATCH_TOKEN,
 )
-from llava.model.checkpoint import ROWS, SEPARATE, gathered, own_rows
+from llava.model.checkpoint import gathered, own_rows
+from llava.model.checkpoint_names import ROWS, SEPARATE
 from llava.state import State, check
 
 

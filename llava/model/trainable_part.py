@@ -14,16 +14,13 @@ from torch import nn
 
 from llava import state as states
 from llava.atomic import write_text
-from llava.model.checkpoint import (
+from llava.model.checkpoint import copies, copy_in, grafted, projector_parameters
+from llava.model.checkpoint_names import (
     NEWLINE,
     PROJECTOR_FILE,
     PROJECTOR_PREFIX,
     ROWS,
-    copies,
-    copy_in,
-    grafted,
     projector_name,
-    projector_parameters,
 )
 from llava.model.lora import (
     ADAPTER_CONFIG,

@@ -85,7 +85,7 @@ class Engine:
         return len(self.rows) + len(self._waiting)
 
     def ask(self, question: QueuedPrompt) -> None:
-        """Put a question in the queue; one that comes after `close` is told so at once."""
+        """Put a question in the queue; one that comes after `close` gets an error at once."""
         with self._changed:
             if not self._closed:
                 self._waiting.append(question)
@@ -105,7 +105,7 @@ class Engine:
         return future
 
     def close(self) -> None:
-        """Stop; who is not answered yet is told so."""
+        """Stop; questions without a whole answer get an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()

@@ -28,7 +28,7 @@ QUICKSTART = Path("runs/quickstart")
 """What scripts/quickstart.sh makes, from the repository's root."""
 
 
-class Parts:
+class Processes:
     """The processes of the demo, each with its log."""
 
     def __init__(self, folder: Path):
@@ -76,10 +76,10 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bases = {name: args.model_base or base_of(path) for name, path in models.items()}
-    parts = Parts(folder)
-    with contextlib.suppress(KeyboardInterrupt), stopping(parts):
+    processes = Processes(folder)
+    with contextlib.suppress(KeyboardInterrupt), stopping(processes):
         controller = f"http://127.0.0.1:{(port := free_port())}"
-        parts.start("controller", "controller", "--host", "127.0.0.1", "--port", str(port))
+        processes.start("controller", "controller", "--host", "127.0.0.1", "--port", str(port))
         for name, path in models.items():
             flags = ["--model-path", path, "--model-name", name, "--device", args.device]
             flags += ["--host", "127.0.0.1", "--port", str(free_port())]
@@ -89,8 +89,8 @@ def main(args: argparse.Namespace) -> None:
             flags += ["--load-4bit"] if args.load_4bit else []
             if args.attn_implementation:
                 flags += ["--attn_implementation", args.attn_implementation]
-            parts.start(name, "model_worker", *flags)
-        wait_for(parts, controller, set(models))
+            processes.start(name, "model_worker", *flags)
+        wait_for(processes, controller, set(models))
         page = ["--controller-url", controller, "--model-list-mode", "reload"]
         page += ["--log-dir", str(folder), "--host", args.host]
         page += ["--port", str(args.port)] if args.port else []
@@ -99,8 +99,8 @@ def main(args: argparse.Namespace) -> None:
                 page += [f"--{flag.replace('_', '-')}", value]
         page += [word for run in args.run for word in ("--run", run)]
         page += ["--share"] if args.share else []
-        parts.start("page", "gradio_web_server", *page)
-        watch(parts)
+        processes.start("page", "gradio_web_server", *page)
+        watch(processes)
 
 
 def of_quickstart(args: argparse.Namespace) -> None:
@@ -122,31 +122,35 @@ def of_quickstart(args: argparse.Namespace) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # all of it is here
 
 
-def watch(parts: Parts) -> None:
+def watch(processes: Processes) -> None:
     """Tell the page's address, then who dies, until nobody or no page is left."""
     told = 0
     while True:
-        lines = parts.log("page").read_text().splitlines()
+        lines = processes.log("page").read_text().splitlines()
         for line in lines[told:]:
             if line.startswith(("page:", "listening", "error:", "public")):
                 print(line, flush=True)
         told = len(lines)
-        for name in parts.dead():
+        for name in processes.dead():
             if name == "page":
-                raise InputError(f"the page stopped: {parts.said(name)} (see {parts.log(name)})")
-            print(f"{name} stopped: {parts.said(name)} (see {parts.log(name)})", flush=True)
+                raise InputError(
+                    f"the page stopped: {processes.said(name)} (see {processes.log(name)})"
+                )
+            print(f"{name} stopped: {processes.said(name)} (see {processes.log(name)})", flush=True)
         time.sleep(0.3)
 
 
-def wait_for(parts: Parts, controller: str, models: set[str]) -> None:
+def wait_for(processes: Processes, controller: str, models: set[str]) -> None:
     """Until all models are served; `InputError` if one ends before."""
     import httpx
 
     print(f"loading {', '.join(sorted(models))} …", flush=True)
     end = time.monotonic() + WAIT
     while time.monotonic() < end:
-        for name in parts.dead():
-            raise InputError(f"{name} did not start: {parts.said(name)} (see {parts.log(name)})")
+        for name in processes.dead():
+            raise InputError(
+                f"{name} did not start: {processes.said(name)} (see {processes.log(name)})"
+            )
         with contextlib.suppress(httpx.HTTPError, ValueError):
             served = httpx.post(f"{controller}/list_models", trust_env=False).json()["models"]
             if models <= set(served):
@@ -156,15 +160,15 @@ def wait_for(parts: Parts, controller: str, models: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def stopping(parts: Parts) -> Iterator[None]:
-    """Afterwards all parts are stopped; what ends a terminal or a service ends this, too."""
+def stopping(processes: Processes) -> Iterator[None]:
+    """Afterwards all processes are stopped; what ends a terminal or a service ends this, too."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
         yield
     finally:
         print("stopping", flush=True)
-        parts.stop()
+        processes.stop()
 
 
 def named(models: list[str]) -> dict[str, str]:
@@ -190,7 +194,7 @@ def base_of(path: str) -> str | None:
     """The language model that a projector's folder says it was trained on, if that is there."""
     from llava.json_files import read_json
     from llava.model.builder import has_weights
-    from llava.model.checkpoint import PROJECTOR_FILE
+    from llava.model.checkpoint_names import PROJECTOR_FILE
 
     folder = Path(path)
     if not (folder / PROJECTOR_FILE).is_file() or has_weights(folder):

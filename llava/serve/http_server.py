@@ -45,15 +45,15 @@ def application(*endpoints):
 
 
 def streamed(pieces: AsyncGenerator[bytes]):
-    """A response of `pieces`, which are closed when the client hangs up, wherever they are then."""
+    """A response of `pieces`, which are closed at once when the client's connection ends."""
     from starlette.responses import StreamingResponse
 
-    class Streamed(StreamingResponse):
+    class StreamedAnswer(StreamingResponse):
         async def __call__(self, scope, receive, send) -> None:
             async with contextlib.aclosing(pieces):
                 await super().__call__(scope, receive, send)
 
-    return Streamed(pieces, media_type="application/octet-stream")
+    return StreamedAnswer(pieces, media_type="application/octet-stream")
 
 
 async def whole_body(http) -> bytes:

@@ -22,8 +22,8 @@ from llava.errors import InputError, one_clear_error
 from llava.eval.answer import conv_mode_of
 from llava.serve import protocol
 from llava.serve.http_server import check_installed
+from llava.serve.openai_client import OpenAIClient
 from llava.serve.openai_messages import chat_messages, read_prompt
-from llava.serve.openai_server import OpenAIServer
 from llava.serve.text_stream import visible_text
 from llava.serve.worker_app import add_worker_flags, serve_worker
 
@@ -33,7 +33,7 @@ class OpenAIBackend:
 
     def __init__(
         self,
-        server: OpenAIServer,
+        server: OpenAIClient,
         model: str,
         name: str,
         mode: str,
@@ -107,7 +107,7 @@ def backend_of(args: argparse.Namespace) -> OpenAIBackend:
     key = None
     if args.api_key_env and not (key := os.environ.get(args.api_key_env)):
         raise InputError(f"--api-key-env {args.api_key_env}: no such environment variable is set")
-    server = OpenAIServer(args.sgl_endpoint, key and key.strip())
+    server = OpenAIClient(args.sgl_endpoint, key and key.strip())
     listed = _listed(server, needed=not args.model_path)
     model = args.model_path or next(iter(listed))
     if listed and model not in listed:
@@ -123,7 +123,7 @@ def backend_of(args: argparse.Namespace) -> OpenAIBackend:
     return OpenAIBackend(server, model, name, mode, args.limit_model_concurrency, length)
 
 
-def _listed(server: OpenAIServer, needed: bool) -> dict[str, dict[str, Any]]:
+def _listed(server: OpenAIClient, needed: bool) -> dict[str, dict[str, Any]]:
     """The server's models by name; where none is needed, a server that lists none will do."""
     try:
         listed = {model["id"]: model for model in server.models()}

@@ -107,5 +107,5 @@ def add_worker_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def address_of(args: argparse.Namespace) -> str:
-    """Where a worker with these flags is reached."""
+    """The address of a worker with these flags."""
     return args.worker_address or f"http://{args.host}:{args.port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from llava.model.multimodal_projector.connector import (
 from llava.model.quantize import QUANT_TYPES, check_bitsandbytes
 from llava.suggest import did_you_mean
 from llava.transformers_private import gpus_without_launcher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -275,7 +278,7 @@ def _check(args: TrainingArguments) -> None:
         raise InputError(f"--lora_dropout is {args.lora_dropout}, a number in [0, 1) is expected")
     gpus = gpus_without_launcher(args)
     if args.n_gpu < gpus:
-        print(f"1 of {gpus} GPUs is used; start with deepspeed or torchrun to use all")
+        logger.info("1 of %d GPUs is used; start with deepspeed or torchrun to use all", gpus)
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 True needs a GPU; a CPU trains in float32 or with --bf16 True")
     if args.bits < 16:

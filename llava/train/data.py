@@ -73,7 +73,7 @@ def _name(record: dict[str, Any], index: int) -> str:
 
 @dataclass
 class CheckReport:
-    """What `LazySupervisedDataset.check` found.
+    """The findings of `LazySupervisedDataset.check`.
 
     `samples` are left. `skipped` were dropped for a picture that cannot be read, `unlabelled` as
     nothing in them is learnt. `truncated` of those that can be read have text that is cut at
@@ -149,7 +149,7 @@ class LazySupervisedDataset(Dataset):
             yield words, record.get("image") is not None
 
     def paths(self, index: int) -> list[str]:
-        """Where the record's pictures lie, in the order of its text; empty for text alone."""
+        """The paths of the record's pictures, in the order of its text; empty for text alone."""
         images = self.records[index].get("image")
         if images is None:
             return []
@@ -166,7 +166,7 @@ class LazySupervisedDataset(Dataset):
         return list(dict.fromkeys(path for i in range(len(self)) for path in self.paths(i)))
 
     def name(self, index: int) -> str:
-        """How an error message calls the record."""
+        """The record's name in an error message."""
         return f"{self.source}: {_name(self.records[index], index)}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class LazySupervisedDataset(Dataset):
         return self.sample_format.pixels(path) if features is None else features
 
     def _tokens_of(self, path: str) -> int:
-        """How many tokens the picture takes; that of tiles depends on its size."""
+        """The number of tokens that the picture takes; with tiles it depends on its size."""
         tiling = self.sample_format.tiling
         return tiling.num_tokens(image_size(path)) if tiling else self.sample_format.image_tokens
 

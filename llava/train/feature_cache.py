@@ -215,7 +215,7 @@ def _readable(decoding: Future) -> bool:
 
 
 def _name(path: str | os.PathLike) -> str | None:
-    """What tells this picture from others and from later versions of itself; None if missing."""
+    """A name that no other picture has, nor a later version of this one; None if it is missing."""
     try:
         path = os.path.realpath(path)
         stat = os.stat(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -24,19 +25,21 @@ from transformers.trainer_callback import TrainerCallback
 
 from llava.errors import InputError, reason
 from llava.model.checkpoint import (
-    PROJECTOR_FILE,
     load_full,
     load_projector,
     projector_state,
     save_full,
     write_config,
 )
+from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import is_lora, load_lora, save_lora
 from llava.state import load, save
 from llava.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
     from llava.train.arguments import TrainingArguments as LLaVATrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class LLaVATrainer(Trainer):
@@ -248,7 +251,7 @@ def load_part(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def steps_of(args: TrainingArguments, samples: int) -> int:
-    """How many optimizer steps a run on `samples` samples takes; as the Trainer counts them."""
+    """The number of optimizer steps of a run on `samples` samples, as the Trainer counts them."""
     if not samples:
         return 0
     if args.max_steps > 0:
@@ -289,10 +292,10 @@ def _put_away(folder: Path) -> None:
     only_projector = {p.name for p in folder.iterdir()} == {PROJECTOR_FILE, "config.json"}
     if only_projector and not aside.exists():
         folder.rename(aside)
-        print(f"{folder}: cannot be continued; now called {aside.name}", flush=True)
+        logger.info("%s: cannot be continued; now called %s", folder, aside.name)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"{folder}: removed, it was not saved whole", flush=True)
+        logger.info("%s: removed, it was not saved whole", folder)
 
 
 class _SeedEachEpoch(TrainerCallback):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava.chunks import chunk_offsets
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -24,6 +23,7 @@ from llava.constants import (
 from llava.conversation import Conversation, Segment, SeparatorStyle
 from llava.errors import InputError
 from llava.mm_utils import bos_prefix, expand_image_tokens
+from llava.text_tokens import chunk_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

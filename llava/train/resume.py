@@ -1,4 +1,4 @@
-"""Where a run in --output_dir goes on from, and that it is the same run.
+"""The checkpoint from which a run in --output_dir goes on, and the check that it is the same run.
 
 `run.json` lies beside the checkpoints and holds what decides their result. It is written before
 anything trains. A folder with checkpoints and without it is of upstream's code, or of a version of
@@ -8,6 +8,7 @@ this one that wrote none: what can be seen in a checkpoint itself is compared th
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,13 @@ from transformers.trainer_callback import TrainerCallback
 
 from llava.atomic import remove_leftovers, write_text
 from llava.errors import InputError
-from llava.model.checkpoint import PROJECTOR_FILE
+from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import ADAPTER_CONFIG
 from llava.train.arguments import TrainingArguments
 from llava.train.llava_trainer import last_checkpoint
 from llava.train.settings import check_same
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 # How far a run goes and how a step is dealt out: a checkpoint that is named goes on under others.
@@ -57,10 +60,10 @@ def starting_point(args: TrainingArguments, settings: Mapping[str, Any]) -> str 
     if checkpoint:
         _check_kind(Path(checkpoint), settings)
         if args.process_index == 0 and not recorded(folders[0]):
-            print(
-                f"{checkpoint}: which flags it was trained with is not recorded there; "
+            logger.info(
+                "%s: which flags it was trained with is not recorded there; "
                 "going on with those of this command",
-                flush=True,
+                checkpoint,
             )
     return checkpoint
 
@@ -93,13 +96,13 @@ class SayWhereItBegins(TrainerCallback):
         if not (step and state.is_world_process_zero):
             return
         if step < last:
-            print(f"continuing after step {step} of {last}", flush=True)
+            logger.info("continuing after step %d of %d", step, last)
         else:
-            print(f"{args.output_dir}: already trained to step {step}, nothing to do", flush=True)
+            logger.info("%s: already trained to step %d, nothing to do", args.output_dir, step)
 
 
 def _named(args: TrainingArguments, newest: str | None) -> str | None:
-    """What --resume_from_checkpoint names; upstream's users also type True and False."""
+    """The checkpoint of --resume_from_checkpoint; upstream's users also type True and False."""
     given = args.resume_from_checkpoint
     if given is None or given == "":
         return None

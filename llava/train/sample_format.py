@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """What a data set needs to know of the model that its samples are for.
+    """The facts of a model that a data set needs to make samples for it.
 
     Attributes:
         version: the conversation template.

@@ -14,13 +14,13 @@ from llava.errors import InputError
 from llava.model.attention_impl import choose_attention
 from llava.model.builder import folder_of, from_pretrained, load_tokenizer
 from llava.model.checkpoint import (
-    PROJECTOR_PREFIX,
     derive_projector,
     load_projector,
     read_config,
     separated_rows,
     tower_weights,
 )
+from llava.model.checkpoint_names import PROJECTOR_PREFIX
 from llava.model.lora import (
     add_lora,
     attach_lora,

@@ -5,6 +5,7 @@ python -m llava.train.train --model_name_or_path … --data_path …
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error, reason
 from llava.model.lora import find_all_linear_names
+from llava.progress import progress_shown
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import (
     CheckReport,
@@ -40,6 +42,8 @@ from llava.train.zero3 import (
     maybe_zero_3,
     safe_save_model_for_hf_trainer,
 )
+
+logger = logging.getLogger("llava.train.train")  # `__main__`, too, as a command
 
 # What programs written for upstream import from here.
 __all__ = [
@@ -102,7 +106,7 @@ def prepare(
     if report.unlabelled:
         notes += f", {report.unlabelled} left out: their answers are empty or cut off"
     if rank == 0:
-        print(f"{title}: {report.samples} samples{notes}", flush=True)
+        logger.info("%s: %d samples%s", title, report.samples, notes)
     return report
 
 
@@ -129,6 +133,7 @@ def make_trainer(
     return trainer
 
 
+@progress_shown()
 def train(attn_implementation: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; resumes by itself from a checkpoint in --output_dir.
 

@@ -1,4 +1,4 @@
-"""What upstream's xformers script calls: torch's own attention does what xformers did there."""
+"""The entry of upstream's xformers script: torch's own attention does what xformers did there."""
 
 from llava.train.train import main
 

@@ -15,7 +15,7 @@ from playground.studies.fedcmp import FedCMPPlan
 from playground.studies.plots import GREY, Bars, draw_bars, draw_curves, panels
 from playground.studies.results import Results
 from playground.studies.tables import (
-    Column,
+    TableColumn,
     mean_cell,
     paired_table,
     spread,
@@ -42,8 +42,8 @@ def drift(row: Mapping) -> float:
     return statistics.mean(value for value in row["drift"] if value is not None)
 
 
-LOSS, EXACT = Column("loss", final_loss, 3), Column("exact %", final_exact, 1, better=1)
-RISES, DRIFT = Column("rises", rises, 3), Column("drift", drift, 2)
+LOSS, EXACT = TableColumn("loss", final_loss, 3), TableColumn("exact %", final_exact, 1, better=1)
+RISES, DRIFT = TableColumn("rises", rises, 3), TableColumn("drift", drift, 2)
 
 
 def main_table(results: Results) -> str:

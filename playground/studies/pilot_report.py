@@ -15,7 +15,7 @@ from playground.studies.pilot import WHOSE, PilotPlan, measure, over_tasks
 from playground.studies.plots import Bars, draw_bars, panels
 from playground.studies.results import Measure, Results
 from playground.studies.tables import (
-    Column,
+    TableColumn,
     sign_flip_p,
     spread,
     spread_cell,
@@ -33,8 +33,8 @@ def of(whose: str, name: str, task: str | None = None) -> Measure:
     return lambda row: scale * measure(row, task, whose, name)
 
 
-EXACT = [Column(f"{whose} exact %", of(whose, "exact"), 1, better=1) for whose in WHOSE]
-LOSS = Column("loss", of("all", "loss"), 3)
+EXACT = [TableColumn(f"{whose} exact %", of(whose, "exact"), 1, better=1) for whose in WHOSE]
+LOSS = TableColumn("loss", of("all", "loss"), 3)
 
 
 def ordered(results: Results, titles: Sequence[str], scenarios: Sequence[str]) -> list[str]:

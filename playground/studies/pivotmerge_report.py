@@ -15,7 +15,7 @@ from playground.studies.plan import Job
 from playground.studies.plots import GREY, Bars, draw_bars, panels
 from playground.studies.results import Results
 from playground.studies.tables import (
-    Column,
+    TableColumn,
     mean_cell,
     paired_table,
     spread,
@@ -35,8 +35,8 @@ def exact(row: Mapping) -> float:
     return 100 * row["exact"]
 
 
-LOSS, EXACT = Column("loss", loss, 3), Column("exact %", exact, 1, better=1)
-FINE = Column("loss", loss, 4)  # for differences
+LOSS, EXACT = TableColumn("loss", loss, 3), TableColumn("exact %", exact, 1, better=1)
+FINE = TableColumn("loss", loss, 4)  # for differences
 
 
 class PivotMergeResults(Results):
@@ -83,16 +83,16 @@ class PivotMergeResults(Results):
         return sorted(titles, key=lambda title: self.mean(title, self.relative))
 
 
-def titles_table(results: PivotMergeResults, titles: Sequence[str], column: Column) -> str:
+def titles_table(results: PivotMergeResults, titles: Sequence[str], column: TableColumn) -> str:
     """A measure by scenario, and the mean loss over the reference's."""
     columns = [(s, spread_cell(results, s, column)) for s in results.scenarios]
-    ratio = Column("loss / mean's", results.relative, 3)
+    ratio = TableColumn("loss / mean's", results.relative, 3)
     columns.append((ratio.name, mean_cell(results, ratio)))
     return table("", titles, columns, results.marked)
 
 
 def kept_table(results: PivotMergeResults) -> str:
-    kept = Column("mean", results.kept, 0, better=1)
+    kept = TableColumn("mean", results.kept, 0, better=1)
     columns = [(s, spread_cell(results, s, kept)) for s in results.scenarios]
     columns.append((kept.name, mean_cell(results, kept)))
     return table("", results.ordered(), columns, results.marked)

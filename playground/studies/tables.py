@@ -17,7 +17,7 @@ Cell = Callable[[str], str]  # of a title
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A measure as tables show it."""
 
     name: str
@@ -67,16 +67,20 @@ def table(
     return markdown_table([corner, *(head for head, _ in columns)], body)
 
 
-def spread_cell(results: Results, scenario: str, column: Column) -> Cell:
+def spread_cell(results: Results, scenario: str, column: TableColumn) -> Cell:
     return lambda title: spread(results.values(title, scenario, column.measure), column.digits)
 
 
-def mean_cell(results: Results, column: Column, scenarios: Sequence[str] | None = None) -> Cell:
+def mean_cell(
+    results: Results, column: TableColumn, scenarios: Sequence[str] | None = None
+) -> Cell:
     """The mean over scenarios, by default over all."""
     return lambda title: f"{results.mean(title, column.measure, scenarios):.{column.digits}f}"
 
 
-def paired_table(results: Results, other: str, columns: Sequence[Column], corner: str = "") -> str:
+def paired_table(
+    results: Results, other: str, columns: Sequence[TableColumn], corner: str = ""
+) -> str:
     """Our method less another one, scenario by scenario, and the sign-flip test over all pairs."""
     body = []
     for scenario in [*results.scenarios, None]:

@@ -1,4 +1,4 @@
-"""What aggregation costs the server: seconds and memory of each method, side by side in one run.
+"""The server's cost of aggregation: seconds and memory of each method, side by side in one run.
 
     python scripts/benchmark/aggregate.py                      # 8 clients, LLaVA-1.5-7B's projector
     python scripts/benchmark/aggregate.py --clients 8 32 128   # how it grows
@@ -90,7 +90,7 @@ def write_clients(folder: Path, geometry: str, clients: int) -> None:
 
 
 def work(name: str, folder: Path, clients: int, device: str) -> Callable[[], object]:
-    """What a method does once: a function without arguments, its files mapped."""
+    """One call of a method, as a function without arguments; its files are mapped."""
     files = [folder / f"client-{k:03d}.safetensors" for k in range(clients)]
     weights = [100 + 10 * k for k in range(clients)]
     if name == "numpy mean":

@@ -50,7 +50,7 @@ class Loop(PilotConnector):
         return (gates.to(own.dtype).unsqueeze(-1) * stacked).sum(-2)
 
 
-class Stepper:
+class ConnectorStepper:
     """A connector that makes steps on one batch."""
 
     def __init__(self, system: str, args: argparse.Namespace):
@@ -97,7 +97,7 @@ def multiplications(system: str, args: argparse.Namespace) -> int:
 
 def times(args: argparse.Namespace) -> dict[str, float]:
     """Median seconds a step, of all systems in turn."""
-    steppers = {system: Stepper(system, args) for system in SYSTEMS}
+    steppers = {system: ConnectorStepper(system, args) for system in SYSTEMS}
     apart = (steppers["stage 2"].step() - steppers["stage 2, loop"].step()).abs().max()
     scale = steppers["stage 2"].step().abs().max()
     if apart > scale * (1e-4 if args.dtype == torch.float32 else 5e-2):
@@ -122,7 +122,7 @@ def peak_of_a_process(system: str, args: argparse.Namespace) -> float:
 
 
 def one_process(args: argparse.Namespace) -> None:
-    stepper = Stepper(args.only, args)
+    stepper = ConnectorStepper(args.only, args)
     features, gradient = stepper.features, stepper.gradient
     stepper.features, stepper.gradient = features[:1, :8], gradient[:1, :8]
     stepper.step()  # what a step needs of code and buffers of the libraries is no news then

@@ -1,4 +1,4 @@
-"""What a merge costs as a whole command, start-up included: wall time and peak memory.
+"""The cost of a merge as a whole command, start-up included: wall time and peak memory.
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit==0.1.5
     python scripts/benchmark/merge.py --mergekit /tmp/mergekit/bin/mergekit-pytorch
@@ -179,7 +179,7 @@ def report(rows: list[dict]) -> str:
 
 
 def line_of(row: dict) -> tuple[str, str, str]:
-    """What is measured anew in place of an older row."""
+    """The key of a row; a new measurement with the same key replaces it."""
     return row["part"], row["method"], row["tool"].split()[0]
 
 

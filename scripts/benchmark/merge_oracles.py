@@ -87,7 +87,7 @@ def lists(state: dict[str, np.ndarray]) -> dict[str, list]:
 
 
 def mergekit(method: str, parameters: dict, spread: str, weights: list, seed: int) -> dict:
-    """What `mergekit-pytorch` makes of the first experts of a spread, as many as there are weights.
+    """The merge by `mergekit-pytorch` of a spread's first experts, as many as there are weights.
 
     The base is that of `draw`, but for linear, which has none, and slerp, whose base is the first
     of the two that are merged.

@@ -49,7 +49,7 @@ def picture_files() -> list[Path]:
 
 
 def questions(args: argparse.Namespace, template) -> list[dict]:
-    """What is asked, as it goes over the wire."""
+    """The questions, as they go over the wire."""
     files = picture_files()
     return [
         {

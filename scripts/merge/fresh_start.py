@@ -15,7 +15,8 @@ from pathlib import Path
 import transformers
 
 from llava.errors import InputError, one_clear_error
-from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX, write_config
+from llava.model.checkpoint import write_config
+from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.state import State, fingerprint, load, save
 from llava.train.arguments import parse

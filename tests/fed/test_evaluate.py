@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fed import evaluate
-from fed.report import Run, rows_of
+from fed.report import RunRecords, rows_of
 from fed.train import train
 
 MERGE_LORA = Path(__file__).parents[2] / "scripts/merge_lora_weights.py"
@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_the_runs(run, tiny, tmp_path, capsys):
     name_template(shared)  # of the language model's chats: a projector alone is aligned with plain
     capsys.readouterr()
     found = measured(tiny, tmp_path, f"FedAvg={shared}", str(apart))
-    rows = rows_of([Run.load("FedAvg", shared), Run.load(str(apart), apart)])
+    rows = rows_of([RunRecords.load("FedAvg", shared), RunRecords.load(str(apart), apart)])
     assert list(found) == [row["model"] for row in rows] == ["FedAvg", f"a, {apart}", f"b, {apart}"]
     for row in rows:
         assert_alike(found[row["model"]], row["heldout"])
@@ -79,7 +79,7 @@ def test_a_lora_and_the_full_model_that_it_becomes(run, tiny, tmp_path, capsys):
     with pytest.raises(SystemExit):
         measured(tiny, tmp_path, str(lora))
     assert f"error: {lora}: --version is missing" in capsys.readouterr().err
-    expected = Run.load("lora", lora).final["global"]["heldout"]
+    expected = RunRecords.load("lora", lora).final["global"]["heldout"]
     (alone,) = measured(tiny, tmp_path, str(lora), flags=["--version", "v1"]).values()
     (whole,) = measured(tiny, tmp_path, str(full)).values()
     assert_alike(alone, expected)

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from fed.report import Run, main, rows_of, table
+from fed.report import RunRecords, main, rows_of, table
 from llava.errors import InputError
 
 
@@ -39,7 +39,7 @@ def runs(tmp_path):
 
 
 def test_rows_and_table(runs):
-    loaded = [Run.load(n, runs / f) for n, f in (("Alone", "alone"), ("Fed", "fed"))]
+    loaded = [RunRecords.load(n, runs / f) for n, f in (("Alone", "alone"), ("Fed", "fed"))]
     rows = rows_of(loaded)
     assert [row["model"] for row in rows] == ["a, Alone", "b, Alone", "Fed"]
     assert rows[2]["test"]["loss"] == 1.5  # the last round's
@@ -70,4 +70,4 @@ def test_folders_that_hold_no_run(tmp_path, content):
     if content is not None:
         (tmp_path / "rounds.jsonl").write_text(content)
     with pytest.raises(InputError, match="rounds.jsonl"):
-        Run.load("x", tmp_path)
+        RunRecords.load("x", tmp_path)

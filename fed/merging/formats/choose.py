@@ -16,7 +16,7 @@ from llava.json_files import read_json
 
 
 def format_of(config: MergeConfig, experts: Sequence[Source], base: Source | None) -> Format:
-    """The form for these experts.
+    """The format for these experts.
 
     Raises:
         InputError: forms that cannot be merged in this scope, or tensors of other names.

@@ -23,10 +23,10 @@ from fed.merging.formats.format import Format, Put, by_layer, bytes_of, check_na
 from fed.merging.formats.rewrite import Streamed, copy_beside
 from fed.merging.sources import Source, Weights, adapter_weights
 from fed.numerics.lora_delta import Products
-from fed.state import State
+from fed.state import State, read_tensors, save
 from llava.errors import InputError
 from llava.json_files import read_json
-from llava.model.checkpoint import on_disk
+from llava.model.checkpoint_names import on_disk
 from llava.model.lora import (
     ADAPTER_CONFIG,
     NON_LORA_FILE,
@@ -35,7 +35,6 @@ from llava.model.lora import (
     read_adapter_config,
     read_non_lora,
 )
-from llava.state import read_tensors, save
 
 # Keys in which adapters must agree for their matrices to mean the same.
 _ALIKE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora",

@@ -16,7 +16,7 @@ from fed.merging.formats.rewrite import copy_model, model_bytes
 from fed.merging.sources import Source
 from fed.state import State, fingerprint, save
 from llava.json_files import read_json
-from llava.model.checkpoint import NEWLINE, PROJECTOR_FILE, ROWS
+from llava.model.checkpoint_names import NEWLINE, PROJECTOR_FILE, ROWS
 from llava.model.hf_layout import KEPT
 
 _FINGERPRINTS = "A fingerprint is the SHA-256 of the projector's names, types, shapes and values."

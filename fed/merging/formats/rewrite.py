@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fed.merging.sources import Source, Weights
+from fed.state import read_tensors
 from llava.errors import InputError
 from llava.model.shards import INDEX, STEMS
-from llava.state import read_tensors
 
 _BESIDE = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _NOT = ("trainer_state.json", "merge.json", *(stem + INDEX for stem in STEMS))

@@ -63,7 +63,8 @@ class Method:
         prepare: refuses arguments that do not go together, `(specs, arguments) -> arguments`, and
             returns them as the run has them.
         store: what clients keep to themselves, `(model, part, run) -> ClientStore`.
-        personalise: fits a new client to a finished run, from a command line.
+        personalise: fits a new client to a finished run, `(command line, read) -> None`; `read`
+            gives the run's state of its file.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Method:
     flags: type | None = None
     prepare: Callable[[Sequence[Any], Any], Any] | None = None
     store: Callable[..., Any] | None = None
-    personalise: Callable[[Sequence[str]], None] | None = None
+    personalise: Callable[..., None] | None = None
 
     @functools.cached_property
     def options(self) -> dict[str, options.Option]:

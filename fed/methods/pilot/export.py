@@ -8,6 +8,7 @@ projector.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,20 +17,22 @@ from transformers import PreTrainedConfig
 
 from fed import state as states
 from fed.state import State
-from llava.model.checkpoint import PROJECTOR_FILE, PROJECTOR_PREFIX, write_config
+from llava.model.checkpoint import write_config
+from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
 from llava.train.llava_trainer import save_part
 
 if TYPE_CHECKING:
-    from fed.clients.store import Sent
+    from fed.clients.store import FinishedRun, Sent
     from fed.methods.pilot.private_parameters import PrivateParameters
-    from fed.server.round_state import RoundState
+
+logger = logging.getLogger(__name__)
 
 
-def export(store: PrivateParameters, final: RoundState, sent: Sent, tasks_dir: Path) -> None:
+def export(store: PrivateParameters, final: FinishedRun, sent: Sent, tasks_dir: Path) -> None:
     """Write both; a client that has not taken part has no model. Every rank calls it."""
     for client in final.personal:
-        state, beside = sent(final, client)
-        store.visit(client, beside, final.round)
+        state, extras = sent(client)
+        store.visit(client, extras, final.round)
         store.part.into_model(store.model, state, f"the state of client {client}")
         config = copy.deepcopy(store.config)
         tasks, stage = store.order(client), store.connector.settings.stage
@@ -37,7 +40,7 @@ def export(store: PrivateParameters, final: RoundState, sent: Sent, tasks_dir: P
         save_part(store.model, store.folder(client), write=store.main)
         if store.main:
             write_config(config, store.folder(client), full=False)
-            print(f"wrote {store.folder(client)}", flush=True)
+            logger.info("wrote %s", store.folder(client))
     if store.main:
         _write_tasks(final.memory, store.config, store.tasks, tasks_dir)
 
@@ -55,4 +58,4 @@ def _write_tasks(memory: State, config: PreTrainedConfig, tasks: Sequence[str], 
         if adapter:
             states.save(adapter, root / task / PROJECTOR_FILE)
             write_config(plain, root / task, full=False)
-            print(f"wrote {root / task / PROJECTOR_FILE}", flush=True)
+            logger.info("wrote %s", root / task / PROJECTOR_FILE)

@@ -26,7 +26,6 @@ Memory holds every task's adapter as TASK/NAME. A task whose clients are away ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from torch import Tensor
@@ -38,29 +37,10 @@ from fed.methods.interface.registry import method
 from fed.methods.pilot import run
 from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot.neighbours import distances, mixture, nearest
+from fed.methods.pilot.send import ADAPTER, lora_of, send
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
 from llava.errors import InputError
-
-ADAPTER = "model.mm_projector."  # how names of the task adapter begin; the others are LoRA
-
-
-def send(
-    client: str, task: str, personal: Mapping[str, State], shared: State, memory: State
-) -> tuple[State, State]:
-    """A client's state to start from, and beside it the other tasks' adapters, as TASK/NAME.
-
-    Both are of today for a client that is late or missed rounds too. Of another client by itself
-    there is nothing, unless it is the only one of its task.
-    """
-    theirs, lora = personal.get(client), _lora(shared)
-    if theirs is None and len(personal) > 1:
-        theirs = towards_mean(list(personal.values()), lora, shares([1] * len(personal)))
-    start = {
-        name: (theirs or shared)[name] if name in lora else memory.get(f"{task}/{name}", tensor)
-        for name, tensor in shared.items()
-    }
-    return start, {n: t for n, t in memory.items() if n.partition("/")[0] != task}
 
 
 @method(
@@ -98,7 +78,7 @@ def pilot(
             f"pilot option own: expected 0, as only weighting=normalise knows it, found {own}"
         )
     memory, made = _adapters(states, weights, base, memory, tasks)
-    lora = _lora(base)
+    lora = lora_of(base)
     facts: dict[str, Any] = {"tasks": {t: [clients[k] for k in of] for t, of in made.items()}}
     theirs: list[State] = [{} for _ in states]
     if lora:
@@ -119,10 +99,6 @@ def pilot(
     for state, task in zip(theirs, tasks, strict=True):
         state |= {n: memory.get(f"{task}/{n}", t) for n, t in base.items() if n not in lora}
     return Outcome(theirs, memory, facts)
-
-
-def _lora(state: State) -> State:
-    return {name: tensor for name, tensor in state.items() if not name.startswith(ADAPTER)}
 
 
 def _adapters(

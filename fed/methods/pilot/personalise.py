@@ -12,14 +12,15 @@ Killed, the same command goes on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fed.methods.pilot.method import send
+from fed.clients.store import FinishedRun
 from fed.methods.pilot.private_parameters import PrivateParameters
-from fed.server.round_state import RoundState
+from fed.methods.pilot.send import send
 from fed.state import check
 from llava.errors import InputError
 from llava.model.trainable_part import trainable_part
@@ -29,6 +30,8 @@ from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import load_session
 from llava.train.settings import fingerprint, training_settings
 from llava.train.train import make_supervised_data_module, make_trainer, prepare, prepare_output
+
+logger = logging.getLogger(__name__)
 
 NEWCOMER = "newcomer"
 STATE_FILE = "fed/state.safetensors"
@@ -40,8 +43,11 @@ class PersonaliseArguments:
     pilot_task: str | None = field(default=None, metadata={"help": "The newcomer's task."})
 
 
-def personalise(argv: Sequence[str]) -> None:
-    """Fit a newcomer's private parameters. Bad input is found before anything trains."""
+def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> None:
+    """Fit a newcomer's private parameters. Bad input is found before anything trains.
+
+    `read` gives the state of a run that lies in a file.
+    """
     start_process_group(argv)
     model_args, data_args, training_args, own_args = parse(
         [*argv, "--prediction_loss_only", "True"],
@@ -51,7 +57,7 @@ def personalise(argv: Sequence[str]) -> None:
         PersonaliseArguments,
     )
     folder, task = _checked(model_args, own_args)
-    run = _read_run(folder)
+    run = _read_run(folder, read)
     known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
     tasks = [task, *(other for other in known if other != task)]
     model_args = dataclasses.replace(cast(Any, model_args), pilot_tasks=tasks)
@@ -63,14 +69,14 @@ def personalise(argv: Sequence[str]) -> None:
     }
     checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
-    state, beside = send(NEWCOMER, task, run.personal, run.shared, run.memory)
+    state, extras = send(NEWCOMER, task, run.personal, run.shared, run.memory)
 
     part = trainable_part(session.model)
     check(state, part.of_model(session.model), who=f"--pilot_run {folder}")
     part.into_model(session.model, state, f"--pilot_run {folder}")
     root = Path(training_args.output_dir)
     own = PrivateParameters(session.model, root, {NEWCOMER: task}, [task, *known], part)
-    own.visit(NEWCOMER, beside, round=2)
+    own.visit(NEWCOMER, extras, round=2)
     for parameter in session.model.parameters():
         parameter.requires_grad_(False)
     own.connector.train_groups("client", *(() if task in known else ("task",)))
@@ -78,7 +84,7 @@ def personalise(argv: Sequence[str]) -> None:
     if not trained:
         raise InputError(f"--pilot_run {folder}: it has one task, {task}: nothing to fit")
     kind = "a client of the known" if task in known else "the new"
-    print(f"{kind} task {task}: {trained} parameters train", flush=True)
+    logger.info("%s task %s: %d parameters train", kind, task, trained)
 
     data = make_supervised_data_module(session.tokenizer, data_args, session.sample_format)
     for name, title in (("train_dataset", "training"), ("eval_dataset", "validation")):
@@ -90,7 +96,7 @@ def personalise(argv: Sequence[str]) -> None:
     trainer.save_state()
     session.model.config.use_cache = True
     trainer.save_model()
-    print(f"wrote {training_args.output_dir}", flush=True)
+    logger.info("wrote %s", training_args.output_dir)
 
 
 def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tuple[Path, str]:
@@ -106,11 +112,11 @@ def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tupl
     return Path(own_args.pilot_run), own_args.pilot_task
 
 
-def _read_run(folder: Path) -> RoundState:
+def _read_run(folder: Path, read: Callable[[Path], FinishedRun]) -> FinishedRun:
     """The server's state of a Pilot run."""
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"--pilot_run {folder}: there is no {STATE_FILE}")
-    run = RoundState.load(folder / STATE_FILE)
+    run = read(folder / STATE_FILE)
     if run.settings.get("--fed_method") != "pilot" or not run.memory:
         found = run.settings.get("--fed_method")
         raise InputError(

@@ -12,18 +12,16 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fed.clients.store import ClientStore, Sent
+from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientTask, Log
 from fed.methods.pilot.export import export
 from fed.state import State, read_tensors, save
-from llava.model.checkpoint import PROJECTOR_PREFIX, copies, copy_in
+from llava.model.checkpoint import copies, copy_in
+from llava.model.checkpoint_names import PROJECTOR_PREFIX
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.trainable_part import TrainablePart
-
-if TYPE_CHECKING:
-    from fed.server.round_state import RoundState
 
 
 class PrivateParameters(ClientStore):
@@ -68,25 +66,25 @@ class PrivateParameters(ClientStore):
         return self.root / client
 
     def work_dir(self, task: ClientTask) -> Path:
-        """Where the trainer's checkpoints of a task lie, which hold private parameters."""
+        """The folder of the trainer's checkpoints of a task, which hold private parameters."""
         return self.folder(task.name) / f"turn-{task.round:04d}"
 
     def enter(self, task: ClientTask) -> None:
         self._put(task.name, task.extras, task.round, kept_before=task.round)
 
-    def visit(self, client: str, beside: State, round: int) -> None:
-        self._put(client, beside, round, kept_before=round + 1)
+    def visit(self, client: str, extras: State, round: int) -> None:
+        self._put(client, extras, round, kept_before=round + 1)
 
     def changed_arguments(self, round: int) -> dict[str, Any]:
         if round == 1 and self.first_rate is not None:
             return {"learning_rate": self.first_rate}
         return {}
 
-    def _put(self, client: str, beside: State, round: int, kept_before: int) -> None:
+    def _put(self, client: str, extras: State, round: int, kept_before: int) -> None:
         """Make the connector the client's.
 
         Args:
-            beside: the adapters of the other tasks, `TASK/model.mm_projector.NAME`. A task that
+            extras: the adapters of the other tasks, `TASK/model.mm_projector.NAME`. A task that
                 nobody has trained yet has the adapter that everybody began with.
             round: whose stage it has; the first round is stage 1.
             kept_before: what the last task before this round has left is taken.
@@ -95,22 +93,22 @@ class PrivateParameters(ClientStore):
         self.connector.train_groups(*TRAINED)
         kept = self._kept(client, kept_before)
         copy_in(kept, self.private, f"the private parameters of client {client}")
-        others = self._others(client, beside)
+        others = self._others(client, extras)
         copy_in(others, self.others, f"the other tasks' adapters sent to client {client}")
 
-    def _kept(self, client: str, turn: int) -> State:
-        """The tensors that the last task before round `turn` left, else those of the beginning."""
-        files = [f for f in self._files(client) if int(f.stem) < turn]
+    def _kept(self, client: str, before: int) -> State:
+        """The tensors left by the last task before round `before`, else the initial ones."""
+        files = [f for f in self._files(client) if int(f.stem) < before]
         if files:
             return read_tensors(files[-1])
         return {name: self.initial[name] for name in self.private}
 
-    def _others(self, client: str, beside: State) -> State:
+    def _others(self, client: str, extras: State) -> State:
         found = {}
         for name in self.others:
             _, _, index, rest = name.split(".", 3)
             task = self.order(client)[1 + int(index)]
-            sent = beside.get(f"{task}/{PROJECTOR_PREFIX}{rest}")
+            sent = extras.get(f"{task}/{PROJECTOR_PREFIX}{rest}")
             found[name] = self.initial[rest] if sent is None else sent
         return found
 
@@ -135,7 +133,7 @@ class PrivateParameters(ClientStore):
 
         return own_log
 
-    def export(self, final: RoundState, sent: Sent, output_dir: Path) -> None:
+    def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         """A whole model for each client that has taken part, and the adapter of each task."""
         export(self, final, sent, output_dir / "tasks")
 

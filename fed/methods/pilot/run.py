@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import InputError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from fed.arguments import Arguments
     from fed.clients.clients_yaml import ClientSpec
+    from fed.clients.store import FinishedRun
     from fed.drivers.driver import Run
     from fed.methods.pilot.private_parameters import PrivateParameters
     from llava.model.trainable_part import TrainablePart
@@ -73,8 +75,8 @@ def store(model: nn.Module, part: TrainablePart, run: Run) -> PrivateParameters:
     )
 
 
-def personalise(argv: Sequence[str]) -> None:
-    """A newcomer's private parameters, fitted after a run."""
+def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> None:
+    """A newcomer's private parameters, fitted after a run whose state `read` gives."""
     from fed.methods.pilot.personalise import personalise as fit
 
-    fit(argv)
+    fit(argv, read)

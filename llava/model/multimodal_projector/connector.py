@@ -1,4 +1,4 @@
-"""What a connector is, and the registry of their names: `mm_projector_type` → module.
+"""The interface of a connector, and the registry of their names: `mm_projector_type` → module.
 
 A connector turns picture features (batch, patches, mm_hidden_size) into tokens of the language
 model (batch, tokens, hidden_size). Its contract:
@@ -38,7 +38,7 @@ TRAINED = GROUPS[:3]
 
 
 class Connector(nn.Module):
-    """What all connectors share: one token per patch, and nothing but a base that all share."""
+    """The base of all connectors: one token per patch, and parameters that all clients share."""
 
     def num_tokens(self, patches: int) -> int:
         return patches

@@ -131,7 +131,7 @@ class PilotConnector(MLPConnector):
         return groups
 
     def private(self) -> list[str]:
-        """What never leaves the client, in whichever stage: psi_s, psi^c and phi."""
+        """The parameters that never leave the client, in either stage: psi_s, psi^c and phi."""
         return [name for name in self.beyond_base() if not name.startswith("pilot.others.")]
 
     def beyond_base(self) -> list[str]:

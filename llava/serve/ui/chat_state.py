@@ -101,7 +101,7 @@ async def fill(
     """Answer the last turn of each model's column in place, all at once.
 
     Yields when there is news, and each second, so that a page that is gone is noticed. Closing it
-    hangs up on all workers.
+    ends the connections to all workers.
     """
     news = asyncio.Event()
     tasks = [

@@ -68,7 +68,7 @@ class WorkerClient:
     async def answer(
         self, worker: Worker, prompt: str, stop: str, images: Sequence[str], options: Options
     ) -> AsyncGenerator[str]:
-        """The answer so far, again and again. Closing the iterator hangs up on the worker."""
+        """The answer so far, again and again. Closing the iterator ends the worker's connection."""
         import httpx
 
         body = {"model": worker.model, "prompt": prompt, "images": list(images), "stop": stop}

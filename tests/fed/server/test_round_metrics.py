@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fed.server.round_metrics import cosines_of, drift_of, suspicions, update_products
+from fed.clients.task import ClientTask
+from fed.clients.update import Update
+from fed.server.round_metrics import (
+    cosines_of,
+    curves,
+    drift_of,
+    line_of_task,
+    round_record,
+    suspicions,
+    update_products,
+)
 from tests.conftest import near
 
 
@@ -69,3 +80,16 @@ def test_who_should_be_looked_at():
     absent = record_of(**honest, asleep=[0.0, 0, 0])
     absent["clients"]["asleep"]["samples"] = 0
     assert list(suspicions(absent)) == []
+
+
+def test_a_driver_that_gives_no_metrics(tmp_path):
+    tasks, updates = [], {}
+    for name, end, metrics in (("a", 1.0, {}), ("b", 2.0, {"loss": 0.5, "seconds": 3.0})):
+        client = SimpleNamespace(name=name)
+        tasks.append(ClientTask(client, {"w": torch.zeros(1)}, 1, tmp_path))
+        updates[name] = Update({"w": torch.tensor([end])}, 4, metrics)
+    record = round_record(1, tasks, updates, {}, heldout={}, seconds={"training": 3.0})
+    assert record["clients"]["a"] == {"samples": 4}
+    drawn = curves(record)
+    assert {n: v for n, v in drawn.items() if n.endswith("/loss")} == {"clients/b/loss": 0.5}
+    assert "loss unknown" in line_of_task(tasks[0], 2, updates["a"])

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import InputError
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
-from llava.model.checkpoint import ROWS, projector_state, read_config, save_full, write_config
+from llava.model.checkpoint import projector_state, read_config, save_full, write_config
+from llava.model.checkpoint_names import ROWS
 from llava.model.lora import add_lora, save_lora
 from llava.model.quantize import quantization
 from llava.state import save

@@ -13,7 +13,8 @@ from fed.merge import merge
 from fed.train import train as fed_train
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import PROJECTOR_FILE, ROWS, projector_state
+from llava.model.checkpoint import projector_state
+from llava.model.checkpoint_names import PROJECTOR_FILE, ROWS
 from llava.model.shards import Shards
 from llava.model.tokenizer import load_tokenizer
 from llava.model.trainable_part import ProjectorPart

@@ -25,7 +25,8 @@ def model(tiny, tmp_path_factory):
     import torch
 
     from llava.model.builder import from_pretrained
-    from llava.model.checkpoint import PROJECTOR_FILE, projector_state, read_config, write_config
+    from llava.model.checkpoint import projector_state, read_config, write_config
+    from llava.model.checkpoint_names import PROJECTOR_FILE
     from llava.state import save
 
     folder = tmp_path_factory.mktemp("models") / "llava-v1-tiny"

@@ -354,7 +354,7 @@ def test_a_server_that_is_not_there_is_said_to_be_away(server):
 
 
 def test_a_server_that_falls_silent_is_not_waited_for_in_all_eternity(server, monkeypatch):
-    monkeypatch.setattr("llava.serve.openai_server.READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("llava.serve.openai_client.READ_TIMEOUT_S", 0.1)
     with running(backend_of(arguments(["--sgl-endpoint", server.address]))) as worker:
         (only,) = ask(worker, prompt_of("silent"))
     server.released.set()
@@ -511,7 +511,8 @@ def llava(tmp_path_factory):
     import torch
 
     from llava.model.builder import from_pretrained
-    from llava.model.checkpoint import PROJECTOR_FILE, projector_state, read_config, write_config
+    from llava.model.checkpoint import projector_state, read_config, write_config
+    from llava.model.checkpoint_names import PROJECTOR_FILE
     from llava.state import save
 
     folder = tmp_path_factory.mktemp("models") / "llava-v1-tiny"

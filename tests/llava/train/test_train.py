@@ -21,6 +21,7 @@ from llava.eval.run_llava import arguments, eval_model
 from llava.model.attention_impl import choose_attention
 from llava.model.builder import from_pretrained, load_pretrained_model, load_tokenizer
 from llava.model.checkpoint import projector_state, read_config, save_full, write_config
+from llava.progress import progress_shown
 from llava.state import save
 from llava.train.arguments import ModelArguments, TrainingArguments, _check, modernise, parse
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
@@ -77,7 +78,8 @@ def test_resume_is_exact_and_removes_what_a_killed_save_left(flags, tiny, tmp_pa
         half = cut / f"checkpoint-{step + 1}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step + 1}", half)
         (half / "trainer_state.json").write_text('{"global_step":')
-        assert last_checkpoint(str(cut)) == str(cut / f"checkpoint-{step}")
+        with progress_shown():
+            assert last_checkpoint(str(cut)) == str(cut / f"checkpoint-{step}")
         assert f"{half}: removed" in capsys.readouterr().out
         train(argv=flags(**saving, output_dir=cut))
         a, b = ((tmp_path / n / "mm_projector.bin").read_bytes() for n in ("whole", cut.name))
@@ -336,7 +338,8 @@ def test_gradient_checkpointing_by_its_old_name_is_no_warning():
 def test_a_process_takes_one_gpu(capsys):
     args = parse(["--per_device_train_batch_size", "3"])[2]
     args._n_gpu = 4  # what transformers counts when there is no launcher
-    _check(args)
+    with progress_shown():
+        _check(args)
     assert "1 of 4 GPUs" in capsys.readouterr().out
     assert args.n_gpu == 1
     assert args.train_batch_size == 3

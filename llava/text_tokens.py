@@ -62,7 +62,7 @@ def _pad(chunk: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]
 
 @lru_cache(maxsize=8)
 def _beginnings(special: tuple[str, ...]) -> re.Pattern[str]:
-    """Where a text begins with a space: the chunk's begin, or the end of a special token."""
+    """The places where a text begins with a space: the chunk's begin, a special token's end."""
     tokens = [re.escape(token) for token in sorted(special, key=len, reverse=True)]
     either = "|".join([r"\A", *tokens])
     return re.compile(f"(?:{either})(?=[ ▁])")

@@ -13,8 +13,8 @@ READ_TIMEOUT_S = 300
 """Seconds that a busy server may keep an answer waiting for its next word."""
 
 
-class OpenAIServer:
-    """A server at `endpoint`, such as `http://127.0.0.1:30000`; `key` is its API key, if any."""
+class OpenAIClient:
+    """The client of `endpoint`, such as `http://127.0.0.1:30000`; `key` is its API key, if any."""
 
     def __init__(self, endpoint: str, key: str | None = None):
         import httpx
