@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from fed.methods.pilot.method import send
 from fed.methods.pilot.private_parameters import PrivateParameters
-from fed.server.round_state import RoundState
+from fed.server.round_state import STATE_FILE, RoundState
 from fed.state import check
 from llava.errors import InputError
 from llava.model.trainable_part import trainable_part
@@ -31,7 +31,6 @@ from llava.train.settings import fingerprint, training_settings
 from llava.train.train import make_supervised_data_module, make_trainer, prepare, prepare_output
 
 NEWCOMER = "newcomer"
-STATE_FILE = "fed/state.safetensors"
 
 
 @dataclass
@@ -59,7 +58,7 @@ def personalise(argv: Sequence[str]) -> None:
     settings = training_settings(model_args, data_args, training_args)
     settings |= {
         "--pilot_task": task,
-        "the content of --pilot_run": fingerprint(folder / STATE_FILE),
+        "the content of --pilot_run": fingerprint(folder / "fed" / STATE_FILE),
     }
     checkpoint = starting_point(training_args, settings)
     session = load_session(model_args, data_args, training_args)
@@ -108,9 +107,9 @@ def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tupl
 
 def _read_run(folder: Path) -> RoundState:
     """The server's state of a Pilot run."""
-    if not (folder / STATE_FILE).is_file():
-        raise InputError(f"--pilot_run {folder}: there is no {STATE_FILE}")
-    run = RoundState.load(folder / STATE_FILE)
+    if not (folder / "fed" / STATE_FILE).is_file():
+        raise InputError(f"--pilot_run {folder}: there is no fed/{STATE_FILE}")
+    run = RoundState.load(folder / "fed")
     if run.settings.get("--fed_method") != "pilot" or not run.memory:
         found = run.settings.get("--fed_method")
         raise InputError(
