@@ -33,6 +33,7 @@ from fed.methods import Method
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import for_clients
 from fed.server.client_states import ClientStates
+from fed.server.free_memory import give_back
 from fed.server.records import Records
 from fed.server.round_metrics import (
     Stopwatch,
@@ -219,6 +220,7 @@ class RoundLoop:
                 seconds += result.metrics.get("seconds", 0.0)
                 self._say(line_of_task(task, self.rounds, result))
                 del result
+                give_back()
         # Clients that are at work at once have more seconds than the clock.
         self._watch.add("training", min(seconds, time.perf_counter() - began))
         if len(failed) > limit:

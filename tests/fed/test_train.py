@@ -47,7 +47,13 @@ def test_a_run_leaves_a_checkpoint_and_its_record(flags, tiny, tmp_path):
     measures = [record["heldout"]["global"]["heldout"] for record in records]
     assert measures[-1]["loss"] < measures[0]["loss"]
     assert set(measures[-1]["domains"]) == {"red", "green", "blue"}
-    assert set(records[0]["seconds"]) == {"training", "aggregation", "evaluation", "other"}
+    assert set(records[0]["seconds"]) == {
+        "training",
+        "aggregation",
+        "comparison",
+        "evaluation",
+        "other",
+    }
     assert records[0]["cosines"][0][0] == pytest.approx(1)
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "llava_llama"

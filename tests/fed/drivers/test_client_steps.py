@@ -13,7 +13,7 @@ from fed import methods, state, validation
 from fed.arguments import CLIENT_FLAGS
 from fed.clients.clients_yaml import load_clients
 from fed.clients.task import ClientTask
-from fed.clients.update import Update, load_update, save_update
+from fed.clients.update import Update
 from fed.drivers.client_steps import ClientSteps
 from fed.drivers.driver import Run
 from fed.drivers.resident import ResidentDriver
@@ -489,12 +489,6 @@ def test_a_client_without_a_sample_is_absent_and_joins_late(flags, tiny, tmp_pat
 def test_only_what_is_for_clients_is_sent_to_them():
     assert for_clients({**one(1.0), "w.m": torch.ones(1)}) == {}
     assert for_clients({"w.m": torch.ones(1), "w" + FOR_CLIENTS: torch.zeros(1)}) == one(0.0)
-
-
-def test_an_update_comes_back_from_the_disk_as_it_was(tmp_path):
-    update = Update(one(1.0), 3, {"loss": 2.0}, extras=one(4.0), kept=one(5.0))
-    save_update(update, tmp_path / "u.safetensors")
-    assert load_update(tmp_path / "u.safetensors") == update
 
 
 @pytest.mark.parametrize(
