@@ -128,7 +128,10 @@ def draw_loss(runs: Sequence[RunRecords], data: str, path: Path) -> None:
 
 
 def draw_cosines(run: RunRecords, path: Path) -> None:
-    """Cosines between the clients' updates, in the first and in the last round of a run."""
+    """Cosines between the clients' updates, in the first and in the last round of a run.
+
+    Nothing is drawn of rounds with so many clients that there are none (`fed.server.comparison`).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,6 +139,8 @@ def draw_cosines(run: RunRecords, path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [run.records[0]] + ([run.records[-1]] if len(run.records) > 1 else [])
+    if not all(record["cosines"] for record in shown):
+        return
     size = 1.6 + 0.55 * max(len(r["clients"]) for r in shown)
     figure, all_axes = pyplot.subplots(
         1, len(shown), figsize=(size * len(shown) + 0.8, size), layout="constrained", squeeze=False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fed.clients.update import Update, load_update
+from fed.clients.update import Update
 from fed.state import State
 from llava.atomic import write_text
 from llava.errors import InputError
@@ -24,7 +24,8 @@ class ClientError(InputError):
 class ClientTask:
     """A client, what it is sent, and where its work lies while the round is not over.
 
-    `extras` is what it is sent beside the state, `kept` what it has kept of its last task.
+    `extras` is what it is sent beside the state, `kept` what it has kept of its last task, and
+    `last_round` the round of that task, the last whose update counted; 0: none.
     """
 
     client: Any
@@ -33,6 +34,7 @@ class ClientTask:
     folder: Path
     extras: State = field(default_factory=dict)
     kept: State = field(default_factory=dict)
+    last_round: int = 0
 
     @property
     def name(self) -> str:
@@ -52,11 +54,6 @@ class ClientTask:
 
 
 Result: TypeAlias = Update | ClientError
-
-
-def finished(tasks: Sequence[ClientTask]) -> dict[str, Update]:
-    """The updates that an earlier start of this round has kept."""
-    return {t.name: load_update(t.update_file) for t in tasks if t.update_file.exists()}
 
 
 def failures(tasks: Sequence[ClientTask]) -> dict[str, str]:

@@ -34,8 +34,9 @@ def save_update(update: Update, path: Path) -> None:
     save_with_facts(tensors, facts, path)
 
 
-def load_update(path: Path) -> Update:
-    tensors, facts = load_with_facts(path)
+def load_update(path: Path, check: bool = True) -> Update:
+    """The update in a file, its tensors mapped; `check` as `load_with_facts` has it."""
+    tensors, facts = load_with_facts(path, check)
     update = Update({}, **facts)
     for key, tensor in tensors.items():
         part, name = key.split("/", 1)

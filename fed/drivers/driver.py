@@ -88,6 +88,7 @@ class Driver(ABC):
             their steps and keep parameters with them, and --fed_pool has a meaning.
         may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
             meaning.
+        clients_keep: whether what a client keeps of a task stays with it, and not with the server.
         clients: all clients, in a fixed order.
         datasets: the records of each client of clients.yaml.
         part: what trains.
@@ -101,6 +102,7 @@ class Driver(ABC):
     lr_schedule: ClassVar[str] = "run"
     trains_here: ClassVar[bool] = False
     may_fail: ClassVar[bool] = False
+    clients_keep: ClassVar[bool] = False
 
     clients: Sequence[Participant]
     datasets: Sequence[Sized]
@@ -120,6 +122,8 @@ class Driver(ABC):
 
         A `ClientError` may be given for an update; any other exception ends the run. `go_on()` is
         asked before a task is begun: when it says no, those at work are finished and no more begun.
+        A driver that has an update as a file moves it to `task.update_file` itself, and gives what
+        `load_update` makes of it.
         """
 
     @classmethod

@@ -26,7 +26,7 @@ _LEAST = 2**12
 
 @dataclass(frozen=True)
 class Block:
-    """Some values of one tensor, in float64 on the CPU, of the base and of every client.
+    """Some values of one tensor, on the CPU, of the base (float64) and of every client.
 
     `clients` is overwritten by the next block.
     """
@@ -50,13 +50,19 @@ class Block:
         flat[self.start : self.start + len(values)].copy_(values)
 
 
-def blocks(states: Sequence[State], base: State) -> Iterator[Block]:
+def blocks(
+    states: Sequence[State],
+    base: State,
+    dtype: torch.dtype = torch.float64,
+    width: int | None = None,
+) -> Iterator[Block]:
     """All values of `base`, block by block, tensors in `base`'s order.
 
-    Those that are not contiguous, as no tensor from a file is, are copied for as long as they last.
+    The clients' values come as `dtype`, `width` of each at most. Those that are not contiguous, as
+    no tensor from a file is, are copied for as long as they last.
     """
-    width = min(CHUNK, max(_LEAST, _ALL // len(states)))
-    clients = torch.empty(len(states), width, dtype=torch.float64)
+    width = width or min(CHUNK, max(_LEAST, _ALL // len(states)))
+    clients = torch.empty(len(states), width, dtype=dtype)
     for name, tensor in base.items():
         flat, parts = tensor.reshape(-1), [state[name].reshape(-1) for state in states]
         for start in range(0, tensor.numel(), width):

@@ -9,11 +9,11 @@ finished from the updates that were there.
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from fed.clients.task import (
     ClientError,
     ClientTask,
     failures,
-    finished,
     keep_failure,
     may_fail,
 )
-from fed.clients.update import Update, save_update
+from fed.clients.update import Update, load_update, save_update
 from fed.drivers.driver import Driver, Participant
 from fed.methods import Method
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import for_clients
+from fed.server.client_states import ClientStates
+from fed.server.free_memory import give_back
+from fed.server.records import Records
 from fed.server.round_metrics import (
     Stopwatch,
     curves,
@@ -41,9 +43,10 @@ from fed.server.round_metrics import (
     round_record,
     suspicions,
 )
-from fed.server.round_state import RoundState
+from fed.server.round_state import STATE_FILE, RoundState
 from fed.state import State
-from llava.atomic import remove_leftovers, write_text
+from llava.atomic import remove_leftovers
+from llava.errors import InputError
 from llava.train.settings import check_same
 
 
@@ -83,12 +86,12 @@ class RoundLoop:
     barrier: Callable[[], None] = lambda: None
 
     @property
-    def _file(self) -> Path:
-        return self.output_dir / "fed" / "state.safetensors"
+    def _folder(self) -> Path:
+        return self.output_dir / "fed"
 
-    def _folder(self, round: int) -> Path:
+    def _round_folder(self, round: int) -> Path:
         """The folder of a round's finished updates until it is over."""
-        return self.output_dir / "fed" / f"round-{round:04d}"
+        return self._folder / f"round-{round:04d}"
 
     def run(self, initial: State) -> RoundState:
         """Run all rounds that are left, from `initial` if none was; returns the last state."""
@@ -100,26 +103,33 @@ class RoundLoop:
         return state
 
     def _resume(self, initial: State) -> RoundState:
+        self._records = Records(self.output_dir)
         if self.main:
-            for folder in (self.output_dir, self._file.parent):
+            for folder in (self.output_dir, self._folder):
                 remove_leftovers(folder)
-        if not self._file.exists():
+        begun = (self._folder / STATE_FILE).exists()
+        if self.main and not begun:
             # Written before anything trains: a round that is cut short belongs to these settings.
-            fresh = RoundState(round=0, shared=initial, settings=dict(self.settings))
-            if self.main:
-                fresh.save(self._file)
-            return fresh
-        state = RoundState.load(self._file)
+            first = RoundState.first(self._folder, initial, self.settings, self._records.mark)
+            first.save(self._folder)
+        self.barrier()
+        state = RoundState.load(self._folder)
         check_same(state.settings, self.settings, f"--output_dir {self.output_dir}")
-        if state.round < self.rounds:
+        self._records.resume(state.records, write=self.main)
+        if begun and state.round < self.rounds:
             self._say(f"continuing after round {state.round} of {self.rounds}")
-        else:
+        elif begun:
             self._say(f"{self.output_dir}: round {state.round} is done, nothing is left to train")
         if self.main:
-            self._write_records(state)
-            for done in range(1, state.round + 1):
-                shutil.rmtree(self._folder(done), ignore_errors=True)
+            self._clean(state, range(1, state.round + 1))
         return state
+
+    def _clean(self, state: RoundState, rounds: Iterable[int]) -> None:
+        """Remove what finished rounds do not need any more."""
+        for round in rounds:
+            shutil.rmtree(self._round_folder(round), ignore_errors=True)
+        state.personal.remove_others()
+        state.kept.remove_others()
 
     def chosen(self, round: int) -> list[Participant]:
         """The clients of a round: all, or as many as asked for of those that have samples in it.
@@ -137,41 +147,42 @@ class RoundLoop:
 
     def _round(self, state: RoundState) -> RoundState:
         round = state.round + 1
-        folder = self._folder(round)
-        tasks = [
-            ClientTask(client, start, round, folder, extras, state.kept.get(client.name, {}))
-            for client in self.chosen(round)
-            for start, extras in [self.sent(state, client.name)]
-        ]
+        tasks = [self._task(state, client, round) for client in self.chosen(round)]
         updates, failed = self._collect(tasks)
         with self._watch.part("aggregation"):
             next_state, facts = self._aggregate(state, tasks, updates)
+        self.barrier()
         with self._watch.part("evaluation"):
             heldout = self._measure(next_state)
-        record = round_record(
-            round,
-            tasks,
-            updates,
-            failed,
-            method=self.method.name,
-            heldout=heldout,
-            facts=facts,
-            seconds=self._watch.lap(),  # the writing of this round's state is of the next
-        )
-        next_state.records = [*state.records, record]
+        with self._watch.part("comparison"):
+            record = round_record(round, tasks, updates, failed, method=self.method.name)
+        record |= {"heldout": heldout, "facts": facts}
+        record["seconds"] = self._watch.lap()  # the writing of this round's state is of the next
+        self._records.add(record, write=self.main)
+        next_state.records = self._records.mark
         if self.main:
-            next_state.save(self._file)
-            self._write_records(next_state)
-            shutil.rmtree(folder, ignore_errors=True)
+            next_state.save(self._folder)
+            self._clean(next_state, [round])
         self.log(curves(record), round)
-        if "skipped" in facts:
-            self._say(f"round {round}/{self.rounds}  skipped: {facts['skipped']}")
+        self._report(record)
+        self.barrier()
+        return RoundState.load(self._folder, check=False)  # mapped, where it was in memory
+
+    def _task(self, state: RoundState, client: Participant, round: int) -> ClientTask:
+        start, extras = self.sent(state, client.name)
+        kept = state.kept.get(client.name, {})
+        last = state.last.get(client.name, 0)
+        return ClientTask(client, start, round, self._round_folder(round), extras, kept, last)
+
+    def _report(self, record: dict) -> None:
+        """A round's lines on the screen."""
+        where = f"round {record['round']}/{self.rounds}"
+        if "skipped" in record["facts"]:
+            self._say(f"{where}  skipped: {record['facts']['skipped']}")
         for doubt in suspicions(record):
-            self._say(f"round {round}/{self.rounds}  warning: {doubt}")
+            self._say(f"{where}  warning: {doubt}")
         for line in lines_of_measures(record, self.rounds):
             self._say(line)
-        self.barrier()
-        return next_state
 
     def sent(self, state: RoundState, client: str) -> tuple[State, State]:
         """The state that a client starts from, and the tensors that are sent beside it."""
@@ -182,7 +193,7 @@ class RoundLoop:
 
     def _collect(self, tasks: Sequence[ClientTask]) -> tuple[dict[str, Update], dict[str, str]]:
         """Every task's update, or the reason of its failure; those on the disk are kept."""
-        updates = finished(tasks)
+        updates = self._finished(tasks)
         failed = failures(tasks)
         limit = may_fail(tasks, self.min_clients)
         if len(failed) > limit:  # the run stopped for that, and is to try again
@@ -201,16 +212,33 @@ class RoundLoop:
                         self._say(f"round {task.round}/{self.rounds}  goes on without {task.name}")
                     continue
                 self._check(task, result)
-                if self.main:
+                if self.main and not task.update_file.exists():
                     save_update(result, task.update_file)
-                updates[task.name] = result
+                self.barrier()
+                # Mapped: a round needs no memory for its clients' updates.
+                updates[task.name] = result = load_update(task.update_file, check=False)
                 seconds += result.metrics.get("seconds", 0.0)
                 self._say(line_of_task(task, self.rounds, result))
+                del result
+                give_back()
         # Clients that are at work at once have more seconds than the clock.
         self._watch.add("training", min(seconds, time.perf_counter() - began))
         if len(failed) > limit:
             raise ClientError(_why_stopped(failed, self.min_clients))
         return updates, failed
+
+    def _finished(self, tasks: Sequence[ClientTask]) -> dict[str, Update]:
+        """The updates that an earlier start of this round has kept."""
+        updates = {}
+        for task in tasks:
+            if not task.update_file.exists():
+                continue
+            try:
+                updates[task.name] = load_update(task.update_file)
+            except InputError as error:
+                self._say(f"round {task.round}/{self.rounds}  {task.name} trains again: {error}")
+                task.update_file.unlink(missing_ok=True)
+        return updates
 
     def _check(self, task: ClientTask, update: Update) -> None:
         """Refuse, by the client's name, what no method should see."""
@@ -222,22 +250,16 @@ class RoundLoop:
             sent = task.state if rule.sends else {}
             kept = task.state if rule.keeps else {}
             states.check(update.extras, like=sent, who=f"{who}, beside its state")
-            states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
+            if not self.driver.clients_keep:
+                states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
     def _aggregate(
         self, state: RoundState, tasks: Sequence[ClientTask], updates: Mapping[str, Update]
     ) -> tuple[RoundState, dict]:
         """The next round's state, without the record, and the method's facts."""
-        next_state = RoundState(
-            state.round + 1,
-            state.shared,
-            dict(state.personal),
-            state.memory,
-            settings=state.settings,
-            kept=dict(state.kept),
-        )
-        # In the clients' order, whoever was first to finish.
-        done = {t.name: updates[t.name] for t in tasks if t.name in updates}
+        next_state = dataclasses.replace(state, round=state.round + 1)
+        # In the clients' order, whoever was first to finish. Read again, for hours may have passed.
+        done = {t.name: load_update(t.update_file) for t in tasks if t.name in updates}
         trained = {name: update for name, update in done.items() if update.num_samples > 0}
         if not trained:
             return next_state, {"skipped": "no client had a sample in this round"}
@@ -252,11 +274,16 @@ class RoundLoop:
             tasks=[self.task_of.get(name, "") for name in trained],
             **self.options,
         )
-        next_state.kept |= {name: update.kept for name, update in trained.items() if update.kept}
+        round = next_state.round
+        keep = {name: update.kept for name, update in trained.items() if update.kept}
+        next_state.kept = self._write(state.kept.after(round, keep), keep.items())
         if isinstance(outcome.state, list):
-            next_state.personal |= dict(zip(trained, outcome.state, strict=True))
+            next_state.personal = self._write(
+                state.personal.after(round, trained), zip(trained, outcome.state, strict=True)
+            )
         else:
             next_state.shared = outcome.state
+        next_state.last = {**state.last, **dict.fromkeys(trained, round)}
         next_state.memory = outcome.memory or {}
         return next_state, outcome.facts
 
@@ -273,9 +300,10 @@ class RoundLoop:
             }
         return {"global": self.evaluate("global", state.shared, {}, state.round)}
 
-    def _write_records(self, state: RoundState) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in state.records)
-        write_text(self.output_dir / "rounds.jsonl", lines)
+    def _write(self, states: ClientStates, changed: Iterable[tuple[str, State]]) -> ClientStates:
+        for name, state in changed if self.main else ():
+            states.write(name, state)
+        return states
 
     def _say(self, text: str) -> None:
         if self.main:

@@ -47,7 +47,13 @@ def test_a_run_leaves_a_checkpoint_and_its_record(flags, tiny, tmp_path):
     measures = [record["heldout"]["global"]["heldout"] for record in records]
     assert measures[-1]["loss"] < measures[0]["loss"]
     assert set(measures[-1]["domains"]) == {"red", "green", "blue"}
-    assert set(records[0]["seconds"]) == {"training", "aggregation", "evaluation", "other"}
+    assert set(records[0]["seconds"]) == {
+        "training",
+        "aggregation",
+        "comparison",
+        "evaluation",
+        "other",
+    }
     assert records[0]["cosines"][0][0] == pytest.approx(1)
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "llava_llama"
@@ -436,7 +442,7 @@ def test_a_client_that_diverges_stops_the_run_by_name_and_it_goes_on_later(
     monkeypatch.setattr(ResidentDriver, "fit", diverge)
     with pytest.raises(InputError, match=f"client b: .*{message}"):
         run(flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=3)
-    assert RoundState.load(tmp_path / "x/fed/state.safetensors").round == 1
+    assert RoundState.load(tmp_path / "x/fed").round == 1
     monkeypatch.setattr(ResidentDriver, "fit", fit)
     run(flags, tmp_path / "x", tiny / "clients.yaml", fed_rounds=3)
     run(flags, tmp_path / "y", tiny / "clients.yaml", fed_rounds=3)

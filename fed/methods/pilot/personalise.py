@@ -116,7 +116,7 @@ def _read_run(folder: Path, read: Callable[[Path], FinishedRun]) -> FinishedRun:
     """The server's state of a Pilot run."""
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"--pilot_run {folder}: there is no {STATE_FILE}")
-    run = read(folder / STATE_FILE)
+    run = read(folder / "fed")
     if run.settings.get("--fed_method") != "pilot" or not run.memory:
         found = run.settings.get("--fed_method")
         raise InputError(

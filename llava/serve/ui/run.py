@@ -151,7 +151,7 @@ def _table(rounds: list[dict]):
     """The last round's cosines between clients, the higher the stronger in the theme's colour."""
     import gradio as gr
 
-    if not rounds or len(rounds[-1]["clients"]) < 2:
+    if not rounds or len(rounds[-1]["clients"]) < 2 or not rounds[-1]["cosines"]:
         return gr.update(visible=False)
     names = [html.escape(name) for name in rounds[-1]["clients"]]
     rows = []

@@ -73,7 +73,7 @@ def agreements(rounds: list[dict]) -> Rows:
     """Mean cosine of each client's update with the others', in each round."""
     rows = []
     for record in rounds:
-        for i, name in enumerate(record["clients"]):
+        for i, name in enumerate(record["clients"] if record["cosines"] else ()):
             others = [c for j, c in enumerate(record["cosines"][i]) if j != i and _number(c)]
             if others:
                 mean = sum(others) / len(others)
