@@ -22,12 +22,11 @@ from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
 
-def command_line(argv: Sequence[str]) -> list[str]:
-    """The command line as the run's driver needs it."""
+def driver_of(argv: Sequence[str]) -> type[Driver]:
+    """The driver that a command line asks for, before it is parsed."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--fed_driver", nargs="?", default=FedArguments.fed_driver)
-    name = peek.parse_known_args(argv)[0].fed_driver
-    return drivers.get(str(name)).command_line(list(argv))
+    return drivers.get(str(peek.parse_known_args(argv)[0].fed_driver))
 
 
 def parse_arguments(argv: list[str]) -> Arguments:

@@ -44,6 +44,7 @@ from fed.server.round_metrics import (
 from fed.server.round_state import RoundState
 from fed.state import State
 from llava.atomic import remove_leftovers, write_text
+from llava.errors import InputError
 from llava.train.settings import check_same
 
 
@@ -63,6 +64,8 @@ class RoundLoop:
             sent after a round, or None; the client is "global" where all have one state.
         log: `log(values, round)`: scalars for TensorBoard and its like.
         main: whether this process writes; in a distributed run just one does.
+        follows: whether this process only trains, and goes on with the state that the main one has
+            written of a round.
         barrier: waits for all processes of a distributed run.
     """
 
@@ -80,6 +83,7 @@ class RoundLoop:
     evaluate_every: int = 1
     log: Callable[[dict[str, float], int], None] = lambda values, round: None
     main: bool = True
+    follows: bool = False
     barrier: Callable[[], None] = lambda: None
 
     @property
@@ -144,6 +148,9 @@ class RoundLoop:
             for start, extras in [self.sent(state, client.name)]
         ]
         updates, failed = self._collect(tasks)
+        if self.follows:
+            self.barrier()  # the round's last: its state is written
+            return RoundState.load(self._file)
         with self._watch.part("aggregation"):
             next_state, facts = self._aggregate(state, tasks, updates)
         with self._watch.part("evaluation"):
@@ -200,9 +207,7 @@ class RoundLoop:
                     if len(failed) <= limit:
                         self._say(f"round {task.round}/{self.rounds}  goes on without {task.name}")
                     continue
-                self._check(task, result)
-                if self.main:
-                    save_update(result, task.update_file)
+                self._keep(task, result)
                 updates[task.name] = result
                 seconds += result.metrics.get("seconds", 0.0)
                 self._say(line_of_task(task, self.rounds, result))
@@ -211,6 +216,16 @@ class RoundLoop:
         if len(failed) > limit:
             raise ClientError(_why_stopped(failed, self.min_clients))
         return updates, failed
+
+    def _keep(self, task: ClientTask, update: Update) -> None:
+        """Check an update, and write it if its driver has not; what is refused is not kept."""
+        try:
+            self._check(task, update)
+        except InputError:
+            task.update_file.unlink(missing_ok=True)
+            raise
+        if self.main and not task.update_file.exists():
+            save_update(update, task.update_file)
 
     def _check(self, task: ClientTask, update: Update) -> None:
         """Refuse, by the client's name, what no method should see."""
