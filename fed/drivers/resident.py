@@ -38,6 +38,7 @@ from llava.model.trainable_part import trained_part
 from llava.train.arguments import TrainingArguments, check_deepspeed, modernise
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
+from llava.train.optimizer_copy import StartInFloat32, float32_copies
 from llava.train.session import Session, load_session
 from llava.train.train import make_trainer
 from llava.transformers_private import release
@@ -185,11 +186,13 @@ class ResidentDriver(Driver):
             client (`received`) and sent by it.
         """
         client, model = task.client, self.session.model
-        self.store.enter(task)
+        start = self.store.enter(task)
         self.part.into_model(model, task.state, f"the state sent to client {client.name}")
         samples = client.samples(task.round)
         if samples == 0:
             return Update(task.state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
+        shared = self.part.parameters(model)
+        start |= {shared[name]: tensor for name, tensor in task.state.items()}
         before = sum(client.steps(round) for round in range(1, task.round))
         title = f"round {task.round} client {client.name}"
         watch = _Watch(title, before, self.store.log_of(client.name, self._log_of(client.name)))
@@ -198,7 +201,7 @@ class ResidentDriver(Driver):
             self._arguments(task),
             train_dataset=client.dataset.select(client.slices[task.round - 1]),
             data_collator=self.collator,
-            callbacks=[watch],
+            callbacks=[watch, StartInFloat32(start)],
             progress=False,
         )
         checkpoint = last_checkpoint(str(trainer.args.output_dir))
@@ -208,13 +211,13 @@ class ResidentDriver(Driver):
         if checkpoint:  # that was the mean since then; the log goes back to the task's beginning
             losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
             loss = sum(losses) / len(losses) if losses else loss
-        trained = self.part.of_model(model)
+        trained = float32_copies(shared)
+        self.store.leave(task)
         release(trainer)
         metrics = {"loss": loss, "steps": result.global_step, "seconds": watch.seconds}
         update = Update(trained, samples, metrics)
         if steps is not None:
             steps.finish(update)
-        self.store.leave(task)
         metrics["parameters"] = {
             "trained": _trained_numbers(model),
             "received": _numbers(task.state) + _numbers(task.extras),
