@@ -26,6 +26,7 @@ from fed.clients.slices import cut, seed_of
 from fed.clients.store import ClientStore
 from fed.clients.task import ClientTask, Log
 from fed.clients.update import Update, load_update, save_update
+from fed.clients.wire import carried
 from fed.drivers.client_steps import ClientSteps
 from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.flags import ParallelFlags
@@ -90,7 +91,7 @@ class ResidentDriver(Driver):
             self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
         self.clients = self._clients(run)
         self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
-        self.schedule = args.fed.fed_lr_schedule
+        self.schedule, self.wire = args.fed.fed_lr_schedule, args.fed.fed_wire
         self.log_of = run.log_of
         self._lines: list[tuple[int, dict[str, float]]] = []
         self.rule = run.method.rule(run.options)
@@ -147,7 +148,7 @@ class ResidentDriver(Driver):
     ) -> Generator[tuple[ClientTask, Update], None, None]:
         if self.group.alone:
             for task in tasks:
-                yield task, self.fit(task)
+                yield task, self._carried(task)
         else:
             yield from self._side_by_side(tasks)
 
@@ -160,7 +161,7 @@ class ResidentDriver(Driver):
         while waiting:
             if (number := self.group.take(len(ordered))) is not None:
                 task, self._lines = waiting.pop(number), []
-                update = self.fit(task)
+                update = self._carried(task)
                 save_update(update, task.update_file)
                 self.group.tell(number, json.dumps(self._lines, default=float))
                 yield task, update
@@ -174,6 +175,10 @@ class ResidentDriver(Driver):
                 for step, values in json.loads(lines):
                     self.log_of(task.name)(step, values)
                 yield task, load_update(task.update_file)
+
+    def _carried(self, task: ClientTask) -> Update:
+        """A task's update as a server on another machine would have it."""
+        return carried(self.fit(task), task.state, self.wire, f"client {task.name}")
 
     def fit(self, task: ClientTask) -> Update:
         """Train the task's client from the state that it was sent, on its slice of the round.
