@@ -56,7 +56,8 @@ class FedArguments:
         "fed_min_clients": 0,
     }
     DECIDING: ClassVar = frozenset(
-        "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool".split()
+        "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool "
+        "fed_wire".split()
     )
 
     fed_clients: str | None = field(
@@ -104,6 +105,13 @@ class FedArguments:
     fed_driver: str = field(
         default="resident",
         metadata={"help": "How clients are run: `resident` (one process) or `script` (one each)."},
+    )
+    fed_wire: str = field(
+        default="float32",
+        metadata={
+            "help": "What a client sends: its state in `float32`, or what it changed in `bf16`, "
+            "half as long."
+        },
     )
     fed_min_clients: int = field(
         default=0,

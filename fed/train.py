@@ -19,8 +19,8 @@ import transformers
 from fed import methods, validation
 from fed.arguments import CLIENT_FLAGS, Arguments
 from fed.clients.clients_yaml import load_clients
-from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver, Run
+from fed.drivers.worker_group import WorkerGroup
 from fed.server.heldout import Measure, evaluation_set, measurer
 from fed.server.loop import RoundLoop
 from fed.server.resume_key import settings_of
@@ -34,11 +34,19 @@ from llava.train.train import prepare_output
 @progress_shown()
 def train(argv: Sequence[str] | None = None) -> None:
     """One federated run, from flags to checkpoint. Bad input is found before anything trains."""
-    argv = validation.command_line(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    kind = validation.driver_of(argv)
+    argv = kind.command_line(argv)
+    group = kind.join(argv)
+    with group.at_work():
+        _train(argv, kind, group)
+
+
+def _train(argv: list[str], kind: type[Driver], group: WorkerGroup) -> None:
     start_process_group(argv)
     arguments, options = validation.check_flags(validation.parse_arguments(argv))
     fed_args = arguments.fed
-    kind, method = drivers.get(fed_args.fed_driver), methods.get(fed_args.fed_method)
+    method = methods.get(fed_args.fed_method)
     rounds = method.exchanges(fed_args.fed_rounds)
     assert fed_args.fed_clients is not None  # `check_flags` refuses to go on without
     specs = load_clients(fed_args.fed_clients, CLIENT_FLAGS, kind, validation.driver_keys())
@@ -46,9 +54,10 @@ def train(argv: Sequence[str] | None = None) -> None:
         arguments = method.prepare(specs, arguments)
     validation.check_round(specs, fed_args, options, rounds)
     client_args = [validation.arguments_of(spec, argv, arguments) for spec in specs]
-    logger = RunLogger(arguments.training, prepare_output(arguments.training))
+    reporters = prepare_output(arguments.training)
+    logger = RunLogger(arguments.training, reporters if group.main else [])
 
-    run = Run(specs, arguments, client_args, method, options, logger.of_client)
+    run = Run(specs, arguments, client_args, method, options, logger.of_client, group)
     driver = kind(run)
     counts = [sum(c.samples(r) > 0 for c in driver.clients) for r in range(1, rounds + 1)]
     validation.rehearse(fed_args, options, counts)  # once more: a slice may be empty
@@ -63,16 +72,18 @@ def train(argv: Sequence[str] | None = None) -> None:
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
         task_of={spec.name: spec.task for spec in specs if spec.task is not None},
-        evaluate=_measurer(driver, arguments),
+        evaluate=_measurer(driver, arguments) if group.main else None,
         evaluate_every=fed_args.fed_eval_every,
         log=logger.of_round,
-        main=run.main,
-        barrier=_barrier,
+        main=run.main and group.main,
+        follows=not group.main,
+        barrier=_barrier if group.alone else group.barrier,
     )
     logger.start()
     final = loop.run(driver.initial)
     driver.store.config.use_cache = True
-    driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
+    if group.main:
+        driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
     logger.close()
 
 

@@ -14,6 +14,7 @@ import transformers
 from fed import methods
 from fed.arguments import Arguments, FedArguments, declared, own_flags
 from fed.clients.clients_yaml import ClientSpec, named
+from fed.clients.wire import WIRES
 from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver
 from fed.methods import Method
@@ -22,12 +23,11 @@ from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 
 
-def command_line(argv: Sequence[str]) -> list[str]:
-    """The command line as the run's driver needs it."""
+def driver_of(argv: Sequence[str]) -> type[Driver]:
+    """The driver that a command line asks for, before it is parsed."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--fed_driver", nargs="?", default=FedArguments.fed_driver)
-    name = peek.parse_known_args(argv)[0].fed_driver
-    return drivers.get(str(name)).command_line(list(argv))
+    return drivers.get(str(peek.parse_known_args(argv)[0].fed_driver))
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -94,11 +94,9 @@ def _check_numbers(fed_args: FedArguments) -> None:
         for name, least in bounds.items():
             if not (value := getattr(fed_args, name)) >= least:
                 raise InputError(f"--{name} is {value}, {least} or more is expected")
-    schedules = ("run", "round")
-    if fed_args.fed_lr_schedule not in schedules:
-        raise InputError(
-            f"--fed_lr_schedule is {fed_args.fed_lr_schedule!r}; known are {', '.join(schedules)}"
-        )
+    for name, known in (("fed_lr_schedule", ("run", "round")), ("fed_wire", WIRES)):
+        if (value := getattr(fed_args, name)) not in known:
+            raise InputError(f"--{name} is {value!r}; known are {', '.join(known)}")
 
 
 def _check_driver(fed_args: FedArguments, kind: type[Driver]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fed.clients.task import ClientTask, Log
@@ -52,11 +53,17 @@ class ClientStore:
     def __init__(self, part: TrainablePart, config: PreTrainedConfig, main: bool = True):
         self.part, self.config, self.main = part, config, main
 
-    def enter(self, task: ClientTask) -> None:
-        """The task begins: make the model the client's. Every rank calls it."""
+    def enter(self, task: ClientTask) -> dict[nn.Parameter, Tensor]:
+        """The task begins: make the model the client's. Every rank calls it.
+
+        Returns:
+            The client's own parameters, with the values that they begin with.
+        """
+        return {}
 
     def leave(self, task: ClientTask) -> None:
-        """The task is done: keep what is the client's. Every rank calls it."""
+        """The task is done: keep what is the client's, while the trainer's optimizer is there.
+        Every rank calls it."""
 
     def visit(self, client: str, extras: State, round: int) -> None:
         """Make the model the client's as `round` has left it, to measure it."""

@@ -21,15 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fed.clients.yaml_values import text_of, unquoted
+from fed.drivers.launcher import without_launcher
 from llava.errors import InputError
 
 PROCESS_KEYS = ("command", "cwd", "env", "gpus")
-
-# What a launcher tells its ranks, and what accelerate passes on: a client starts its own world.
-_LAUNCHER = re.compile(
-    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)|"
-    "LOCAL_SIZE|(TORCHELASTIC|ACCELERATE)_.*"
-)
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class ProcessSpec:
 
     def environment(self, outer: Mapping[str, str]) -> dict[str, str]:
         """`outer` without what a launcher put there, with what is the client's own."""
-        kept = {name: value for name, value in outer.items() if not _LAUNCHER.fullmatch(name)}
+        kept = without_launcher(outer)
         kept |= {"PYTHONUNBUFFERED": "1", **self.env}  # or a log would lack its end
         if self.gpus is not None:
             kept["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
@@ -13,6 +13,7 @@ from fed.arguments import Arguments
 from fed.clients.clients_yaml import ClientSpec
 from fed.clients.store import ClientStore
 from fed.clients.task import ClientTask, Log, Result
+from fed.drivers.worker_group import WorkerGroup
 from fed.methods import Method
 from fed.state import State
 from llava.errors import InputError
@@ -46,6 +47,7 @@ class Run:
         client_args: the same with each client's own flags.
         method, options: the aggregation method.
         log_of: a client's name -> the taker of its logs.
+        group: the processes that train clients of their own.
     """
 
     specs: Sequence[ClientSpec]
@@ -54,6 +56,7 @@ class Run:
     method: Method
     options: Mapping[str, Any]
     log_of: Callable[[str], Log]
+    group: WorkerGroup = field(default_factory=WorkerGroup)
 
     @property
     def rounds(self) -> int:
@@ -67,7 +70,7 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes what its trainer has; of a group each does."""
         return self.arguments.training.process_index == 0
 
     @property
@@ -89,6 +92,8 @@ class Driver(ABC):
         may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
             meaning.
         clients_keep: whether what a client keeps of a task stays with it, and not with the server.
+        writes_updates: whether it writes every update that it gives into `task.update_file`, in
+            each process; else one process does, and the others wait for it.
         clients: all clients, in a fixed order.
         datasets: the records of each client of clients.yaml.
         part: what trains.
@@ -103,6 +108,7 @@ class Driver(ABC):
     trains_here: ClassVar[bool] = False
     may_fail: ClassVar[bool] = False
     clients_keep: ClassVar[bool] = False
+    writes_updates: bool = False
 
     clients: Sequence[Participant]
     datasets: Sequence[Sized]
@@ -130,6 +136,11 @@ class Driver(ABC):
     def command_line(cls, argv: list[str]) -> list[str]:
         """The run's command line as this driver needs it, before it is parsed."""
         return argv
+
+    @classmethod
+    def join(cls, argv: list[str]) -> WorkerGroup:
+        """The processes that train side by side; called before torch has a process group."""
+        return WorkerGroup()
 
     @classmethod
     def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> Any:

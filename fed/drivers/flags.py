@@ -25,7 +25,11 @@ class ParallelFlags:
     LEAST: ClassVar = {"fed_parallel_clients": 1}
 
     fed_parallel_clients: int = field(
-        default=1, metadata={"help": "How many clients are at work at once."}
+        default=1,
+        metadata={
+            "help": "How many clients are at work at once; `resident`: in as many processes of a "
+            "launcher."
+        },
     )
 
 

@@ -6,12 +6,17 @@ arguments, on the slice of its shard that the round sees.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import gc
+import json
 import logging
+import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -21,15 +26,21 @@ from fed.clients.clients_yaml import ClientSpec
 from fed.clients.slices import cut, seed_of
 from fed.clients.store import ClientStore
 from fed.clients.task import ClientTask, Log
-from fed.clients.update import Update
+from fed.clients.update import Update, load_update, save_update
+from fed.clients.wire import carried
 from fed.drivers.client_steps import ClientSteps
 from fed.drivers.driver import Driver, Run, driver
+from fed.drivers.flags import ParallelFlags
 from fed.drivers.resident_data import load_clients_data, pool
+from fed.drivers.worker_group import WorkerGroup, join
 from fed.state import State
+from llava.errors import InputError
+from llava.json_files import read_json
 from llava.model.trainable_part import trained_part
-from llava.train.arguments import TrainingArguments
+from llava.train.arguments import TrainingArguments, check_deepspeed, modernise
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
+from llava.train.optimizer_copy import StartInFloat32, float32_copies
 from llava.train.session import Session, load_session
 from llava.train.train import make_trainer
 from llava.transformers_private import release
@@ -57,9 +68,10 @@ class Client:
 
 @driver("resident")
 class ResidentDriver(Driver):
-    """Runs clients' tasks on one `Session`, one after another."""
+    """Runs clients' tasks on one `Session`, one after another; in a group, each process some."""
 
     trains_here = True
+    flags = ParallelFlags
 
     session: Session
     datasets: list[LazySupervisedDataset]
@@ -76,16 +88,45 @@ class ResidentDriver(Driver):
         self.part = self.store.part
         if self.part is not part:  # the store keeps some of what trains
             self.initial = self.part.of_model(model)
-        self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
+        self.group = run.group
+        self.writes_updates = not self.group.alone
+        in_folder = args.data.feature_cache not in ("memory", "off")
+        with self.group.main_first() if in_folder else contextlib.nullcontext():
+            self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
         self.clients = self._clients(run)
         self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
-        self.schedule = args.fed.fed_lr_schedule
-        self.log_of: Callable[[str], Log] = lambda name: self.store.log_of(name, run.log_of(name))
+        self.schedule, self.wire = args.fed.fed_lr_schedule, args.fed.fed_wire
+        self.log_of = run.log_of
+        self._lines: list[tuple[int, dict[str, float]]] = []
         self.rule = run.method.rule(run.options)
         extract_model_from_parallel(self.session.model)  # imports what the first task would import
         # Each task's trainer collects garbage; what lives as long as the run need not be searched.
         gc.collect()
         gc.freeze()
+
+    @classmethod
+    def join(cls, argv: list[str]) -> WorkerGroup:
+        """The launcher's processes, if each is to train clients of its own."""
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for flag in ("fed_parallel_clients", "deepspeed", "fsdp", "use_cpu"):
+            peek.add_argument(f"--{flag}", nargs="?")
+        first, _ = peek.parse_known_args(argv)
+        asked, there = first.fed_parallel_clients or "1", int(os.environ.get("WORLD_SIZE", 1))
+        if not asked.isdecimal() or int(asked) <= 1:
+            return WorkerGroup()
+        flag = f"--fed_parallel_clients {asked}"
+        if int(asked) != there:
+            raise InputError(
+                f"{flag} with --fed_driver resident is for {asked} processes, `torchrun "
+                f"--nproc_per_node {asked} -m fed.train …`, found {there}"
+            )
+        if first.fsdp or _zero_stage(argv) == 3:
+            raise InputError(
+                f"{flag} gives each process a whole model, and "
+                f"{'--fsdp' if first.fsdp else '--deepspeed with ZeRO-3'} cuts one over all of "
+                "them; leave out one of the two"
+            )
+        return join(there, on_gpu=str(first.use_cpu).lower() not in ("true", "1", "yes"))
 
     def _clients(self, run: Run) -> list[Client]:
         specs, datasets = run.specs, self.datasets
@@ -109,8 +150,39 @@ class ResidentDriver(Driver):
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
     ) -> Generator[tuple[ClientTask, Update], None, None]:
-        for task in tasks:
-            yield task, self.fit(task)
+        if self.group.alone:
+            for task in tasks:
+                yield task, self._carried(task)
+        else:
+            yield from self._side_by_side(tasks)
+
+    def _side_by_side(
+        self, tasks: Sequence[ClientTask]
+    ) -> Generator[tuple[ClientTask, Update], None, None]:
+        """Train those tasks that no other process of the group takes; the main one gives all."""
+        ordered = sorted(tasks, key=lambda task: -task.client.steps(task.round))  # longest first
+        waiting = dict(enumerate(ordered))
+        while waiting:
+            if (number := self.group.take(len(ordered))) is not None:
+                task, self._lines = waiting.pop(number), []
+                update = self._carried(task)
+                save_update(update, task.update_file)
+                self.group.tell(number, json.dumps(self._lines, default=float))
+                yield task, update
+            elif self.group.main:
+                self.group.rest()
+            else:
+                return
+            done = {n: lines for n in waiting if (lines := self.group.told(n)) is not None}
+            for number, lines in done.items() if self.group.main else ():
+                task = waiting.pop(number)
+                for step, values in json.loads(lines):
+                    self.log_of(task.name)(step, values)
+                yield task, load_update(task.update_file)
+
+    def _carried(self, task: ClientTask) -> Update:
+        """A task's update as a server on another machine would have it."""
+        return carried(self.fit(task), task.state, self.wire, f"client {task.name}")
 
     def fit(self, task: ClientTask) -> Update:
         """Train the task's client from the state that it was sent, on its slice of the round.
@@ -123,20 +195,22 @@ class ResidentDriver(Driver):
             client (`received`) and sent by it.
         """
         client, model = task.client, self.session.model
-        self.store.enter(task)
+        start = self.store.enter(task)
         self.part.into_model(model, task.state, f"the state sent to client {client.name}")
         samples = client.samples(task.round)
         if samples == 0:
             return Update(task.state, 0, {"loss": None, "steps": 0, "seconds": 0.0})
+        shared = self.part.parameters(model)
+        start |= {shared[name]: tensor for name, tensor in task.state.items()}
         before = sum(client.steps(round) for round in range(1, task.round))
         title = f"round {task.round} client {client.name}"
-        watch = _Watch(title, before, self.log_of(client.name))
+        watch = _Watch(title, before, self.store.log_of(client.name, self._log_of(client.name)))
         trainer = make_trainer(
             self.session,
             self._arguments(task),
             train_dataset=client.dataset.select(client.slices[task.round - 1]),
             data_collator=self.collator,
-            callbacks=[watch],
+            callbacks=[watch, StartInFloat32(start)],
             progress=False,
         )
         checkpoint = last_checkpoint(str(trainer.args.output_dir))
@@ -146,19 +220,23 @@ class ResidentDriver(Driver):
         if checkpoint:  # that was the mean since then; the log goes back to the task's beginning
             losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
             loss = sum(losses) / len(losses) if losses else loss
-        trained = self.part.of_model(model)
+        trained = float32_copies(shared)
+        self.store.leave(task)
         release(trainer)
         metrics = {"loss": loss, "steps": result.global_step, "seconds": watch.seconds}
         update = Update(trained, samples, metrics)
         if steps is not None:
             steps.finish(update)
-        self.store.leave(task)
         metrics["parameters"] = {
             "trained": _trained_numbers(model),
             "received": _numbers(task.state) + _numbers(task.extras),
             "sent": _numbers(update.state) + _numbers(update.extras),
         }
         return update
+
+    def _log_of(self, name: str) -> Log:
+        """The run's taker of a client's logs; of a process that only trains, a list to be sent."""
+        return self.log_of(name) if self.group.main else lambda *line: self._lines.append(line)
 
     def _arguments(self, task: ClientTask) -> TrainingArguments:
         """The client's arguments for the task."""
@@ -185,6 +263,13 @@ class ResidentDriver(Driver):
         if checkpoint:
             steps.go_on_from(checkpoint)
         return steps
+
+
+def _zero_stage(argv: list[str]) -> int:
+    """The ZeRO stage of the file of --deepspeed; 0 without one."""
+    file = check_deepspeed(modernise(argv))
+    settings = read_json(Path(file)) if file else {}
+    return (settings.get("zero_optimization") or {}).get("stage", 0)
 
 
 def _trained_numbers(model: nn.Module) -> int:

@@ -41,6 +41,7 @@ from fed.clients.slices import seed_of
 from fed.clients.store import ClientStore
 from fed.clients.task import ClientError, ClientTask, Result
 from fed.clients.update import Update
+from fed.clients.wire import carried
 from fed.drivers.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.flags import CommandFlags, ParallelFlags, TryFlags
@@ -91,7 +92,7 @@ class ScriptDriver(Driver):
             self.session = session if fed.fed_eval_data_path else None
         self.store = ClientStore(self.part, config, run.main)
         self.output_dir = run.output_dir
-        self.schedule = fed.fed_lr_schedule
+        self.schedule, self.wire = fed.fed_lr_schedule, fed.fed_wire
         self.timeout, self.retries = flags.fed_client_timeout, flags.fed_client_retries
         self.parallel = flags.fed_parallel_clients
         self.log_of = run.log_of
@@ -204,7 +205,8 @@ class ScriptDriver(Driver):
         losses = [entry["loss"] for entry in history if "loss" in entry]
         loss = sum(losses) / len(losses) if losses else None
         self._report(task, history, steps)
-        return Update(result, samples, {"loss": loss, "steps": steps, "seconds": seconds})
+        update = Update(result, samples, {"loss": loss, "steps": steps, "seconds": seconds})
+        return carried(update, task.state, self.wire, f"client {task.name}")
 
     def _command(self, task: ClientTask, output: Path) -> list[str]:
         """Write what the client is given, and the command that says where it is."""

@@ -66,6 +66,8 @@ class RoundLoop:
             sent after a round, or None; the client is "global" where all have one state.
         log: `log(values, round)`: scalars for TensorBoard and its like.
         main: whether this process writes; in a distributed run just one does.
+        follows: whether this process only trains, and goes on with the state that the main one has
+            written of a round.
         barrier: waits for all processes of a distributed run.
     """
 
@@ -83,6 +85,7 @@ class RoundLoop:
     evaluate_every: int = 1
     log: Callable[[dict[str, float], int], None] = lambda values, round: None
     main: bool = True
+    follows: bool = False
     barrier: Callable[[], None] = lambda: None
 
     @property
@@ -149,6 +152,10 @@ class RoundLoop:
         round = state.round + 1
         tasks = [self._task(state, client, round) for client in self.chosen(round)]
         updates, failed = self._collect(tasks)
+        if self.follows:
+            self.barrier()  # the round's states are made
+            self.barrier()  # and written
+            return RoundState.load(self._folder, check=False)
         with self._watch.part("aggregation"):
             next_state, facts = self._aggregate(state, tasks, updates)
         self.barrier()
@@ -211,10 +218,7 @@ class RoundLoop:
                     if len(failed) <= limit:
                         self._say(f"round {task.round}/{self.rounds}  goes on without {task.name}")
                     continue
-                self._check(task, result)
-                if self.main and not task.update_file.exists():
-                    save_update(result, task.update_file)
-                self.barrier()
+                self._keep(task, result)
                 # Mapped: a round needs no memory for its clients' updates.
                 updates[task.name] = result = load_update(task.update_file, check=False)
                 seconds += result.metrics.get("seconds", 0.0)
@@ -239,6 +243,18 @@ class RoundLoop:
                 self._say(f"round {task.round}/{self.rounds}  {task.name} trains again: {error}")
                 task.update_file.unlink(missing_ok=True)
         return updates
+
+    def _keep(self, task: ClientTask, update: Update) -> None:
+        """Check an update, and write it if its driver has not; what is refused is not kept."""
+        try:
+            self._check(task, update)
+        except InputError:
+            task.update_file.unlink(missing_ok=True)
+            raise
+        if self.main and not task.update_file.exists():
+            save_update(update, task.update_file)
+        if not self.driver.writes_updates:
+            self.barrier()
 
     def _check(self, task: ClientTask, update: Update) -> None:
         """Refuse, by the client's name, what no method should see."""

@@ -65,7 +65,7 @@ class Client:
 class Numbers:
     """As much of a driver as the loop needs: an update is its start and noise."""
 
-    clients_keep = False
+    clients_keep = writes_updates = False
 
     def __init__(self, clients: int, rule: bool):
         self.clients, self.rule = [Client(f"c{k:04d}") for k in range(clients)], rule

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientTask, Log
 from fed.methods.pilot.export import export
@@ -22,6 +24,7 @@ from llava.model.checkpoint import copies, copy_in
 from llava.model.checkpoint_names import PROJECTOR_PREFIX
 from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.trainable_part import TrainablePart
+from llava.train.optimizer_copy import float32_copies
 
 
 class PrivateParameters(ClientStore):
@@ -69,8 +72,9 @@ class PrivateParameters(ClientStore):
         """The folder of the trainer's checkpoints of a task, which hold private parameters."""
         return self.folder(task.name) / f"turn-{task.round:04d}"
 
-    def enter(self, task: ClientTask) -> None:
-        self._put(task.name, task.extras, task.round, kept_before=task.round)
+    def enter(self, task: ClientTask) -> dict[nn.Parameter, Tensor]:
+        kept = self._put(task.name, task.extras, task.round, kept_before=task.round)
+        return {self.private[name]: tensor for name, tensor in kept.items()}
 
     def visit(self, client: str, extras: State, round: int) -> None:
         self._put(client, extras, round, kept_before=round + 1)
@@ -80,8 +84,8 @@ class PrivateParameters(ClientStore):
             return {"learning_rate": self.first_rate}
         return {}
 
-    def _put(self, client: str, extras: State, round: int, kept_before: int) -> None:
-        """Make the connector the client's.
+    def _put(self, client: str, extras: State, round: int, kept_before: int) -> State:
+        """Make the connector the client's; returns its private parameters' values.
 
         Args:
             extras: the adapters of the other tasks, `TASK/model.mm_projector.NAME`. A task that
@@ -95,6 +99,7 @@ class PrivateParameters(ClientStore):
         copy_in(kept, self.private, f"the private parameters of client {client}")
         others = self._others(client, extras)
         copy_in(others, self.others, f"the other tasks' adapters sent to client {client}")
+        return kept
 
     def _kept(self, client: str, before: int) -> State:
         """The tensors left by the last task before round `before`, else the initial ones."""
@@ -113,7 +118,7 @@ class PrivateParameters(ClientStore):
         return found
 
     def leave(self, task: ClientTask) -> None:
-        tensors = copies(self.private)
+        tensors = float32_copies(self.private)
         if not self.main:
             return
         save(tensors, self.folder(task.name) / "own" / f"{task.round:04d}.safetensors")

@@ -267,6 +267,15 @@ def test_clients_are_at_work_at_once_but_not_on_one_gpu(fake, tmp_path):
         assert (tmp_path / name / "mm_projector.bin").read_bytes() == mean
 
 
+def test_what_scripts_leave_travels_in_the_form_that_is_asked_for(fake, tmp_path):
+    state.save(projector(1.001), tmp_path / "odd.bin")
+    odd = do(LEAVE=str(tmp_path / "odd.bin"))
+    for wire, value in (("float32", 1.001), ("bf16", 1.0)):
+        fake(a=odd, b=odd, fed_rounds=1, out=wire, fed_wire=wire)
+        found = state.load(tmp_path / wire / "mm_projector.bin")
+        assert torch.allclose(found["model.mm_projector.0.bias"], torch.tensor(value), atol=1e-5)
+
+
 def test_only_one_run_is_at_work_in_a_folder(fake, tmp_path):
     from fed.drivers.process_groups import locked
 
