@@ -9,7 +9,7 @@ from pathlib import Path
 from llava.errors import InputError
 from llava.processes import name_of
 
-_LOCK = "lock"
+LOCK = "lock"
 
 
 class Lock:
@@ -22,7 +22,7 @@ class Lock:
     def __init__(self, folder: Path, refusal: str):
         import fcntl  # Windows has none
 
-        self._file = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
