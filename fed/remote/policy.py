@@ -10,6 +10,7 @@ server's to say: a job has to be signed with the certificate of the admin kit.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,8 @@ def check_kit(folder: str | os.PathLike, role: str | None = None) -> Kit:
             and the key are named), or a certificate that is not valid now.
     """
     root = Path(folder).absolute()
+    if re.search(r"[\s'\"\\#]", str(root)):
+        raise InputError(f"{root}: FLARE works in no folder with a space or a quote in its name")
     found = [each for each, name in _STARTUP.items() if (root / "startup" / name).is_file()]
     if len(found) != 1:
         raise InputError(

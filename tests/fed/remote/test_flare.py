@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
 
-from fed.remote import kits
-from tests.fed.remote.rig import Rig, expected, free_port
+from fed.remote import kits, policy
+from tests.fed.remote.rig import ROOT, Rig, expected, free_port
 
 SITES = ["st-mary", "north"]
 
