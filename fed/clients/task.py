@@ -24,7 +24,8 @@ class ClientError(InputError):
 class ClientTask:
     """A client, what it is sent, and where its work lies while the round is not over.
 
-    `extras` is what it is sent beside the state, `kept` what it has kept of its last task.
+    `extras` is what it is sent beside the state, `kept` what it has kept of its last task, where
+    the server has that; `last_round` is that of the last update that counted, 0 if there is none.
     """
 
     client: Any
@@ -33,6 +34,7 @@ class ClientTask:
     folder: Path
     extras: State = field(default_factory=dict)
     kept: State = field(default_factory=dict)
+    last_round: int = 0
 
     @property
     def name(self) -> str:

@@ -25,19 +25,13 @@ class ParallelFlags:
 
 
 @dataclass
-class TimeFlags:
-    """Clients that may take too long."""
+class TryFlags:
+    """Clients whose tries may fail or take too long."""
 
     fed_client_timeout: float = field(
         default=0.0,
         metadata={"help": "Seconds that a client's try may take; 0: no limit.", "least": 0},
     )
-
-
-@dataclass
-class TryFlags(TimeFlags):
-    """Clients whose tries may fail, too."""
-
     fed_client_retries: int = field(
         default=0, metadata={"help": "How often a client that failed is tried again.", "least": 0}
     )

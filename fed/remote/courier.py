@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fed.drivers.flags import TimeFlags
+from fed.drivers.flags import TryFlags
 from fed.remote.spool import Spool
 from llava.errors import InputError
 from llava.suggest import did_you_mean
@@ -27,7 +27,7 @@ _KINDS = {"folder": "fed.remote.folder", "flare": "fed.remote.flare"}
 
 
 @dataclass
-class RemoteFlags(TimeFlags):
+class RemoteFlags(TryFlags):
     """The flags of --fed_driver remote."""
 
     fed_courier: str | None = field(

@@ -30,7 +30,6 @@ from typing import IO, TYPE_CHECKING
 
 from fed.remote.certificate import INSTALL
 from fed.remote.courier import AWAY, CONNECTED, Courier, RemoteFlags, SiteCourier
-from fed.remote.lock import Lock
 from fed.remote.policy import Kit, check_kit
 from fed.remote.spool import Spool
 from llava.errors import InputError
@@ -119,7 +118,6 @@ class SiteSide(SiteCourier):
         warn_of_end(self.kit)
         self.root = config.work / "spool"
         self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.root, f"{config.source}: work {config.work} is in use")
         self._client: subprocess.Popen | None = None
         self._next_start = self._next_look = 0.0
         self._said = ""
@@ -146,7 +144,6 @@ class SiteSide(SiteCourier):
     def close(self) -> None:
         _stop(self._client)
         self._client = None
-        self._lock.release()
 
     def _trouble(self) -> str:
         """What keeps files from being carried, as far as this side knows; else nothing."""

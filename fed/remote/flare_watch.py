@@ -7,7 +7,6 @@ only while the site's job is silent, and ends when all have been heard for a whi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 from fed.remote.flare import END, WATCH, heard, no_answer, run_of
 from fed.remote.flare_process import end_with_parent
-from fed.remote.lock import LOCK
+from fed.remote.lock import is_held
 from fed.remote.policy import SERVER_CLASS, SITE_CLASS, check_kit
 from llava.atomic import write_text
 from llava.errors import reason
@@ -72,7 +71,7 @@ class Watch:
     def _look_at(self, site: str) -> str:
         if time.monotonic() - self._sent.get(site, -_STARTING) < _STARTING:
             return "its job is starting"
-        if _is_held(self.spool / site):
+        if is_held(self.spool / site):
             return "it has not been heard for a while"  # the job finds out, and ends
         if self._session is None:
             self._session = new_secure_session(self.user, str(self.kit), timeout=_LOGIN)
@@ -99,14 +98,6 @@ class Watch:
             with contextlib.suppress(Exception):
                 self._session.close()
         self._session = None
-
-
-def _is_held(spool: Path) -> bool:
-    """Whether a job has the lock of a site's spool; it is not taken in asking."""
-    with contextlib.suppress(OSError), open(spool / LOCK) as file:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    return (spool / LOCK).exists()
 
 
 def job_folder(spool: Path, site: str) -> Path:

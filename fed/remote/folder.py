@@ -68,10 +68,13 @@ class SiteSide(SiteCourier):
             for root in glob.glob(self.config.folder or ""):
                 folder = Path(root) / self.config.name
                 if folder.is_dir() and folder not in self._held:
-                    self._held[folder] = Lock(folder, f"another site is called {self.config.name}")
+                    self._held[folder] = Lock(folder, self._refusal(folder))
             for folder in [folder for folder in self._held if not folder.is_dir()]:
                 self._held.pop(folder).release()
             return [Spool(folder, self.config.name) for folder in sorted(self._held)]
+
+    def _refusal(self, folder: Path) -> str:
+        return f"{folder}: another site works there under the name {self.config.name}"
 
     def keep_up(self) -> None:
         with self._mutex:

@@ -139,7 +139,15 @@ class RoundLoop:
         round = state.round + 1
         folder = self._folder(round)
         tasks = [
-            ClientTask(client, start, round, folder, extras, state.kept.get(client.name, {}))
+            ClientTask(
+                client,
+                start,
+                round,
+                folder,
+                extras,
+                state.kept.get(client.name, {}),
+                last_round=_last_round(state.records, client.name),
+            )
             for client in self.chosen(round)
             for start, extras in [self.sent(state, client.name)]
         ]
@@ -220,7 +228,7 @@ class RoundLoop:
         rule = self.method.client_rule
         if rule is not None and update.num_samples:
             sent = task.state if rule.sends else {}
-            kept = task.state if rule.keeps else {}
+            kept = task.state if rule.keeps and not self.driver.clients_keep else {}
             states.check(update.extras, like=sent, who=f"{who}, beside its state")
             states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
@@ -280,6 +288,12 @@ class RoundLoop:
     def _say(self, text: str) -> None:
         if self.main:
             print(text, flush=True)
+
+
+def _last_round(records: Sequence[Mapping[str, Any]], client: str) -> int:
+    """The last round in which a client's update counted; 0 if there is none."""
+    done = (r["round"] for r in records if r["clients"].get(client, {}).get("samples"))
+    return max(done, default=0)
 
 
 def _why_stopped(failed: Mapping[str, str], at_least: int) -> str:

@@ -1,0 +1,41 @@
+"""A site of a federated run: `python -m fed.site site.yaml`, with the keys of its file in
+`fed/remote/site_yaml.py`.
+
+It loads the site's model when the first request comes, and answers requests until it is stopped.
+Data, pictures and whatever a client keeps stay on this machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import transformers
+
+from fed.drivers.process_groups import unwound_by_signals
+from fed.remote.site import serve
+from fed.remote.site_yaml import read_site
+from llava.errors import InputError, one_clear_error
+
+
+def site(argv: Sequence[str] | None = None) -> None:
+    """Serve the site of a site.yaml."""
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise InputError("usage: python -m fed.site site.yaml")
+    config = read_site(argv[0])
+    if config.process.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(config.process.gpus)
+    with unwound_by_signals():
+        serve(config)
+
+
+def main() -> None:
+    with one_clear_error():
+        transformers.logging.set_verbosity_error()
+        site()
+
+
+if __name__ == "__main__":
+    main()
