@@ -92,6 +92,7 @@ class ServerEnd:
         if len(text) > _LONGEST_TEXT:
             raise ValueError(f"{path.name} has {len(text)} letters")
         write_text(path, text)
+        self.spool.file(str(message["key"]), PROGRESS).unlink(missing_ok=True)
         self._brought.add(str(message["key"]))
         return {}
 

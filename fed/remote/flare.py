@@ -30,6 +30,7 @@ from typing import IO, TYPE_CHECKING
 
 from fed.remote.certificate import INSTALL
 from fed.remote.courier import AWAY, CONNECTED, Courier, RemoteFlags, SiteCourier
+from fed.remote.lock import is_held
 from fed.remote.policy import Kit, check_kit
 from fed.remote.spool import Spool
 from llava.errors import InputError
@@ -42,7 +43,7 @@ SPOOL_VARIABLE = "FEDLLAVA_SPOOL"
 """Tells the job at a site where the site's spools are; the server has no say in it."""
 
 HEARD, WATCH, END, REPORT = ".heard", ".watch.json", ".end", ".courier.json"
-SILENCE = 15.0  # seconds after which a site that says nothing is away
+SILENCE = 10.0  # seconds after which a site that says nothing is away
 RUN = re.compile("[0-9a-f]{32}")
 
 _STUCK = 90.0  # seconds without a word from the watch after which it is started again
@@ -74,7 +75,7 @@ class DriverSide(Courier):
         if self._watch is not None and self._watch.poll() is not None:
             self._watch = None
         if self._watch is not None:
-            if time.time() - max(self._began, _changed(self.spool / WATCH)) > _STUCK:
+            if time.time() - max(self._began, changed(self.spool / WATCH)) > _STUCK:
                 self._watch.kill()
             return
         if all(heard(self.spool / site) for site in self.sites):
@@ -150,7 +151,7 @@ class SiteSide(SiteCourier):
         report: dict = {}
         with contextlib.suppress(InputError):
             report = read_json(self.root / REPORT)
-        if time.time() - _changed(self.root / REPORT) < 2 * SILENCE:
+        if time.time() - changed(self.root / REPORT) < 2 * SILENCE:
             return str(report.get("error", ""))
         return no_answer(self.kit.server)
 
@@ -182,8 +183,8 @@ def run_of(spool: Path) -> str:
 
 
 def heard(spool: Path) -> bool:
-    """Whether the job of a site's spool has heard the site just now."""
-    return time.time() - _changed(spool / HEARD) < SILENCE
+    """Whether the job of a site's spool is at work and has heard the site just now."""
+    return time.time() - changed(spool / HEARD) < SILENCE and is_held(spool)
 
 
 def no_answer(server: str) -> str:
@@ -196,7 +197,7 @@ def no_answer(server: str) -> str:
     return ""
 
 
-def _changed(path: Path) -> float:
+def changed(path: Path) -> float:
     """When a file was last written; 0 where there is none."""
     try:
         return path.stat().st_mtime

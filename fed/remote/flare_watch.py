@@ -17,7 +17,7 @@ from typing import Any
 
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-from fed.remote.flare import END, WATCH, heard, no_answer, run_of
+from fed.remote.flare import END, HEARD, WATCH, changed, heard, no_answer, run_of
 from fed.remote.flare_process import end_with_parent
 from fed.remote.lock import is_held
 from fed.remote.policy import SERVER_CLASS, SITE_CLASS, check_kit
@@ -69,7 +69,8 @@ class Watch:
             return dict.fromkeys(silent, f"the server {self.server} says: {reason(error)}")
 
     def _look_at(self, site: str) -> str:
-        if time.monotonic() - self._sent.get(site, -_STARTING) < _STARTING:
+        sent = self._sent.get(site, 0.0)
+        if changed(self.spool / site / HEARD) < sent and time.time() - sent < _STARTING:
             return "its job is starting"
         if is_held(self.spool / site):
             return "it has not been heard for a while"  # the job finds out, and ends
@@ -81,17 +82,16 @@ class Watch:
         folder = job_folder(self.spool, site)
         self._clear(folder.name)
         self._session.submit_job(str(folder))
-        self._sent[site] = time.monotonic()
+        self._sent[site] = time.time()
         return "its job is starting"
 
     def _clear(self, name: str) -> None:
         """Take jobs of this name out of the server's store: none of them is at work."""
         for job in self._session.list_jobs(name_prefix=name):
-            with contextlib.suppress(Exception):  # it may have ended, or been ended, just now
-                if str(job["status"]).startswith("FINISHED"):
-                    self._session.delete_job(job["job_id"])
-                else:
-                    self._session.abort_job(job["job_id"])
+            # One that FLARE calls running may be dead since its server was.
+            for remove in (self._session.abort_job, self._session.delete_job):
+                with contextlib.suppress(Exception):
+                    remove(job["job_id"])
 
     def _close(self) -> None:
         if self._session is not None:

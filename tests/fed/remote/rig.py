@@ -7,7 +7,6 @@ Sites and driver make numbers instead of training, by the couriers' and the spoo
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import random
@@ -241,7 +240,10 @@ def be_site(name: str, folder: Path) -> None:
 
 def be_driver(folder: Path, rounds: int, size: int, sites: Sequence[str]) -> None:
     root = folder / "spool"
-    say = functools.partial(print, f"{time.time():.1f}", flush=True)
+
+    def say(*words) -> None:
+        print(time.strftime("%H:%M:%S"), *words, flush=True)
+
     courier = flare.DriverSide(
         root, sites, RemoteFlags(fed_remote_kit=str(folder / "kits" / "admin"))
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import random
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ import pytest
 pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
 
 from fed.remote import kits, policy
-from tests.fed.remote.rig import ROOT, Rig, expected, free_port
+from tests.fed.remote.rig import ROOT, Line, Rig, expected, free_port
 
 SITES = ["st-mary", "north"]
 
@@ -85,6 +90,61 @@ def test_kills_change_nothing(rig):
     rig.kill("server")
     rig.start("server")
     rig.wait(rig.done, 60, "the end")
+    assert rig.result() == expected(SITES, rig.rounds, rig.size)
+
+
+@pytest.fixture
+def line(rig):
+    """What the site north is connected through."""
+    line = Line(rig.port)
+    connect_to(rig.folder / "kits", "north", line.port)
+    yield line
+    line.close()
+
+
+@pytest.mark.slow
+def test_random_kills_and_cuts_change_nothing(rig, line):
+    """Whatever is killed and wherever the line is cut, the run ends in the bits of a calm one."""
+    rig.rounds, rig.size = 16, 20_000_000
+    luck = random.Random(time.time_ns())
+
+    def restart(name: str) -> None:
+        rig.kill(name)
+        time.sleep(luck.choice([0, 3]))
+        rig.start(name)
+
+    def kill_job(site: str) -> None:
+        if (pid := rig.job(site)) is not None:
+            os.kill(pid, signal.SIGKILL)
+
+    def cut(state: str, seconds: float) -> None:
+        line.cut(state)
+        time.sleep(seconds)
+        line.mend()
+
+    def cut_in_a_file() -> None:
+        """Close all connections once some more of a state or an update has passed."""
+        line.cut_at = line.carried + luck.randrange(rig.size)
+        rig.wait(lambda: line.state == "closed" or rig.done(), 120, "the line is cut")
+        time.sleep(3)
+        line.mend()
+
+    faults = [
+        *(functools.partial(restart, name) for name in ("server", "driver", *SITES)),
+        *(functools.partial(kill_job, site) for site in SITES),
+        *(functools.partial(cut, state, 5) for state in ("closed", "silent")),
+        *(cut_in_a_file, cut_in_a_file),
+        functools.partial(cut, "silent", 90),
+    ]
+    luck.shuffle(faults)
+    start_all(rig)
+    rig.wait(lambda: asked(rig, "north"), 60, "a request at a site")
+    for fault in faults:
+        assert not rig.done(), "the run is too short for its faults"
+        print(time.ctime(), fault, flush=True)
+        fault()
+        time.sleep(luck.uniform(3, 12))
+    rig.wait(rig.done, 400, "the end")
     assert rig.result() == expected(SITES, rig.rounds, rig.size)
 
 
