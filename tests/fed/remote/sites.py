@@ -33,7 +33,7 @@ def wait_for(what: Callable[[], object], pause: float = 0.01):
     return found
 
 
-def site_yaml(folder: Path, tiny: Path, name: str, spools: Path | str, **changes) -> Path:
+def site_yaml(folder: Path, tiny: Path, name: str, spools: Path | str, /, **changes) -> Path:
     """Make `folder/NAME.yaml` of a site with the tiny model and the data `tiny/NAME.json`."""
     values = {
         "name": name,
