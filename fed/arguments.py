@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -44,14 +45,24 @@ class FedArguments:
     """The flags of every federated run.
 
     Those of a method (`Method.flags`) and of a driver (`Driver.flags`) are added on a command line.
-    A field's metadata may have `least`, a bound, and `decides`, where a run that is continued must
-    have the same value.
+    Such a class, too, may have `LEAST`, bounds by name, and `DECIDING`, the flags that decide the
+    result of a run: one that is continued must have the same ones.
     """
+
+    LEAST: ClassVar = {
+        "fed_rounds": 1,
+        "fed_clients_per_round": 0,
+        "fed_eval_every": 0,
+        "fed_min_clients": 0,
+    }
+    DECIDING: ClassVar = frozenset(
+        "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool".split()
+    )
 
     fed_clients: str | None = field(
         default=None, metadata={"help": "clients.yaml: the clients and their data."}
     )
-    fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run.", "least": 1})
+    fed_rounds: int = field(default=1, metadata={"help": "Rounds of the run."})
     fed_method: str = field(default="fedavg", metadata={"help": "How updates become one state."})
     fed_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options: [FILE.yaml] name=value …"}
@@ -60,7 +71,6 @@ class FedArguments:
         default=0,
         metadata={
             "help": "How many clients take part in a round, drawn anew; 0: all.",
-            "least": 0,
         },
     )
     fed_one_pass: bool = field(
@@ -89,7 +99,7 @@ class FedArguments:
     )
     fed_eval_every: int = field(
         default=1,
-        metadata={"help": "Measure every N rounds and after the last; 0: never.", "least": 0},
+        metadata={"help": "Measure every N rounds and after the last; 0: never."},
     )
     fed_driver: str = field(
         default="resident",
@@ -102,7 +112,6 @@ class FedArguments:
         default=0,
         metadata={
             "help": "With how many clients a round goes on if others fail; 0: all.",
-            "least": 0,
         },
     )
 
@@ -110,6 +119,11 @@ class FedArguments:
 def own_flags(part: Any) -> tuple[dataclasses.Field, ...]:
     """The fields of the flags that a method or a driver has of its own."""
     return dataclasses.fields(part.flags) if part.flags else ()
+
+
+def declared(kind: type, name: str) -> Iterator[Any]:
+    """The `LEAST` or `DECIDING` of a class of flags and of all that it is made of."""
+    return (vars(base)[name] for base in kind.__mro__ if name in vars(base))
 
 
 class Arguments(NamedTuple):

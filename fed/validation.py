@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fed import methods
-from fed.arguments import Arguments, FedArguments, own_flags
+from fed.arguments import Arguments, FedArguments, declared, own_flags
 from fed.clients.clients_yaml import ClientSpec, named
 from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver
@@ -90,10 +90,10 @@ def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
 
 
 def _check_numbers(fed_args: FedArguments) -> None:
-    for field in dataclasses.fields(fed_args):
-        least, value = field.metadata.get("least"), getattr(fed_args, field.name)
-        if least is not None and not value >= least:
-            raise InputError(f"--{field.name} is {value}, {least} or more is expected")
+    for bounds in declared(type(fed_args), "LEAST"):
+        for name, least in bounds.items():
+            if not (value := getattr(fed_args, name)) >= least:
+                raise InputError(f"--{name} is {value}, {least} or more is expected")
     schedules = ("run", "round")
     if fed_args.fed_lr_schedule not in schedules:
         raise InputError(

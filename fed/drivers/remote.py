@@ -86,6 +86,7 @@ class RemoteDriver(Driver):
     may_fail = True
 
     clients: list[RemoteClient]
+    datasets: list[range]
 
     def __init__(self, run: Run):
         flags = run.flags(RemoteFlags)
@@ -107,6 +108,8 @@ class RemoteDriver(Driver):
             opened.callback(self.courier.close)
             self.board = Board(self.folder / "sites.json", names)
             self.clients = [RemoteClient(spec.name, spec.from_round) for spec in run.specs]
+            # As long as each site's data; of one that has not told yet, long enough.
+            self.datasets = [range(run.rounds) for _ in run.specs]
             self._model = self._own_model()
             self._meet_known()
             self._meet([client for client in self.clients if client.from_round == 1])
@@ -124,11 +127,6 @@ class RemoteDriver(Driver):
     def settings_of(cls, spec: ClientSpec) -> dict[str, Any]:
         """A site's own facts are compared by the site (`Ticket.facts`): a late one has none yet."""
         return {"samples": None, "data": None}
-
-    @property
-    def datasets(self) -> list[range]:
-        """A range as long as each site's data; of one that has not told yet it is long enough."""
-        return [range(c.hello.samples if c.hello else self.run_of.rounds) for c in self.clients]
 
     def close(self) -> None:
         self._opened.close()
@@ -171,8 +169,8 @@ class RemoteDriver(Driver):
                 away.append(error)
         if away and (not least or len(clients) - len(away) < least):
             raise away[0]
-        for error in away:
-            print(f"{error}; the run begins without it", flush=True)
+        for left_out in away:
+            print(f"{left_out}; the run begins without it", flush=True)
 
     def _ask_hello(self, client: RemoteClient) -> _Asked:
         ticket = self._ticket("hello", client, nonce=uuid.uuid4().hex)
@@ -209,6 +207,7 @@ class RemoteDriver(Driver):
 
     def _know(self, client: RemoteClient, hello: Hello) -> None:
         client.hello = hello
+        self.datasets[self.clients.index(client)] = range(hello.samples)
         (client.slices,) = cut(
             [self._spec(client)],
             [hello.samples],
@@ -276,7 +275,7 @@ class RemoteDriver(Driver):
             nonce=f"{self._tries(task):032x}",
         )
         spool = self.spools[client.name]
-        key = sender.ask(spool, task.state, task.extras, lambda said: ticket(state=said))
+        key = sender.ask(spool, task.state, task.extras, ticket)
         return _Asked(client, key, task, time.monotonic())
 
     def _ticket(self, kind: str, client: RemoteClient, **more: Any) -> Ticket:
@@ -372,7 +371,8 @@ class RemoteDriver(Driver):
             self.courier.keep_up()
             self._show(left, logged)
             for one in left:
-                spool, answer = self.spools[one.client.name], None
+                spool = self.spools[one.client.name]
+                answer: Answer | InputError | None
                 try:
                     answer = spool.answer(one.key)
                 except InputError as error:
@@ -416,9 +416,7 @@ class RemoteDriver(Driver):
             more = {"round": final.round, "facts": client.hello.digest}
             ticket = functools.partial(self._ticket, "stop", client, **more)
             spool = self.spools[client.name]
-            key = sender.ask(
-                spool, *sent(final, client.name), lambda said, make=ticket: make(state=said)
-            )
+            key = sender.ask(spool, *sent(final, client.name), ticket)
             spool.withdraw_all(but={key})
             asked.append(_Asked(client, key, None, time.monotonic()))
         began = time.monotonic()

@@ -22,7 +22,9 @@ class Board:
 
     def __init__(self, file: Path, sites: list[str]):
         self.file = file
-        self._rows = {site: {"state": "", "since": _now()} for site in sites}
+        self._rows: dict[str, dict[str, Any]] = {
+            site: {"state": "", "since": _now()} for site in sites
+        }
         self._spoken = dict.fromkeys(sites, -math.inf)
         self._written = ""
 
@@ -41,7 +43,8 @@ class Board:
         """
         for site, row in self._rows.items():
             state = self._state(carried[site], site in asked, progress.get(site, {}))
-            fresh = {"state": state, "since": row["since"], "asked": asked.get(site)}
+            fresh: dict[str, Any] = {"state": state, "since": row["since"]}
+            fresh["asked"] = asked.get(site)
             fresh |= {k: v for k, v in progress.get(site, {}).items() if state == AT_WORK}
             if state != row["state"]:
                 fresh["since"] = _now()

@@ -29,12 +29,12 @@ class Sender:
         spool: Spool,
         state: State,
         extras: State,
-        make_ticket: Callable[[dict[str, Any]], Ticket],
+        make_ticket: Callable[..., Ticket],
     ) -> str:
         """Place a request; returns its key.
 
         Args:
-            make_ticket: what `digest` says of the file -> the ticket.
+            make_ticket: gives the ticket, called with `state`: what `digest` says of the file.
         """
         file = own_name(spool.folder / "state")
         tensors = {f"state/{name}": tensor for name, tensor in state.items()}
@@ -42,7 +42,7 @@ class Sender:
         if not (self._is_last(tensors) and self._file and _copied(self._file, file)):
             save_with_facts(tensors, {}, file)
             self._said = digest(file)
-        key = spool.ask(make_ticket(self._said).as_json(), file)
+        key = spool.ask(make_ticket(state=self._said).as_json(), file)
         self._tensors, self._file = tensors, spool.file(key, STATE)
         return key
 

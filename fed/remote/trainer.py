@@ -57,7 +57,7 @@ class Trainer:
         self.config, self.folder = config, folder
         check_pictures(config)
         self.run = _run(config, ticket, folder, self._log_of)
-        self._data = fingerprint(config.data_path)  # before it is read: a change is seen later
+        self._data = str(fingerprint(config.data_path))  # before it is read: a change is seen later
         kind = drivers.get(self.run.arguments.fed.fed_driver)
         self.driver: Driver = kind(self.run)
         self.client = self.driver.clients[0]
@@ -92,7 +92,7 @@ class Trainer:
             flags["command"] = "its own"
         return Hello(
             samples=len(self.driver.datasets[0]),
-            data=data_fingerprint(str(self._data), run),
+            data=data_fingerprint(self._data, run),
             model=model,
             tower=tower,
             flags=flags,

@@ -5,21 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from fed import state
-from fed.arguments import own_flags
+from fed.arguments import FedArguments, declared, own_flags
 from fed.drivers.driver import Driver, Run
 from llava.train.settings import DECIDING, deciding_flags, fingerprint, training_settings
-
-FED_DECIDING = frozenset(
-    "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool".split()
-)
 
 
 def settings_of(run: Run, driver: Driver) -> dict[str, Any]:
     """The settings of a run, JSON types only."""
     of_method = {field.name for field in own_flags(run.method)}
-    of_driver = {field.name for field in own_flags(driver) if field.metadata.get("decides")}
     settings = training_settings(*run.arguments[:3])
-    settings |= deciding_flags([run.arguments.fed], FED_DECIDING | of_method | of_driver)
+    deciding = FedArguments.DECIDING.union(*declared(driver.flags or object, "DECIDING"), of_method)
+    settings |= deciding_flags([run.arguments.fed], deciding)
     settings["--fed_options"] = {name: str(value) for name, value in run.options.items()}
     settings["the state to start from"] = state.fingerprint(driver.initial)
     settings["the clients"] = [

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from fed.arguments import FedArguments, own_flags
+from fed.arguments import FedArguments, declared, own_flags
 from fed.drivers.driver import get, names
-from fed.server.resume_key import FED_DECIDING
 from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector_flags
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
@@ -28,6 +27,9 @@ from llava.train.settings import (
 
 ROOT = Path(__file__).parents[2]
 CONNECTORS = connector_flags()  # all of theirs decide
+FED_DECIDING = FedArguments.DECIDING.union(
+    *(of for name in names() for of in declared(get(name).flags or object, "DECIDING"))
+)
 OF_DRIVERS = [field for name in names() for field in own_flags(get(name))]
 OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments, *CONNECTORS)
 
@@ -55,14 +57,13 @@ ELSEWHERE = {"warmup_ratio", "group_by_length"}
 
 def own_fields(kind: type) -> set[str]:
     """The fields that a dataclass of ours adds, or sets anew."""
-    return set(kind.__annotations__)
+    return {f.name for f in dataclasses.fields(kind)} & set(kind.__annotations__)
 
 
 def test_every_flag_of_ours_decides_or_is_known_not_to():
     ours = {field.name for field in OF_DRIVERS}.union(*(own_fields(kind) for kind in OWN))
     decide = DECIDING | FED_DECIDING | set(CONTENT)
     decide |= {field.name for kind in CONNECTORS for field in dataclasses.fields(kind)}
-    decide |= {field.name for field in OF_DRIVERS if field.metadata.get("decides")}
     assert ours - decide - NOT_DECIDING == set()
     assert decide & NOT_DECIDING == set()
     assert NOT_DECIDING - ours == set()
@@ -70,6 +71,7 @@ def test_every_flag_of_ours_decides_or_is_known_not_to():
 
 def test_every_name_on_the_list_is_a_flag():
     there = {field.name for kind in OWN for field in dataclasses.fields(kind)}
+    there |= {field.name for field in OF_DRIVERS}
     assert (DECIDING | FED_DECIDING | BEST | set(CONTENT)) - there - ELSEWHERE == set()
 
 
