@@ -69,12 +69,17 @@ class Rig:
         self.processes: dict[str, subprocess.Popen] = {}
 
     def start(self, name: str) -> None:
+        """Start the server, the driver that makes numbers, or a site that does."""
         me = "tests.fed.remote.rig"
         words = {
             "server": ["fed.remote.server", str(self.folder / "kits" / "localhost")],
             "driver": [me, "driver", str(self.folder), str(self.rounds), str(self.size),
                        *self.sites],
         }.get(name, [me, "site", name, str(self.folder)])  # fmt: skip
+        self.launch(name, *words)
+
+    def launch(self, name: str, *words: str) -> None:
+        """Start `python -m WORDS` under a name."""
         with open(self.folder / f"{name}.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-u", "-m", *words],

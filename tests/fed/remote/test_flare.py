@@ -20,15 +20,18 @@ import pytest
 pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
 
 from fed.remote import kits, policy
+from fed.train import train
+from tests.fed.drivers.test_remote import weights
 from tests.fed.remote.rig import ROOT, Line, Rig, expected, free_port
+from tests.fed.remote.sites import clients_yaml, is_at_work, site_yaml
 
-SITES = ["st-mary", "north"]
+SITES = ["st-mary", "north"]  # those that make numbers; a and b train
 
 
 @pytest.fixture(scope="module")
 def all_kits(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("flare") / "kits"
-    kits.make_kits("localhost:1", SITES, output)
+    kits.make_kits("localhost:1", [*SITES, "a", "b"], output)
     return output
 
 
@@ -59,7 +62,7 @@ def listen_at(folder: Path, port: int) -> None:
 
     change(folder / "localhost/startup/fed_server.json", server)
     change(folder / "admin/startup/fed_admin.json", lambda v: v["admin"].update(port=port))
-    for site in SITES:
+    for site in (*SITES, "a", "b"):
         connect_to(folder, site, port)
 
 
@@ -80,17 +83,39 @@ def asked(rig, site: str) -> bool:
     return any((rig.folder / site / "spool").glob("*/*.req"))
 
 
-def test_kills_change_nothing(rig):
-    """Two rounds; a site and the server are killed while they are needed."""
-    start_all(rig)
-    rig.wait(lambda: asked(rig, "north"), 40, "a request at a site")
-    rig.kill("north")
-    rig.start("north")
-    rig.wait(lambda: (rig.folder / "state.1").exists(), 60, "the first round")
+def test_sites_end_in_the_bits_of_a_resident_run_through_kills(rig, flags, tiny, tmp_path):
+    """Two rounds of `fed.train`; a site and the server are killed while they are needed."""
+    common = {"fed_rounds": 2, "fed_one_pass": False, "num_train_epochs": 12}
+    here, there = tmp_path / "resident", tmp_path / "out"
+    train(flags(fed_clients=tiny / "clients.yaml", output_dir=here, **common))
+
+    names = clients_yaml(tmp_path, {"name": "a"}, {"name": "b"})
+    remote = {"fed_driver": "remote", "fed_remote_kit": tmp_path / "kits/admin"}
+    argv = flags(fed_clients=names, output_dir=there, **common, **remote)
+    files = {
+        name: str(site_yaml(tmp_path, tiny, name, "", courier="flare", folder=None,
+                            kit=str(tmp_path / "kits" / name)))
+        for name in "ab"
+    }  # fmt: skip
+    rig.start("server")
+    for name, file in files.items():
+        rig.launch(name, "fed.site", file)
+    rig.launch("run", "fed.train", *argv)
+
+    spool = there / "fed" / "spool"
+    rig.wait(lambda: is_at_work(spool / "a"), 90, "site a is at work")
+    rig.kill("a")
+    rig.launch("a", "fed.site", files["a"])
+    rig.wait(lambda: rounds_of(there) == 1, 90, "the first round")
     rig.kill("server")
     rig.start("server")
-    rig.wait(rig.done, 60, "the end")
-    assert rig.result() == expected(SITES, rig.rounds, rig.size)
+    rig.wait(lambda: rig.processes["run"].poll() == 0, 90, "the end of the run")
+    assert weights(there) == weights(here) != {}
+
+
+def rounds_of(output: Path) -> int:
+    file = output / "rounds.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 @pytest.fixture
