@@ -36,8 +36,10 @@ def read_certificate(path: Path) -> Certificate:
         raise InputError(f"sites on other machines need {INSTALL}") from None
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
-        name = found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
-        company = found.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
+        name, company = (
+            str(found.subject.get_attributes_for_oid(which)[0].value)
+            for which in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME)
+        )
     except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{path}: not a certificate of a kit ({reason(error)})") from None
     begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
@@ -52,4 +54,4 @@ def read_certificate(path: Path) -> Certificate:
             f"{path}: the certificate of {name} begins on {begins:%Y-%m-%d %H:%M} UTC, and here it "
             f"is {now:%Y-%m-%d %H:%M} UTC: this clock or the coordinator's is wrong"
         )
-    return Certificate(str(name), str(company), ends)
+    return Certificate(name, company, ends)

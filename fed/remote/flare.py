@@ -80,7 +80,8 @@ class DriverSide(Courier):
             return
         if all(heard(self.spool / site) for site in self.sites):
             return
-        command = ["fed.remote.flare_watch", self.kit.folder, self.kit.name, self.spool.absolute()]
+        kit, spool = str(self.kit.folder), str(self.spool.absolute())
+        command = ["fed.remote.flare_watch", kit, self.kit.name, spool]
         with open(self.spool / ".watch.log", "ab") as log:
             self._watch = _start([*command, *self.sites], log)
         self._began = time.time()
