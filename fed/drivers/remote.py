@@ -230,9 +230,11 @@ class RemoteDriver(Driver):
         asked = []
         for task in tasks:
             client = task.client
+            if not client.samples(task.round):
+                continue
             if client.hello is None:
                 asked.append(self._ask_hello(client))
-            elif client.samples(task.round):
+            else:
                 asked.append(self._ask(task, sender))
         keys = {one.key for one in asked}
         for spool in self.spools.values():  # what an earlier start has asked for, or a late round

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import subprocess
@@ -122,6 +123,7 @@ class StandIn(threading.Thread):
                     self.look(Spool(self.folder, self.name_of_site))
         except BaseException as error:
             self.error = error
+            _thread.interrupt_main()  # or the driver would wait for ever
 
     def look(self, spool: Spool) -> None:
         spool.forget()
@@ -137,7 +139,7 @@ class StandIn(threading.Thread):
                 self.reply(self, spool, key, ticket)
 
     def hello(self) -> Hello:
-        cache = self.tiny / "fingerprints.json"
+        cache = self.folder / "fingerprints.json"
         model, tower = (
             model_fingerprint(str(self.tiny / part), cache) for part in ("llm", "vision_tower")
         )
