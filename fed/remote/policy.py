@@ -169,7 +169,7 @@ def check_kit(folder: str | os.PathLike, role: str | None = None) -> Kit:
             f"{folder}: not a kit: startup/{_STARTUP[role or 'site']} is expected in it"
         )
     if role is not None and found[0] != role:
-        raise InputError(f"{folder}: this is the {found[0]}'s kit, a {role}'s is expected")
+        raise InputError(f"{folder}: this is the {found[0]}'s kit, that of the {role} is expected")
     server = _STARTUP_CHECKS[found[0]](root)
     which = "server.crt" if found[0] == "server" else "client.crt"
     return Kit(root, found[0], server, read_certificate(root / "startup" / which))

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def serve(folder: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(file, stream)
+    for number in (signal.SIGINT, signal.SIGTERM):  # FLARE's threads would outlive an exception
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     run_flare("server", kit)
 
 

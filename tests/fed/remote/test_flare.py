@@ -275,6 +275,29 @@ def test_a_strict_site_refuses_other_jobs_whatever_the_server_allows(loose_serve
     assert not marker.exists()
 
 
+@pytest.mark.slow
+def test_a_loose_site_would_have_run_that_code(loose_server, tmp_path):
+    """What the test above would see if a strict policy did nothing."""
+    rig = loose_server
+    admin, site = tmp_path / "kits/admin", tmp_path / "kits/st-mary"
+    user = policy.check_kit(admin).name
+    rig.kill("st-mary")
+    change(site / "local/resources.json", lambda v: v.update(class_allow_list=["*"]))
+    change(
+        site / "local/authorization.json", lambda v: v["permissions"].update(project_admin="any")
+    )
+    client = flare("client", site, tmp_path / "loose.log", uid="st-mary", org="st_mary")
+    try:
+        rig.wait(lambda: "st-mary" in ask(admin, user).get("clients", []), 60, "st-mary is there")
+        marker = tmp_path / "marker"
+        code = f"open({str(marker)!r}, 'w').close()\n"
+        ask(admin, user, job(tmp_path / "with-code", "evil.Evil", code))
+        assert marker.exists()
+    finally:
+        client.kill()
+        client.wait()
+
+
 def server_log(rig) -> str:
     kit = rig.folder / "kits/localhost"
     files = [kit / "log.txt", rig.folder / "server.log"]

@@ -228,7 +228,7 @@ def test_a_broken_kit_is_refused(own, change, message):
 
 
 def test_a_kit_for_another_role_is_refused(own):
-    with pytest.raises(InputError, match="this is the admin's kit, a site's is expected"):
+    with pytest.raises(InputError, match="this is the admin's kit, that of the site is expected"):
         policy.check_kit(own / "admin", "site")
 
 
