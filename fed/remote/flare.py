@@ -87,14 +87,17 @@ class DriverSide(Courier):
         self._began = time.time()
 
     def status(self) -> dict[str, str]:
-        away = {site: CONNECTED for site in self.sites if heard(self.spool / site)}
         told: dict[str, str] = {}
-        with contextlib.suppress(InputError):
-            told = read_json(self.spool / WATCH)
-        return {
-            site: away.get(site) or (f"{AWAY}: {told[site]}" if site in told else AWAY)
-            for site in self.sites
-        }
+        if self._watch is not None and changed(self.spool / WATCH) > self._began:
+            with contextlib.suppress(InputError):
+                told = read_json(self.spool / WATCH)
+
+        def of(site: str) -> str:
+            if heard(self.spool / site):
+                return CONNECTED
+            return f"{AWAY}: {told[site]}" if site in told else AWAY
+
+        return {site: of(site) for site in self.sites}
 
     def close(self) -> None:
         """End the watch and the jobs; what they have not carried yet, the next ones will."""

@@ -39,6 +39,10 @@ _ALONE = 60.0  # seconds without an answer after which the site's part gives its
 _LIFE = 6 * 3600.0  # seconds after which a job is renewed: FLARE's processes grow with time
 
 
+class _OverError(Exception):
+    """The server's part has ended the job."""
+
+
 class ServerJob(Controller):
     """The server's part.
 
@@ -87,10 +91,13 @@ class ServerJob(Controller):
 
     def _answer(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         peer, end = fl_ctx.get_peer_context(), self._end
-        if end is None or peer is None or peer.get_identity_name() != self._site:
+        if peer is None or peer.get_identity_name() != self._site:
             return make_reply(ReturnCode.BAD_REQUEST_DATA)
         message = request[_MESSAGE]
         reply = make_reply(ReturnCode.OK)
+        if end is None:
+            reply[_MESSAGE] = {"over": True}
+            return reply
         reply[_MESSAGE] = end.answer(message)
         # After a piece the next one is under way, and may take its time on a slow line.
         patience = SILENCE if message.get("do") == "look" else _PIECE_TIMEOUT
@@ -123,6 +130,8 @@ class SiteJob(Executor):
             while not abort_signal.triggered and time.monotonic() - answered < _ALONE:
                 try:
                     moved = end.step()
+                except _OverError:
+                    break
                 except LostError as error:
                     self._report(str(error))
                     time.sleep(1)
@@ -152,6 +161,8 @@ class SiteJob(Executor):
         if reply is None or reply.get_return_code() != ReturnCode.OK or _MESSAGE not in reply:
             code = "nothing" if reply is None else reply.get_return_code()
             raise LostError(f"no answer from the server ({code}); trying on")
+        if "over" in reply[_MESSAGE]:
+            raise _OverError
         return dict(reply[_MESSAGE])
 
     def _report(self, trouble: str) -> None:
