@@ -84,6 +84,8 @@ def test_sites_end_in_the_bits_of_the_resident_driver(name, two_sites, flags, ti
     both = [{"name": n, **own[n], "task": tasks[n]} for n in "ab"]
     here, there = tmp_path / "resident", two_sites / name
     common = {"fed_rounds": 2, **RUNS[name]}
+    if name == "fedavg":
+        common["fed_eval_data_path"] = tiny / "heldout.json"
     entries = [{**entry, **data[entry["name"]]} for entry in both]
     train(flags(fed_clients=clients_yaml(tmp_path, *entries), output_dir=here, **common))
     train(flags(fed_clients=clients_yaml(tmp_path, *both), output_dir=there, **common, **REMOTE))
@@ -111,9 +113,9 @@ def test_killed_sites_and_a_killed_driver_change_nothing(flags, tiny, tmp_path):
         "fed_rounds": 2,
         "fed_method": "scaffold",
         "fed_one_pass": False,
-        "num_train_epochs": 60,
+        "num_train_epochs": 30,
         "save_strategy": "steps",
-        "save_steps": 50,
+        "save_steps": 40,
     }
     train(flags(fed_clients=tiny / "clients.yaml", output_dir=tmp_path / "calm", **common))
 

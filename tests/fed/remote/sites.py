@@ -22,7 +22,7 @@ from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket, run_flags
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 120.0  # that anything may take before a test gives up
+SECONDS = 600.0  # that anything may take before a test gives up
 
 
 def wait_for(what: Callable[[], object], pause: float = 0.01):
