@@ -251,9 +251,8 @@ def test_a_task_begins_with_what_was_kept_in_the_last_round_that_counted(
         assert expected.keys() == found.keys()
     for file in (asker.site.config.work / "runs").rglob("0001.safetensors"):
         file.unlink()
-    answer = asker.ask(
-        "task", start_from, flags=flags, task="x", facts=asker.facts.digest, round=4, last_round=1
-    )
+    last = {"round": 4, "last_round": 1, "nonce": "1" * 32}  # asked for once more
+    answer = asker.ask("task", start_from, flags=flags, task="x", facts=asker.facts.digest, **last)
     assert "came to nothing" in answer.reason  # what was kept is lost, and is not made up
     assert "0001.safetensors" in capfd.readouterr().out
 
