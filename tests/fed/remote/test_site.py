@@ -268,6 +268,10 @@ def test_a_command_of_its_own(tmp_path, tiny, flags):
     asker = Asker(tmp_path, tiny, command=f"bash {tmp_path}/own.sh")
     facts = asker.meet()
     assert facts.flags["command"] == "its own"
+    answer = asker.ask("hello", flags={**FLAGS, "fed_method": "scaffold"})
+    assert answer.refused  # the method is named: it is a matter of flags, not of data
+    assert "--fed_method scaffold changes the clients' own steps" in answer.reason
+    asker.meet()
     state = asker.site._trainer.driver.initial
     update = load_update(asker.ask("task", state, round=1, facts=facts.digest).update)
     assert all(bool((update.state[name] == state[name]).all()) for name in state)
