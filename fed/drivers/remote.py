@@ -141,7 +141,7 @@ class RemoteDriver(Driver):
     # Hello.
 
     def _own_model(self) -> dict[str, str]:
-        """Fingerprints of the model here; of a part of which there is but a config, none."""
+        """Fingerprints of the model here; "" of a part of which there is but a config."""
         model, cache = self.run_of.arguments.model, self.folder / "fingerprints.json"
         paths = {"model": model.model_name_or_path, "tower": str(model.vision_tower)}
         return {name: model_fingerprint(path, cache) for name, path in paths.items()}
@@ -189,8 +189,9 @@ class RemoteDriver(Driver):
                 raise InputError(f"{who} says: {answer.reason}")
             hello = read_hello(answer.facts, who)
             for part, what in (("model", "language model"), ("tower", "vision tower")):
-                found, expected = getattr(hello, part), self._model[part]
-                if found != expected:
+                found = getattr(hello, part)
+                known = [getattr(c.hello, part) for c in self.clients if c.hello]
+                for expected in {self._model[part], *known} - {"", found}:
                     raise InputError(
                         f"{who} has another {what} than this run: the fingerprint of its files is "
                         f"{found}, expected {expected}"

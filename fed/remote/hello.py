@@ -85,6 +85,8 @@ def data_fingerprint(content: str, run: str) -> str:
 def model_fingerprint(path: str, cache: Path) -> str:
     """16 hex digits over the files of a model that decide what it is, wherever it lies.
 
+    "" where a folder has no weights.
+
     Args:
         path: a folder, or a name on a hub whose files have been loaded.
         cache: a JSON file that remembers the fingerprints of files that have not changed since.
@@ -93,6 +95,8 @@ def model_fingerprint(path: str, cache: Path) -> str:
 
     folder = folder_of(path)
     files = sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)})
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        return ""
     try:
         known = read_json(cache)
     except InputError:

@@ -20,7 +20,7 @@ from fed.remote.site_yaml import SiteConfig
 from fed.remote.spool import Spool
 from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket
-from fed.remote.trainer import Trainer, remove_run
+from fed.remote.trainer import Trainer, make_run, remove_run
 from llava.atomic import own_name, write_text
 from llava.errors import InputError
 from llava.json_files import read_json
@@ -44,7 +44,9 @@ def serve(config: SiteConfig) -> None:
     try:
         courier = make_site_courier(config)
         with contextlib.closing(courier), _beating(courier):
-            _say(f"site {config.name}: ready, {config.work}")
+            _say(f"site {config.name}: ready")
+            if not courier.spools():
+                _say(f"there is no run yet that has a site {config.name}")
             site = Site(config)
             while True:
                 if not any([site.look(spool) for spool in courier.spools()]):
@@ -66,6 +68,8 @@ class Site:
         spool.forget()
         keys = spool.requests()
         for key in keys:
+            if not spool.is_asked(key):  # any more
+                continue
             try:
                 self._answer(spool, key)
             except WithdrawnError:
@@ -126,7 +130,11 @@ class Site:
             self._trainer = None
         if self._trainer is None:
             _say("loading the model")
-            self._trainer, self._mark = Trainer(self.config, ticket, folder), mark
+            try:
+                run = make_run(self.config, ticket, folder)
+            except InputError as error:  # of flags alone: neither data nor model are looked at
+                raise RefusalError(str(error)) from None
+            self._trainer, self._mark = Trainer(self.config, run, folder), mark
         self._trainer.folder = folder
         return self._trainer
 

@@ -66,7 +66,7 @@ class Spool:
     def keys(self, *kinds: str) -> list[str]:
         """The keys that have a file of one of these kinds, the oldest file first."""
         found: dict[str, int] = {}
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
             for kind in kinds:
                 key = path.name.removesuffix(kind)
                 if path.name.endswith(kind) and _KEY.fullmatch(key):

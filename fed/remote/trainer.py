@@ -7,6 +7,7 @@ for all clients, so that a site's update is that of a resident run, to the bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import shutil
 from collections.abc import Callable, Mapping
@@ -50,13 +51,14 @@ class Trainer:
     """A model and the site's data, loaded for a ticket's settings.
 
     Args:
+        run: of `make_run`.
         folder: the run's, within the site's work folder.
     """
 
-    def __init__(self, config: SiteConfig, ticket: Ticket, folder: Path):
+    def __init__(self, config: SiteConfig, run: Run, folder: Path):
         self.config, self.folder = config, folder
         check_pictures(config)
-        self.run = _run(config, ticket, folder, self._log_of)
+        self.run = dataclasses.replace(run, log_of=self._log_of)
         self._data = str(fingerprint(config.data_path))  # before it is read: a change is seen later
         kind = drivers.get(self.run.arguments.fed.fed_driver)
         self.driver: Driver = kind(self.run)
@@ -182,8 +184,8 @@ class Trainer:
         return log
 
 
-def _run(config: SiteConfig, ticket: Ticket, folder: Path, log_of: Callable[[str], Log]) -> Run:
-    """The run of this site alone."""
+def make_run(config: SiteConfig, ticket: Ticket, folder: Path) -> Run:
+    """The run of this site alone; `InputError` for flags that do not go together here."""
     own = {
         "model_name_or_path": config.model_name_or_path,
         "vision_tower": config.vision_tower,
@@ -207,7 +209,7 @@ def _run(config: SiteConfig, ticket: Ticket, folder: Path, log_of: Callable[[str
     )
     client_args = [validation.arguments_of(spec, argv, arguments)]
     method = methods.get(arguments.fed.fed_method)
-    return Run([spec], arguments, client_args, method, options, log_of)
+    return Run([spec], arguments, client_args, method, options, lambda name: lambda *told: None)
 
 
 def check_pictures(config: SiteConfig) -> None:

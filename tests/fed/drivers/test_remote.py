@@ -84,6 +84,8 @@ def test_sites_end_in_the_bits_of_the_resident_driver(name, two_sites, flags, ti
     both = [{"name": n, **own[n], "task": tasks[n]} for n in "ab"]
     here, there = tmp_path / "resident", two_sites / name
     common = {"fed_rounds": 2, **RUNS[name]}
+    if name == "fedavg":
+        common["fed_eval_data_path"] = tiny / "heldout.json"
     entries = [{**entry, **data[entry["name"]]} for entry in both]
     train(flags(fed_clients=clients_yaml(tmp_path, *entries), output_dir=here, **common))
     train(flags(fed_clients=clients_yaml(tmp_path, *both), output_dir=there, **common, **REMOTE))
@@ -111,9 +113,9 @@ def test_killed_sites_and_a_killed_driver_change_nothing(flags, tiny, tmp_path):
         "fed_rounds": 2,
         "fed_method": "scaffold",
         "fed_one_pass": False,
-        "num_train_epochs": 60,
+        "num_train_epochs": 30,
         "save_strategy": "steps",
-        "save_steps": 50,
+        "save_steps": 40,
     }
     train(flags(fed_clients=tiny / "clients.yaml", output_dir=tmp_path / "calm", **common))
 
@@ -334,6 +336,25 @@ def test_a_round_goes_on_without_a_site_that_is_away(sites, tiny, tmp_path, capf
     assert "round 1/2  goes on without b" in said
 
 
+def test_an_answer_that_comes_too_late_is_not_used(sites):
+    seen = []
+
+    def late(stand_in, spool, key, ticket):
+        seen.append(ticket)
+        if ticket.round == 1:  # it answers when nobody asks any more
+            update = stand_in.update(spool, key, ticket)
+            wait_for(lambda: not spool.is_asked(key))
+            stand_in.give(spool, key, dataclasses.replace(update, num_samples=1))
+        else:
+            StandIn.usual(stand_in, spool, key, ticket)
+
+    found, _ = sites(b=late, fed_client_timeout=2, fed_min_clients=1)
+    assert [list(record["clients"]) for record in found] == [["a"], ["a", "b"]]
+    assert "round 1: no answer within 2 s (the site is connected)" in found[0]["failed"]["b"]
+    assert found[1]["clients"]["b"]["samples"] == 6
+    assert [(ticket.round, ticket.last_round) for ticket in seen] == [(1, 0), (2, 0)]
+
+
 def test_a_late_site_may_be_absent_at_the_start(sites, flags, tiny, tmp_path):
     late = [{"name": "a"}, {"name": "b", "from_round": 2}]
     out = tmp_path / "out"
@@ -350,15 +371,30 @@ def test_a_late_site_may_be_absent_at_the_start(sites, flags, tiny, tmp_path):
     assert [t.kind for t in second.tickets] == ["hello", "task", "stop"]
 
 
-def test_a_site_with_another_model_has_no_part(sites, tiny, tmp_path, monkeypatch):
-    other = StandIn.hello
+def refuses(own):
+    raise InputError("--seed is not a flag that this site lets a run set")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: dataclasses.replace(own, tower="f" * 16), "another vision tower than .*ffff"),
+        (lambda own: dataclasses.replace(own, model="f" * 16), "another language model than .*ff"),
+        (lambda own: dataclasses.replace(own, samples=0), "its facts are .*'samples': 0"),
+        (lambda own: dataclasses.replace(own, samples="12"), "its facts have samples '12'"),
+        (lambda own: dataclasses.replace(own, flags={"x": 1}), "its facts have flags {'x': 1}"),
+        (refuses, "says: --seed is not a flag that this site lets a run set"),
+    ],
+)
+def test_a_site_that_has_no_part_in_a_run(sites, monkeypatch, change, message):
+    usual = StandIn.hello
 
     def hello(self):
-        own = other(self)
-        return dataclasses.replace(own, tower="f" * 16) if self.name_of_site == "b" else own
+        own = usual(self)
+        return change(own) if self.name_of_site == "b" else own
 
     monkeypatch.setattr(StandIn, "hello", hello)
-    with pytest.raises(InputError, match="site b has another vision tower than this run: .*ffff"):
+    with pytest.raises(InputError, match=f"site b:? (has )?{message}"):
         sites()
 
 

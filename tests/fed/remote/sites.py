@@ -20,9 +20,10 @@ from fed.remote.hello import Hello, model_fingerprint
 from fed.remote.spool import DONE, FAILED, PROGRESS, REQUEST, UPDATE, Spool
 from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket, run_flags
+from llava.errors import InputError
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 120.0  # that anything may take before a test gives up
+SECONDS = 600.0  # that anything may take before a test gives up
 
 
 def wait_for(what: Callable[[], object], pause: float = 0.01):
@@ -132,7 +133,10 @@ class StandIn(threading.Thread):
             ticket = read_ticket(spool.ticket(key), spool.site, run_flags())
             self.tickets.append(ticket)
             if ticket.kind == "hello":
-                spool.give(key, self.hello().as_json())
+                try:
+                    spool.give(key, self.hello().as_json())
+                except InputError as error:
+                    spool.fail(key, str(error), refused=True)
             elif ticket.kind == "stop":
                 spool.give(key, {})
             else:

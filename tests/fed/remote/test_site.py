@@ -205,6 +205,58 @@ def test_another_request_of_the_same_round_does_not_go_on_from_the_last_ones_ste
     assert all(bool((again[name] == whole[name]).all()) for name in whole)
 
 
+KEEPERS = {
+    "scaffold": {"fed_method": "scaffold"},
+    "pilot": {
+        "fed_method": "pilot",
+        "mm_projector_type": "pilot",
+        "pilot_tasks": ["x", "y"],
+        "tune_mm_mlp_adapter": "False",
+        "lora_enable": "True",
+        "lora_r": "2",
+    },
+}
+
+
+@pytest.mark.parametrize("method", KEEPERS)
+def test_a_task_begins_with_what_was_kept_in_the_last_round_that_counted(
+    tmp_path, tiny, method, capfd
+):
+    """Three rounds of which the second one's update has not reached the driver, and two alone."""
+    flags = {**FLAGS, **KEEPERS[method], "fed_rounds": "4", "fed_one_pass": "False"}
+    ends = []
+    for name, uncounted in (("two", []), ("four", [2, 3])):
+        asker = Asker(tmp_path / name, tiny)
+        asker.meet(flags=flags, task="x")
+        start_from = asker.state()
+        for round in (1, *uncounted, 4):
+            asker.sender = Sender()
+            answer = asker.ask(
+                "task",
+                start_from,
+                flags=flags,
+                task="x",
+                facts=asker.facts.digest,
+                round=round,
+                last_round=1 if round > 1 else 0,
+            )
+            assert answer.reason is None, answer.reason
+            update = load_update(answer.update)
+            assert not update.kept
+            ends.append(update)
+    lone, late = ends[1], ends[-1]
+    for part in ("state", "extras"):
+        expected, found = getattr(lone, part), getattr(late, part)
+        assert all(bool((expected[name] == found[name]).all()) for name in expected)
+        assert expected.keys() == found.keys()
+    for file in (asker.site.config.work / "runs").rglob("0001.safetensors"):
+        file.unlink()
+    last = {"round": 4, "last_round": 1, "nonce": "1" * 32}  # asked for once more
+    answer = asker.ask("task", start_from, flags=flags, task="x", facts=asker.facts.digest, **last)
+    assert "came to nothing" in answer.reason  # what was kept is lost, and is not made up
+    assert "0001.safetensors" in capfd.readouterr().out
+
+
 def test_a_command_of_its_own(tmp_path, tiny, flags):
     """As clients of the script driver: an answer is what the command has left."""
     (tmp_path / "own.sh").write_text(
@@ -216,6 +268,10 @@ def test_a_command_of_its_own(tmp_path, tiny, flags):
     asker = Asker(tmp_path, tiny, command=f"bash {tmp_path}/own.sh")
     facts = asker.meet()
     assert facts.flags["command"] == "its own"
+    answer = asker.ask("hello", flags={**FLAGS, "fed_method": "scaffold"})
+    assert answer.refused  # the method is named: it is a matter of flags, not of data
+    assert "--fed_method scaffold changes the clients' own steps" in answer.reason
+    asker.meet()
     state = asker.site._trainer.driver.initial
     update = load_update(asker.ask("task", state, round=1, facts=facts.digest).update)
     assert all(bool((update.state[name] == state[name]).all()) for name in state)
