@@ -7,8 +7,8 @@ Data, pictures and whatever a client keeps stay on this machine.
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 import transformers
@@ -16,15 +16,16 @@ import transformers
 from fed.drivers.process_groups import unwound_by_signals
 from fed.remote.site import serve
 from fed.remote.site_yaml import read_site
-from llava.errors import InputError, one_clear_error
+from llava.errors import one_clear_error
 
 
 def site(argv: Sequence[str] | None = None) -> None:
     """Serve the site of a site.yaml."""
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise InputError("usage: python -m fed.site site.yaml")
-    config = read_site(argv[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fed.site", description="Train at a site of a federated run, when asked."
+    )
+    parser.add_argument("file", metavar="site.yaml", help="what the site has, and what it allows")
+    config = read_site(parser.parse_args(argv).file)
     if config.process.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(config.process.gpus)
     with unwound_by_signals():

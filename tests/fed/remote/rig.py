@@ -96,11 +96,10 @@ class Rig:
         self.processes[name].send_signal(number)
         self.processes.pop(name).wait()
 
-    def job(self, site: str) -> int | None:
-        """The number of the process of a site's job at the site."""
-        kit = str(self.folder / "kits" / site)
-        for pid, command in commands(kit):
-            if "worker_process" in command:
+    def job(self, kit: str) -> int | None:
+        """The number of a job's process at the server (localhost) or at a site."""
+        for pid, command in commands(str(self.folder / "kits" / kit)):
+            if "worker_process" in command or "runner_process" in command:
                 return pid
         return None
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -111,6 +112,13 @@ def test_sites_end_in_the_bits_of_a_resident_run_through_kills(rig, flags, tiny,
     rig.start("server")
     rig.wait(lambda: rig.processes["run"].poll() == 0, 90, "the end of the run")
     assert weights(there) == weights(here) != {}
+    # Nothing of the records or their pictures has come to the server.
+    for folder in (tmp_path / "kits/localhost", spool):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                assert not re.search(
+                    rb"a (red|green|blue) picture|[ab]-\d+\.png", file.read_bytes()
+                )
 
 
 def rounds_of(output: Path) -> int:
@@ -138,8 +146,8 @@ def test_random_kills_and_cuts_change_nothing(rig, line):
         time.sleep(luck.choice([0, 3]))
         rig.start(name)
 
-    def kill_job(site: str) -> None:
-        if (pid := rig.job(site)) is not None:
+    def kill_job(kit: str) -> None:
+        if (pid := rig.job(kit)) is not None:
             os.kill(pid, signal.SIGKILL)
 
     def cut(state: str, seconds: float) -> None:
@@ -156,7 +164,7 @@ def test_random_kills_and_cuts_change_nothing(rig, line):
 
     faults = [
         *(functools.partial(restart, name) for name in ("server", "driver", *SITES)),
-        *(functools.partial(kill_job, site) for site in SITES),
+        *(functools.partial(kill_job, kit) for kit in ("localhost", *SITES)),
         *(functools.partial(cut, state, 5) for state in ("closed", "silent")),
         *(cut_in_a_file, cut_in_a_file),
         functools.partial(cut, "silent", 90),
