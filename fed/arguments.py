@@ -104,7 +104,10 @@ class FedArguments:
     )
     fed_driver: str = field(
         default="resident",
-        metadata={"help": "How clients are run: `resident` (one process) or `script` (one each)."},
+        metadata={
+            "help": "How clients are run: `resident` (one process), `script` (one each), or "
+            "`remote` (on other machines)."
+        },
     )
     fed_wire: str = field(
         default="float32",

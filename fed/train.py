@@ -8,6 +8,7 @@ checkpoints instead.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -58,7 +59,15 @@ def _train(argv: list[str], kind: type[Driver], group: WorkerGroup) -> None:
     logger = RunLogger(arguments.training, reporters if group.main else [])
 
     run = Run(specs, arguments, client_args, method, options, logger.of_client, group)
-    driver = kind(run)
+    with contextlib.closing(kind(run)) as driver:
+        _run(run, driver, logger)
+
+
+def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
+    """The rounds of a run whose clients are there."""
+    arguments, method, options, rounds = run.arguments, run.method, run.options, run.rounds
+    fed_args, group = arguments.fed, run.group
+    validation.check_samples(fed_args, [len(data) for data in driver.datasets], rounds)
     counts = [sum(c.samples(r) > 0 for c in driver.clients) for r in range(1, rounds + 1)]
     validation.rehearse(fed_args, options, counts)  # once more: a slice may be empty
     loop = RoundLoop(
@@ -71,7 +80,7 @@ def _train(argv: list[str], kind: type[Driver], group: WorkerGroup) -> None:
         seed=arguments.training.seed,
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
-        task_of={spec.name: spec.task for spec in specs if spec.task is not None},
+        task_of={spec.name: spec.task for spec in run.specs if spec.task is not None},
         evaluate=_measurer(driver, arguments) if group.main else None,
         evaluate_every=fed_args.fed_eval_every,
         log=logger.of_round,

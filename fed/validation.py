@@ -133,10 +133,16 @@ def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> N
                 f"--fed_method {name} and --mm_projector_type {other.connector} go together, here "
                 f"they are {method.name} and {model_args.mm_projector_type}"
             )
-    if method.store is not None and not kind.trains_here:
+    if method.store is not None and not (kind.trains_here or kind.clients_keep):
         raise InputError(
             f"{who} has no place with --fed_driver {fed_args.fed_driver}: clients' private "
             "parameters are put into the model by the resident one"
+        )
+    if method.store is not None and kind.clients_keep and fed_args.fed_eval_data_path:
+        raise InputError(
+            f"{who} has no place with --fed_eval_data_path under --fed_driver "
+            f"{fed_args.fed_driver}: a client's private parameters stay there, and without them "
+            "its model cannot be measured here"
         )
     if method.client_rule is not None:
         _check_steps_changed(who, kind, training_args, fed_args)
@@ -146,7 +152,7 @@ def _check_steps_changed(
     who: str, kind: type[Driver], training_args: TrainingArguments, fed_args: FedArguments
 ) -> None:
     """Refuse where a method's rule for the clients' steps would have no effect, or no sense."""
-    if not kind.trains_here:
+    if not (kind.trains_here or kind.clients_keep):
         raise InputError(
             f"{who} changes the clients' own steps, which a script of --fed_driver "
             f"{fed_args.fed_driver} does not know of; --fed_driver resident does"
@@ -233,8 +239,24 @@ def check_round(
         raise InputError(
             f"--fed_min_clients is {fed_args.fed_min_clients}, a round has {asked or there} clients"
         )
+    if all(spec.from_round > 1 for spec in specs):
+        raise InputError("--fed_clients: no client has from_round 1")
     joined = [sum(spec.from_round <= r for spec in specs) for r in range(1, rounds + 1)]
     rehearse(fed_args, options, [1] if fed_args.fed_pool else joined)
+
+
+def check_samples(fed_args: FedArguments, samples: Sequence[int], rounds: int) -> None:
+    """Refuse one pass over so few samples that some rounds would have none.
+
+    Args:
+        samples: how many each client has.
+    """
+    most = sum(samples) if fed_args.fed_pool else max(samples)
+    if fed_args.fed_one_pass and most < rounds:
+        raise InputError(
+            f"--fed_rounds is {rounds}, but no client has more than {most} samples: some rounds "
+            "would have none (one pass sees each sample once)"
+        )
 
 
 def arguments_of(

@@ -51,6 +51,7 @@ class KeyReader(Protocol):
     """A driver, as much as clients.yaml knows of it; `fed.drivers.driver.Driver`."""
 
     keys: ClassVar[tuple[str, ...]]
+    data_here: ClassVar[bool]
 
     @classmethod
     def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> Any: ...
@@ -133,17 +134,7 @@ def _client(
             raise InputError(f"{where} has {key}, which is for --fed_driver {of_others[key]}")
         if key not in known:
             raise InputError(f"{where} has unknown key {key!r}{did_you_mean(str(key), known)}")
-    if entry.get("data_path") is None:
-        raise InputError(f"{where} has no data_path")
-    data_path = _path(path.parent, "data_path", entry["data_path"], where)
-    if not data_path.is_file():
-        raise InputError(f"{where}: data_path {data_path} does not exist")
-    image_folder = None
-    if entry.get("image_folder") is not None:
-        folder = _path(path.parent, "image_folder", entry["image_folder"], where)
-        if not folder.is_dir():
-            raise InputError(f"{where}: image_folder {folder} does not exist")
-        image_folder = str(folder)
+    data_path, image_folder = _data(path, entry, where, driver is None or driver.data_here)
     task = entry.get("task")
     if "task" in entry and not (isinstance(task, str) and re.fullmatch(r"[A-Za-z0-9_-]+", task)):
         raise InputError(
@@ -155,7 +146,27 @@ def _client(
         raise InputError(f"{where} has from_round {first!r}; a round's number is expected, from 1")
     overrides = {key: flag_of(key, value, where) for key, value in entry.items() if key in flags}
     of_driver = driver.read_keys(entry, path.parent, where) if driver else None
-    return ClientSpec(name, str(data_path), image_folder, overrides, of_driver, task, first)
+    return ClientSpec(name, data_path, image_folder, overrides, of_driver, task, first)
+
+
+def _data(path: Path, entry: dict, where: str, here: bool) -> tuple[str, str | None]:
+    """A client's data_path and image_folder; "" and None where its data are not on this machine."""
+    if not here:
+        for key in ("data_path", "image_folder"):
+            if key in entry:
+                raise InputError(f"{where} has {key}; where a site's data lie, its site.yaml says")
+        return "", None
+    if entry.get("data_path") is None:
+        raise InputError(f"{where} has no data_path")
+    data_path = _path(path.parent, "data_path", entry["data_path"], where)
+    if not data_path.is_file():
+        raise InputError(f"{where}: data_path {data_path} does not exist")
+    if entry.get("image_folder") is None:
+        return str(data_path), None
+    folder = _path(path.parent, "image_folder", entry["image_folder"], where)
+    if not folder.is_dir():
+        raise InputError(f"{where}: image_folder {folder} does not exist")
+    return str(data_path), str(folder)
 
 
 def _path(folder: Path, key: str, value: object, where: str) -> Path:

@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 
 from fed.clients.clients_yaml import ClientSpec
-from llava.errors import InputError
 
 
 def seed_of(*parts: object) -> int:
@@ -36,24 +35,13 @@ def cut(
     Args:
         samples: how many each client has.
         one_pass: each sample at most once; else a round sees the whole shard.
-
-    Raises:
-        InputError: nobody is there in the first round, or one pass cannot fill every round.
     """
-    most = max(samples)
     absent: list[list[list[int]]] = [[[]] * min(spec.from_round - 1, rounds) for spec in specs]
-    if min(map(len, absent)) > 0:
-        raise InputError("--fed_clients: no client has from_round 1")
     if not one_pass:
         return [
             [*away, *[list(range(count))] * (rounds - len(away))]
             for away, count in zip(absent, samples, strict=True)
         ]
-    if most < rounds:
-        raise InputError(
-            f"--fed_rounds is {rounds}, but no client has more than {most} samples: some rounds "
-            "would have none (one pass sees each sample once)"
-        )
     return [
         [*away, *slices(count, rounds - len(away), seed_of(seed, "slices", spec.name))]
         for spec, away, count in zip(specs, absent, samples, strict=True)

@@ -80,6 +80,10 @@ class ClientStore:
         """Training arguments that are others in a round, by name."""
         return {}
 
+    def export_shared(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
+        """`export` where the clients' private parameters are not on this machine."""
+        self.export(final, sent, output_dir)
+
     def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         """Write the checkpoints that the run leaves. Every rank calls it."""
         if not self.main:

@@ -24,8 +24,8 @@ class ClientError(InputError):
 class ClientTask:
     """A client, what it is sent, and where its work lies while the round is not over.
 
-    `extras` is what it is sent beside the state, `kept` what it has kept of its last task, and
-    `last_round` the round of that task, the last whose update counted; 0: none.
+    `extras` is what it is sent beside the state, `kept` what it has kept of its last task, where
+    the server has that; `last_round` is that of the last update that counted, 0 if there is none.
     """
 
     client: Any

@@ -132,7 +132,7 @@ def _checked_metadata(path: Path) -> dict[str, str]:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's values as they lie on the disk; a copy only where they are not in one piece."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy())
+    return plain.view(torch.uint8).numpy().data
 
 
 def _digests_of_pieces(values: memoryview) -> Iterator[bytes]:

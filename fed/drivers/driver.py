@@ -89,9 +89,11 @@ class Driver(ABC):
         lr_schedule: the default of --fed_lr_schedule.
         trains_here: whether clients step in this process, on its model: then a method may change
             their steps and keep parameters with them, and --fed_pool has a meaning.
+        clients_keep: whether clients step in this package's own processes elsewhere, and what they
+            keep from task to task stays there: a method may do what it may where `trains_here`.
+        data_here: whether the clients' data lie on this machine, where clients.yaml says.
         may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
             meaning.
-        clients_keep: whether what a client keeps of a task stays with it, and not with the server.
         writes_updates: whether it writes every update that it gives into `task.update_file`, in
             each process; else one process does, and the others wait for it.
         clients: all clients, in a fixed order.
@@ -106,8 +108,9 @@ class Driver(ABC):
     flags: ClassVar[type | None] = None
     lr_schedule: ClassVar[str] = "run"
     trains_here: ClassVar[bool] = False
-    may_fail: ClassVar[bool] = False
     clients_keep: ClassVar[bool] = False
+    data_here: ClassVar[bool] = True
+    may_fail: ClassVar[bool] = False
     writes_updates: bool = False
 
     clients: Sequence[Participant]
@@ -156,6 +159,9 @@ class Driver(ABC):
     def settings_of(cls, spec: ClientSpec) -> dict[str, Any]:
         """Those of a client's own keys that decide the result; JSON types."""
         return {}
+
+    def close(self) -> None:  # noqa: B027
+        """End what was started for the run; nothing is asked of the driver any more."""
 
 
 def driver(name: str) -> Callable[[type[Driver]], type[Driver]]:

@@ -17,7 +17,6 @@ sent as `--lora_weight_path DIR` (which upstream passes over), and expected back
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -31,14 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig
-
-from fed import state
-from fed.arguments import Arguments
 from fed.clients.clients_yaml import ClientSpec
 from fed.clients.slices import seed_of
-from fed.clients.store import ClientStore
 from fed.clients.task import ClientError, ClientTask, Result
 from fed.clients.update import Update
 from fed.clients.wire import carried
@@ -47,14 +40,12 @@ from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.flags import CommandFlags, ParallelFlags, TryFlags
 from fed.drivers.process_groups import ProcessGroups, locked, sole_use, unwound_by_signals
 from fed.drivers.script_clients import make_clients
-from fed.state import State, StateError
+from fed.drivers.start import as_one_process, starting_point
+from fed.state import StateError
 from llava.atomic import write_text
-from llava.errors import InputError
-from llava.model.checkpoint_names import PROJECTOR_FILE, PROJECTOR_PREFIX
+from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import NON_LORA_FILE
-from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.trainable_part import ProjectorPart, read_result, trained_part
-from llava.train.session import load_session, training_config
+from llava.model.trainable_part import read_result
 
 logger = logging.getLogger(__name__)
 
@@ -77,20 +68,12 @@ class ScriptDriver(Driver):
     lr_schedule = "round"  # upstream's own training code knows no schedule that spans several runs
 
     def __init__(self, run: Run):
-        args, fed, flags = run.arguments, run.arguments.fed, run.flags(ScriptFlags)
+        fed, flags = run.arguments.fed, run.flags(ScriptFlags)
         self.clients = make_clients(run)
         self.datasets = [client.records for client in self.clients]
-        self.session = None
-        file = _projector_file(args)
-        if file and not fed.fed_eval_data_path:
-            config, self.part = training_config(*args[:3]), ProjectorPart()
-            self.initial = _read_initial(config, file)
-        else:
-            session = load_session(*args[:3])
-            config = session.model.config
-            self.part, self.initial = trained_part(session.model)
-            self.session = session if fed.fed_eval_data_path else None
-        self.store = ClientStore(self.part, config, run.main)
+        start = starting_point(run)
+        self.store, self.part, self.initial = start.store, start.store.part, start.initial
+        self.session = start.session if fed.fed_eval_data_path else None
         self.output_dir = run.output_dir
         self.schedule, self.wire = fed.fed_lr_schedule, fed.fed_wire
         self.timeout, self.retries = flags.fed_client_timeout, flags.fed_client_retries
@@ -101,16 +84,11 @@ class ScriptDriver(Driver):
     @classmethod
     def command_line(cls, argv: list[str]) -> list[str]:
         """Refuse a launcher; where nothing is measured, the GPUs are left to the clients."""
-        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for flag in ("fed_eval_data_path", "deepspeed"):
-            peek.add_argument(f"--{flag}", nargs="?")
-        first, _ = peek.parse_known_args(argv)
-        if first.deepspeed or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError(
-                "--fed_driver script is one process that starts the clients': a launcher and "
-                "--deepspeed belong into the client's own command"
-            )
-        return argv if first.fed_eval_data_path else [*argv, "--use_cpu", "True"]
+        return as_one_process(
+            argv,
+            "--fed_driver script is one process that starts the clients': a launcher and "
+            "--deepspeed belong into the client's own command",
+        )
 
     @classmethod
     def read_keys(cls, entry: Mapping[str, Any], folder: Path, where: str) -> ProcessSpec:
@@ -288,19 +266,3 @@ def _tail(log: Path, start: int, lines: int = 15) -> list[str]:
         text = file.read().decode(errors="replace")
     last = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
     return [line for line in last if line][-lines:]
-
-
-def _projector_file(args: Arguments) -> str | None:
-    """The file that holds all of the state to start from; None where a model is needed for it."""
-    if args.training.lora_enable or "unpad" in args.model.mm_patch_merge_type:
-        return None  # with `unpad` goes a newline token
-    return args.model.pretrain_mm_mlp_adapter
-
-
-def _read_initial(config: PreTrainedConfig, file: str) -> State:
-    """The projector of a file, float32, checked without a model."""
-    with torch.device("meta"):
-        like = build_vision_projector(config).state_dict()
-    own = {n: t.float() for n, t in state.load(file).items() if n.startswith(PROJECTOR_PREFIX)}
-    state.check(own, {PROJECTOR_PREFIX + name: t for name, t in like.items()}, who=file)
-    return own

@@ -50,10 +50,13 @@ class Comparison:
 
     def facts(self) -> dict[str, Any]:
         """For a record; cosines with the mean where there are none of pairs."""
-        cosines = {"cosines": self.cosines}
-        if self.cosines is None:
-            cosines["to_mean"] = self.to_mean
-        return {"norms": self.norms, "drift": self.drift, "copies": self.copies, **cosines}
+        facts = {
+            "norms": self.norms,
+            "cosines": self.cosines,
+            "drift": self.drift,
+            "copies": self.copies,
+        }
+        return facts if self.cosines is not None else {**facts, "to_mean": self.to_mean}
 
 
 def compare(starts: Sequence[State], ends: Sequence[State], weights: Sequence[float]) -> Comparison:

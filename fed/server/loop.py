@@ -264,10 +264,9 @@ class RoundLoop:
         rule = self.method.client_rule
         if rule is not None and update.num_samples:
             sent = task.state if rule.sends else {}
-            kept = task.state if rule.keeps else {}
+            kept = task.state if rule.keeps and not self.driver.clients_keep else {}
             states.check(update.extras, like=sent, who=f"{who}, beside its state")
-            if not self.driver.clients_keep:
-                states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
+            states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
     def _aggregate(
         self, state: RoundState, tasks: Sequence[ClientTask], updates: Mapping[str, Update]

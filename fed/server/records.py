@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from llava.atomic import atomic_write
@@ -28,7 +29,7 @@ class Records:
         """The bytes so far, and their digest."""
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
-    def resume(self, mark: dict[str, int | str], write: bool) -> None:
+    def resume(self, mark: Mapping[str, int | str], write: bool) -> None:
         """Go on behind `mark`; the users' copy is made anew. Without `write` nothing is changed.
 
         Raises:

@@ -70,7 +70,7 @@ class RoundState:
         """The state in a folder, its tensors mapped; `check` as `load_with_facts` has it."""
         path = folder / STATE_FILE
         tensors, facts = load_with_facts(path, check)
-        parts: dict[str, State] = {"shared": {}, "memory": {}}
+        parts: dict[str, Any] = {"shared": {}, "memory": {}}
         try:
             personal, kept = _client_states(folder, facts.pop("personal"), facts.pop("kept"))
             for key, tensor in tensors.items():

@@ -42,10 +42,11 @@ def export(store: PrivateParameters, final: FinishedRun, sent: Sent, tasks_dir: 
             write_config(config, store.folder(client), full=False)
             logger.info("wrote %s", store.folder(client))
     if store.main:
-        _write_tasks(final.memory, store.config, store.tasks, tasks_dir)
+        write_tasks(final.memory, store.config, store.tasks, tasks_dir)
 
 
-def _write_tasks(memory: State, config: PreTrainedConfig, tasks: Sequence[str], root: Path) -> None:
+def write_tasks(memory: State, config: PreTrainedConfig, tasks: Sequence[str], root: Path) -> None:
+    """The adapter of each task that has been trained, as a projector of its own."""
     plain = copy.deepcopy(config)
     plain.mm_projector_type = "mlp2x_gelu"
     del plain.mm_pilot

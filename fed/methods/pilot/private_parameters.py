@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientTask, Log
-from fed.methods.pilot.export import export
+from fed.methods.pilot.export import export, write_tasks
 from fed.state import State, read_tensors, save
+from llava.errors import InputError
 from llava.model.checkpoint import copies, copy_in
 from llava.model.checkpoint_names import PROJECTOR_PREFIX
 from llava.model.multimodal_projector.connector import TRAINED
@@ -73,7 +74,12 @@ class PrivateParameters(ClientStore):
         return self.folder(task.name) / f"turn-{task.round:04d}"
 
     def enter(self, task: ClientTask) -> dict[nn.Parameter, Tensor]:
-        kept = self._put(task.name, task.extras, task.round, kept_before=task.round)
+        if task.last_round and not self._file(task.name, task.last_round).exists():
+            raise InputError(
+                f"{self._file(task.name, task.last_round)}: no such file; it had the private "
+                f"parameters of client {task.name} after round {task.last_round}"
+            )
+        kept = self._put(task.name, task.extras, task.round, kept_before=task.last_round + 1)
         return {self.private[name]: tensor for name, tensor in kept.items()}
 
     def visit(self, client: str, extras: State, round: int) -> None:
@@ -121,9 +127,11 @@ class PrivateParameters(ClientStore):
         tensors = float32_copies(self.private)
         if not self.main:
             return
-        save(tensors, self.folder(task.name) / "own" / f"{task.round:04d}.safetensors")
-        for file in self._files(task.name)[:-2]:  # the last but one is for a task done again
-            file.unlink()
+        save(tensors, self._file(task.name, task.round))
+        needed = task.last_round, task.round  # the former for a task that is done again
+        for file in self._files(task.name):
+            if int(file.stem) not in needed:
+                file.unlink()
         shutil.rmtree(self.work_dir(task), ignore_errors=True)
 
     def log_of(self, client: str, log: Log) -> Log:
@@ -141,6 +149,13 @@ class PrivateParameters(ClientStore):
     def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         """A whole model for each client that has taken part, and the adapter of each task."""
         export(self, final, sent, output_dir / "tasks")
+
+    def export_shared(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
+        if self.main:
+            write_tasks(final.memory, self.config, self.tasks, output_dir / "tasks")
+
+    def _file(self, client: str, round: int) -> Path:
+        return self.folder(client) / "own" / f"{round:04d}.safetensors"
 
     def _files(self, client: str) -> list[Path]:
         return sorted((self.folder(client) / "own").glob("[0-9]*.safetensors"))

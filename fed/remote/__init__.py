@@ -1,0 +1,1 @@
+"""Clients on other machines: requests and answers as files, and what carries them."""
