@@ -53,13 +53,14 @@ class ClientStore:
     def __init__(self, part: TrainablePart, config: PreTrainedConfig, main: bool = True):
         self.part, self.config, self.main = part, config, main
 
-    def enter(self, task: ClientTask) -> dict[nn.Parameter, Tensor]:
+    def enter(self, task: ClientTask) -> dict[nn.Parameter, Tensor] | None:
         """The task begins: make the model the client's. Every rank calls it.
 
         Returns:
-            The client's own parameters, with the values that they begin with.
+            The client's own parameters with the values that they begin with: where parameters have
+            16 bits, DeepSpeed's float32 copies begin with these and not with their rounding.
         """
-        return {}
+        return None
 
     def leave(self, task: ClientTask) -> None:
         """The task is done: keep what is the client's, while the trainer's optimizer is there.

@@ -195,7 +195,7 @@ class ResidentDriver(Driver):
             client (`received`) and sent by it.
         """
         client, model = task.client, self.session.model
-        start = self.store.enter(task)
+        start = dict(self.store.enter(task) or {})
         self.part.into_model(model, task.state, f"the state sent to client {client.name}")
         samples = client.samples(task.round)
         if samples == 0:
