@@ -1,7 +1,6 @@
 """Federated training and merging of LLaVA: what travels is the part that trains.
 
-At the root are the commands (`train`, `merge`, `evaluate`, `report`, `gallery`, `personalise`;
-`site` is one, too),
+At the root are the commands (`train`, `merge`, `evaluate`, `report`, `gallery`, `personalise`),
 their flags (`arguments`) and what is refused before anything is loaded (`validation`). The rooms:
 
     clients   clients.yaml; a client's task and its update; what a client keeps to itself
@@ -14,7 +13,8 @@ their flags (`arguments`) and what is refused before anything is loaded (`valida
     merging   one merge of finished models, by the same methods
     data      clients cut out of one data set
 
-and imports point down: commands, then server, drivers, remote and merging, then clients and methods, then
-numerics, then `llava`. What passes between this package and `llava` is the state of the trainable
-part: a flat dict of named tensors, the same one that lies on disk as `mm_projector.bin`.
+and imports point down: commands and site, then server, drivers, remote and merging, then clients
+and methods, then numerics, then `llava`. What passes between this package and `llava` is the state
+of the trainable part: a flat dict of named tensors, the same one that lies on disk as
+`mm_projector.bin`.
 """
