@@ -1,17 +1,20 @@
 """Federated training and merging of LLaVA: what travels is the part that trains.
 
-At the root are the commands (`train`, `merge`, `evaluate`, `report`, `gallery`, `personalise`),
+At the root are the commands (`train`, `merge`, `evaluate`, `report`, `gallery`, `personalise`;
+`site` is one, too),
 their flags (`arguments`) and what is refused before anything is loaded (`validation`). The rooms:
 
     clients   clients.yaml; a client's task and its update; what a client keeps to itself
-    drivers   how a client's task is run: in this process, or as a script of its own
+    drivers   how a client's task is run: in this process, as a script, or on another machine
+    remote    what driver and sites know of each other: requests and answers, and couriers
+    site      the process on another machine that trains when it is asked
     server    the round loop, which checks the updates and writes the state after each round
     methods   one file, one way to make one state out of several
     numerics  the mathematics that methods share
     merging   one merge of finished models, by the same methods
     data      clients cut out of one data set
 
-and imports point down: commands, then server, drivers and merging, then clients and methods, then
+and imports point down: commands, then server, drivers, remote and merging, then clients and methods, then
 numerics, then `llava`. What passes between this package and `llava` is the state of the trainable
 part: a flat dict of named tensors, the same one that lies on disk as `mm_projector.bin`.
 """

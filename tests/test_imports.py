@@ -9,9 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # from the top down; those of a row may import each other
-    {"commands"},
+    {"commands", "site"},
     {"validation"},
-    {"server", "drivers", "merging", "data"},
+    {"server", "drivers", "remote", "merging", "data"},
     {"clients", "methods"},
     {"numerics"},
     {"arguments", "state", "markdown", "yaml_file"},

@@ -31,7 +31,7 @@ from llava.atomic import atomic_write, write_text
 from llava.errors import InputError
 
 PIECE = 2**20
-"""Bytes of a file in one message: a line of 0.3 Mbit/s brings one within a courier's patience."""
+"""Bytes of a file in one message: a line of 0.2 Mbit/s brings one within a job's patience."""
 
 Message = dict[str, Any]
 Call = Callable[[Message], Message]

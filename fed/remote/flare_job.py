@@ -36,7 +36,8 @@ _LOOK_TIMEOUT, _PIECE_TIMEOUT = 10.0, 60.0  # seconds for an answer
 _PAUSE = 0.5  # seconds between two looks where nothing is to be moved
 _LOCK_PATIENCE = 30.0  # seconds that a killed job's lock may be held
 _ALONE = 60.0  # seconds without an answer after which the site's part gives its job up
-_LIFE = 6 * 3600.0  # seconds after which a job is renewed: FLARE's processes grow with time
+# FLARE's processes grow with what they carry: a job ends, and is sent anew, after as many bytes.
+_ENOUGH = 4 * 2**30
 
 
 class _OverError(Exception):
@@ -69,7 +70,7 @@ class ServerJob(Controller):
         pass
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        """Answer until the site is silent, the driver has ended, or the job is old."""
+        """Answer until the site is silent, or the driver has ended."""
         folder = self._root / self._site
         if not folder.is_dir():
             return self.system_panic(f"{folder}: a driver's spool is expected there", fl_ctx)
@@ -77,12 +78,11 @@ class ServerJob(Controller):
             self._end = ServerEnd(Spool(folder, self._site))
             task = Task(name="carry", data=Shareable({"run": self._run}), timeout=0)
             self.send(task, fl_ctx, targets=[self._site])
-            began = time.monotonic()
-            self._deadline = began + 2 * SILENCE
+            self._deadline = time.monotonic() + 2 * SILENCE
             while not (
                 abort_signal.triggered
                 or task.completion_status is not None
-                or time.monotonic() > min(self._deadline, began + _LIFE)
+                or time.monotonic() > self._deadline
                 or (self._root / END).exists()
             ):
                 time.sleep(0.2)
@@ -115,6 +115,7 @@ class SiteJob(Executor):
         end_with_parent()
         self._root = Path(os.environ[SPOOL_VARIABLE])
         self._reported = (0.0, "")
+        self._carried, self._answered = 0, 0.0
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -125,9 +126,9 @@ class SiteJob(Executor):
             raise InputError(f"the server's run is called {run!r:.80}, 32 hex digits are expected")
         spool = Spool(self._root / run, fl_ctx.get_identity_name())
         end = SiteEnd(spool, lambda message: self._call(message, fl_ctx))
-        answered = time.monotonic()
+        self._answered = time.monotonic()
         with _held(spool.folder, abort_signal, _LOCK_PATIENCE):
-            while not abort_signal.triggered and time.monotonic() - answered < _ALONE:
+            while not abort_signal.triggered and time.monotonic() - self._answered < _ALONE:
                 try:
                     moved = end.step()
                 except _OverError:
@@ -140,8 +141,9 @@ class SiteJob(Executor):
                     self._report(f"the site's spool: {reason(error)}")
                     time.sleep(5)
                     continue
-                answered = time.monotonic()
                 self._report("")
+                if not moved and self._carried > _ENOUGH:
+                    break
                 if not moved:
                     time.sleep(_PAUSE)
         return make_reply(ReturnCode.OK)
@@ -163,7 +165,10 @@ class SiteJob(Executor):
             raise LostError(f"no answer from the server ({code}); trying on")
         if "over" in reply[_MESSAGE]:
             raise _OverError
-        return dict(reply[_MESSAGE])
+        self._answered = time.monotonic()
+        answer = dict(reply[_MESSAGE])
+        self._carried += len(message.get("data", b"")) + len(answer.get("data", b""))
+        return answer
 
     def _report(self, trouble: str) -> None:
         """Tell the site's process how it goes, in a file."""

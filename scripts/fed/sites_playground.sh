@@ -25,7 +25,7 @@ stop() { # end what was started, and wait for it
     for process in "${processes[@]}"; do wait "$process" 2>/dev/null || true; done
     processes=()
 }
-trap stop EXIT
+trap 'code=$?; stop; [ $code = 0 ] || echo "error: it has failed; see $out/*.log" >&2' EXIT
 
 say() { echo "== $* ($((SECONDS - started)) s)"; }
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import transformers
 
 from fed.drivers.process_groups import unwound_by_signals
-from fed.remote.site import serve
 from fed.remote.site_yaml import read_site
+from fed.site.serve import serve
 from llava.errors import one_clear_error
 
 

@@ -20,7 +20,7 @@ from fed.remote.site_yaml import SiteConfig
 from fed.remote.spool import Spool
 from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket
-from fed.remote.trainer import Trainer, make_run, remove_run
+from fed.site.trainer import Trainer, make_run, remove_run
 from llava.atomic import own_name, write_text
 from llava.errors import InputError
 from llava.json_files import read_json

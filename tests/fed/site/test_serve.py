@@ -12,12 +12,12 @@ import threading
 import pytest
 
 from fed.clients.update import load_update
-from fed.remote.site import Site
 from fed.remote.site_yaml import read_site
 from fed.remote.spool import REQUEST, Spool
 from fed.remote.state_file import Sender
 from fed.remote.ticket import Ticket
-from fed.remote.trainer import check_pictures
+from fed.site.serve import Site
+from fed.site.trainer import check_pictures
 from llava.errors import InputError
 from tests.fed.drivers.test_remote import REMOTE
 from tests.fed.remote.sites import clients_yaml, end, site_yaml, start, wait_for
@@ -335,7 +335,7 @@ def test_another_model_is_refused_at_hello(tmp_path, tiny, flags):
 
 
 def test_usage(tmp_path, capsys):
-    from fed.site import site
+    from fed.site.__main__ import site
 
     with pytest.raises(SystemExit):
         site([])
