@@ -37,14 +37,22 @@ def decode(update: Update, start: State, who: str) -> Update:
             are those of no form; `who` opens the message.
     """
     states.check(update.state, like=start, who=who)
-    types = {tensor.dtype for tensor in update.state.values()}
-    if types <= {torch.float32}:
+    form = form_of(update)
+    if form == "float32":
         return update
-    if types != {torch.bfloat16}:
-        found = ", ".join(sorted(map(str, types)))
-        raise StateError(f"{who}: its tensors are {found}; all torch.float32 or all torch.bfloat16")
+    if form != "bf16":
+        raise StateError(f"{who}: its tensors are {form}; all torch.float32 or all torch.bfloat16")
     whole = {name: start[name] + change.float() for name, change in update.state.items()}
     return dataclasses.replace(update, state=whole)
+
+
+def form_of(update: Update) -> str:
+    """The form in which an update has travelled; the types of its state where that is none."""
+    types = {tensor.dtype for tensor in update.state.values()}
+    for form, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        if types <= {dtype}:
+            return form
+    return ", ".join(sorted(map(str, types)))
 
 
 def carried(update: Update, start: State, wire: str, who: str) -> Update:

@@ -26,7 +26,8 @@ from fed.clients.clients_yaml import ClientSpec
 from fed.clients.slices import cut
 from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientError, ClientTask, Result
-from fed.clients.update import Update, load_update
+from fed.clients.update import Update, load_update, save_update
+from fed.clients.wire import decode, form_of
 from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.start import as_one_process, starting_point
 from fed.methods.interface.checks import check_not_zero
@@ -323,10 +324,17 @@ class RemoteDriver(Driver):
                 raise InputError(f"site {task.name} says: {answer.reason}")
             if answer.update is None:
                 raise InputError("the answer has no update")
-            update = load_update(answer.update)
+            travelled = load_update(answer.update)
+            wire, form = self.run_of.arguments.fed.fed_wire, form_of(travelled)
+            if form != wire:
+                raise InputError(f"its state came as {form}, --fed_wire is {wire}")
+            update = decode(travelled, task.state, "its state")
             self._check(task, update)
             task.folder.mkdir(parents=True, exist_ok=True)
-            os.replace(answer.update, task.update_file)
+            if update is travelled:
+                os.replace(answer.update, task.update_file)
+            else:
+                save_update(update, task.update_file)
         except InputError as error:
             raise ClientError(f"{who}: {error}") from None
         finally:

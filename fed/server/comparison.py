@@ -23,7 +23,7 @@ from fed.state import State
 
 PAIRWISE = 256  # clients
 SKETCH = 1024  # numbers
-BLOCK = 2**21  # values of all clients that are looked at together
+BLOCK = 2**22  # values of all clients that are looked at together
 SAME = 1e-6  # between equal updates, lengths and cosines differ by float32's rounding
 
 
@@ -70,7 +70,7 @@ def compare(starts: Sequence[State], ends: Sequence[State], weights: Sequence[fl
     p = torch.tensor(shares(weights) if any(weights) else [0.0] * count)
     pairwise = count <= PAIRWISE
     products = torch.zeros(count, count if pairwise else SKETCH, dtype=torch.float64)
-    squares, with_mean, apart = torch.zeros(3, count, dtype=torch.float64)
+    squares, with_mean = torch.zeros(2, count, dtype=torch.float64)
     mean_square = torch.zeros((), dtype=torch.float64)
     draw = torch.Generator().manual_seed(0)
     for rows, scale in _updates(starts, ends):
@@ -82,18 +82,18 @@ def compare(starts: Sequence[State], ends: Sequence[State], weights: Sequence[fl
             products += scale**2 * (rows @ rows.T)
         else:
             products += scale * _sketch(rows, draw)
-        apart += scale**2 * torch.linalg.vector_norm(rows.sub_(mean), dim=1).double() ** 2
     if not pairwise:
         products = products @ products.T
     lengths = products.diagonal().sqrt()
     cosines = products / torch.outer(lengths, lengths)  # NaN where an update is zero
     norms = squares.sqrt()
     energy = float(p.double() @ squares)
+    apart = 1 - float(mean_square) / energy if energy > 0 else 0.0
     return Comparison(
         norms.tolist(),
         [_listed(row) for row in cosines] if pairwise else None,
         _listed(with_mean / (norms * mean_square.sqrt())),
-        min(float(p.double() @ apart) / energy, 1.0) ** 0.5 if energy > 0 else None,
+        max(apart, 0.0) ** 0.5 if energy > 0 else None,
         _copies(cosines, norms),
     )
 
@@ -101,7 +101,7 @@ def compare(starts: Sequence[State], ends: Sequence[State], weights: Sequence[fl
 def _updates(starts: Sequence[State], ends: Sequence[State]) -> Iterator[tuple[Tensor, float]]:
     """Blocks of all updates over a scale, (K, n), overwritten by the next, and the scale.
 
-    Divided by their largest value, for squares of small numbers are zero in float32.
+    Very small and very large ones are divided by the largest: float32 does not hold their squares.
     """
     if not ends:
         return
@@ -118,7 +118,9 @@ def _updates(starts: Sequence[State], ends: Sequence[State]) -> Iterator[tuple[T
         rows = end.clients
         rows -= start.clients if len(different) == 1 else start.clients[places]
         scale = float(torch.stack(torch.aminmax(rows)).abs().max())
-        if scale > 0:
+        if 1e-12 < scale < 1e12:
+            yield rows, 1.0
+        elif scale > 0:
             yield rows.div_(scale), scale
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fed.clients.update import Update, save_update
+from fed.clients.wire import WIRES, encode
 from fed.remote.courier import SiteCourier, make_site_courier
 from fed.remote.hello import Hello
 from fed.remote.lock import Lock
@@ -109,7 +110,8 @@ class Site:
         update = trainer.fit(ticket, key, state, extras, _teller(spool, key))
         file = own_name(spool.folder / "update")
         metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
-        save_update(Update(update.state, update.num_samples, metrics, update.extras), file)
+        sent = Update(update.state, update.num_samples, metrics, update.extras)
+        save_update(encode(sent, state, str(ticket.flags.get("fed_wire", WIRES[0]))), file)
         spool.give(key, {}, file)
         _say(
             f"run {ticket.run[:8]}: round {ticket.round} done, {update.num_samples} samples, "

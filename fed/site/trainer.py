@@ -191,6 +191,7 @@ def make_run(config: SiteConfig, ticket: Ticket, folder: Path) -> Run:
         "report_to": "none",
         "fed_clients": str(config.source),
         "fed_driver": "script" if config.process.command else "resident",
+        "fed_wire": "float32",  # updates are put into the form of the ticket when they are sent
         **({"image_folder": str(config.image_folder)} if config.image_folder else {}),
         **config.flags,
     }

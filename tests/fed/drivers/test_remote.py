@@ -63,6 +63,7 @@ def two_sites(tiny, tmp_path_factory):
 
 LORA = {"tune_mm_mlp_adapter": False, "lora_enable": True, "lora_r": 2}
 RUNS = {
+    "bf16": {"fed_wire": "bf16"},
     "fedavg": {},
     "scaffold": {"fed_method": "scaffold", "fed_options": ["server_lr=0.9"]},
     "lora": LORA,
