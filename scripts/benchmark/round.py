@@ -78,8 +78,10 @@ class Numbers:
         for task in tasks:
             began = time.perf_counter()
             draw = torch.Generator().manual_seed(int(task.name[1:]) * 1000 + task.round)
-            state = {n: t + 1e-3 * torch.randn(t.shape, generator=draw)
-                     for n, t in task.state.items()}  # fmt: skip
+            state = {}
+            for name, tensor in task.state.items():  # in place: the memory is the loop's to use
+                noise = torch.empty(tensor.shape).normal_(0, 1e-3, generator=draw)
+                state[name] = noise.add_(tensor)
             beside = {n: t - 0.5 * task.state[n] for n, t in state.items()} if self.rule else {}
             update = Update(state, 100, {"loss": 1.0}, extras=beside, kept=beside)
             update.metrics["seconds"] = time.perf_counter() - began
