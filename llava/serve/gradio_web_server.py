@@ -21,6 +21,12 @@ CSS = """
 .cosines { overflow-x: auto }
 .cosines caption { text-align: left; padding: 0.5em 0; white-space: nowrap }
 .cosines td, .cosines th { padding: 0.3em 0.6em; text-align: right; white-space: nowrap }
+#sites table { width: 100%; font-variant-numeric: tabular-nums }
+#sites caption { text-align: left; padding: 0.5em 0 }
+#sites td, #sites th { padding: 0.3em 0.6em; text-align: left; vertical-align: top }
+#sites td { overflow-wrap: anywhere }
+#sites span { white-space: nowrap }
+.cosines td, .cosines th, #sites td, #sites th { border-color: var(--border-color-primary) }
 button[aria-label="Share"] { display: none }
 .gallery:has(> .gallery-item) { flex-wrap: nowrap; overflow-x: auto }
 .gallery-item { flex: none }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PLOTS = (
     ("layer", "weight", "bar", "Weight of each expert", "weight"),
     ("layer", "share", "bar", "What the experts agree on", "share of what they learnt"),
 )
+WITH_MEAN = "cosine with the mean update"  # the agreement's y where it has this meaning
 RANGE: dict[str, list[float | None]] = {
     "loss": [0, None],
     "cosine": [-1, 1],
@@ -48,25 +50,36 @@ def run_tab(client: WorkerClient, folders: Sequence[str]):
         return gr.update(choices=list(known), value=next(iter(known), None))
 
     run = gr.Dropdown([], label="Run or merge", elem_id="run")
+    sites = gr.HTML(visible=False, elem_id="sites", max_height=400)
     about = gr.Markdown()
     plots = [_plot(*plot) for plot in PLOTS]
     plots += [_plot("of", y, "bar", *text) for _, y, kind, *text in PLOTS if kind == "line"]
     cosines = gr.HTML(visible=False)
     seen = gr.State(None)
-    outputs = [about, *plots, cosines, seen]
+    outputs = [about, *plots, cosines, sites, seen]
 
     def show(name: str | None, before: tuple | None):
         if name not in known:
             text = "No run is known. Start this page with `--run FOLDER` to see one."
-            return [text, *[gr.update(visible=False)] * len(plots), gr.update(visible=False), None]
-        now = run_data.stamp(known[name])
-        if now == before:
-            return [gr.skip()] * len(outputs)
-        return [*seen_in(known[name]), now]
+            return [text, *[gr.update(visible=False)] * (len(outputs) - 2), None]
+        return changed_in(known[name], before)
 
     run.change(lambda name: show(name, None), run, outputs, show_progress="hidden")
     gr.Timer(EVERY).tick(show, [run, seen], outputs, show_progress="hidden")
     return run, choices
+
+
+def changed_in(folder: Path, before: tuple | None) -> list:
+    """Updates of what has changed, and the stamps that are `before` the next time.
+
+    The sites' steps change often; the plots are not drawn again for them.
+    """
+    import gradio as gr
+
+    now = run_data.stamp(folder), run_data.sites_stamp(folder)
+    records, sites = before or (None, None)
+    updates = [gr.skip()] * len(_shown([], None)) if now[0] == records else seen_in(folder)
+    return [*updates, gr.skip() if now[1] == sites else sites_in(folder), now]
 
 
 def _plot(x: str, y: str, kind: str, title: str, y_title: str):
@@ -94,7 +107,8 @@ def seen_in(folder: Path) -> list:
 
 def _shown(rounds: list[dict], merge: dict | None) -> list:
     text = "\n\n".join(filter(None, [_of_run(rounds), _of_merge(merge) if merge else ""]))
-    return [text, *_plotted(rounds, merge), _table(rounds)]
+    text = text or "No round is finished yet."
+    return [text, *_plotted(rounds, merge), _cosines(rounds)]
 
 
 def _plotted(rounds: list[dict], merge: dict | None) -> list:
@@ -110,15 +124,21 @@ def _plotted(rounds: list[dict], merge: dict | None) -> list:
     ]
     of_merge = [run_data.layer_weights, run_data.layer_agreements]
     rows = [make(rounds) for make in of_run] + [make(merge) if merge else [] for make in of_merge]
+    y_titles = [y_title for *_, y_title in PLOTS]
+    if run_data.compared_with_mean(rounds):
+        y_titles[of_run.index(run_data.agreements)] = WITH_MEAN
     points = []
     for i, (x, _, kind, *_) in enumerate(PLOTS):
         if kind == "line":
             single = len({row[x] for row in rows[i]}) == 1
             points.append(rows[i] if single else [])
             rows[i] = [] if single else rows[i]
+            y_titles.append(y_titles[i])
     return [
-        gr.update(value=pandas.DataFrame(each), visible=True) if each else gr.update(visible=False)
-        for each in rows + points
+        gr.update(value=pandas.DataFrame(each), y_title=y_title, visible=True)
+        if each
+        else gr.update(visible=False)
+        for each, y_title in zip(rows + points, y_titles, strict=True)
     ]
 
 
@@ -147,7 +167,49 @@ def _of_merge(merge: dict) -> str:
     return f"**{html.escape(merge['method'])}** of {names}.{common}{warnings}"
 
 
-def _table(rounds: list[dict]):
+def sites_in(folder: Path):
+    """An update of the table of sites: how each is, and since when."""
+    import gradio as gr
+
+    try:
+        found = run_data.sites(folder)
+    except PageError as error:
+        return gr.update(value=f"<p>{html.escape(str(error))}</p>", visible=True)
+    if not found or not found[0]:
+        return gr.update(visible=False)
+    rows, written = found
+    states = Counter(row["state"].split(":")[0] for row in rows)
+    counts = ", ".join(f"{count} {html.escape(state)}" for state, count in states.items())
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row["site"])}</th><td>{html.escape(_doing(row))}</td>'
+        f"<td>{_unbroken(row['since'])}</td></tr>"
+        for row in rows
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Site", "State", "Since"))
+    caption = f"Sites: {counts}; last change {written}"
+    table = f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+    return gr.update(value=table, visible=True)
+
+
+def _unbroken(text: str) -> str:
+    """Words of which none is broken, as a date would be at a hyphen on a phone."""
+    return " ".join(f"<span>{html.escape(word)}</span>" for word in text.split(" "))
+
+
+def _doing(row: dict) -> str:
+    """A site's state in words, with the step and the loss of one that is at work."""
+    parts = []
+    if "step" in row and "steps" in row:
+        parts.append(f"step {row['step']} of {row['steps']}")
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if not parts:
+        return row["state"]
+    asked = f" on {row['asked']}" if "asked" in row else ""
+    return f"{row['state']}{asked}: {', '.join(parts)}"
+
+
+def _cosines(rounds: list[dict]):
     """The last round's cosines between clients, the higher the stronger in the theme's colour."""
     import gradio as gr
 
@@ -162,8 +224,8 @@ def _table(rounds: list[dict]):
             f"{'–' if c is None else f'{round(c, 2) + 0:.2f}'}</td>"
             for c in row
         )
-        rows.append(f"<tr><th>{name}</th>{cells}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in names)
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
     caption = f"Cosines of the clients' updates, round {rounds[-1]['round']}"
     table = f"<table><caption>{caption}</caption><tr><th></th>{head}</tr>{''.join(rows)}</table>"
     return gr.update(value=f'<div class="cosines">{table}</div>', visible=True)

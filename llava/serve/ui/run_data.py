@@ -5,31 +5,47 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from llava.serve.ui.worker_client import PageError
+from llava.texts import half_character
 
 Rows = list[dict[str, Any]]
 
+RECORDS = ("rounds.jsonl", "merge.json")
+SITES = "fed/sites.json"
+
 
 def stamp(folder: str | Path) -> tuple:
-    """Another value once the folder's records have changed."""
-    found: list[tuple[int, int] | None] = []
-    for name in ("rounds.jsonl", "merge.json"):
-        try:
-            status = (Path(folder) / name).stat()
-            found.append((status.st_mtime_ns, status.st_size))
-        except OSError:
-            found.append(None)
-    return (str(folder), *found)
+    """Another value once the folder's records have changed, or its sites are known."""
+    sites = (Path(folder) / SITES).exists()
+    return (str(folder), *(_stamp(folder, name) for name in RECORDS), sites)
+
+
+def sites_stamp(folder: str | Path) -> tuple:
+    """Another value once what is known of the run's sites has changed."""
+    return (str(folder), _stamp(folder, SITES))
+
+
+def _stamp(folder: str | Path, name: str) -> tuple[int, int] | None:
+    try:
+        status = (Path(folder) / name).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 def read(folder: str | Path) -> tuple[list[dict], dict | None]:
-    """The finished rounds of a run, and the facts of a merge; `PageError` if neither is there."""
+    """The finished rounds of a run, and the facts of a merge.
+
+    Raises:
+        PageError: neither is there, nor is this a run that is waiting for its sites.
+    """
     folder = Path(folder)
-    rounds, merge = _text(folder / "rounds.jsonl"), _text(folder / "merge.json")
-    if rounds is None and merge is None:
+    rounds, merge = (_text(folder / name) for name in RECORDS)
+    if rounds is None and merge is None and not (folder / SITES).exists():
         raise PageError(
             f"{folder} has neither rounds.jsonl nor merge.json: it is no run and no merge, "
             "or no round is finished yet."
@@ -39,6 +55,39 @@ def read(folder: str | Path) -> tuple[list[dict], dict | None]:
         return [json.loads(line) for line in lines if line], json.loads(merge) if merge else None
     except ValueError as error:
         raise PageError(f"The records in {folder} are not JSON ({error}).") from None
+
+
+def sites(folder: str | Path) -> tuple[Rows, datetime] | None:
+    """The sites of a run with --fed_driver remote, and when a change was last written.
+
+    None of another run. A row has the texts site, state and since, and of a site at work what is
+    known of asked (a text), step, steps and loss.
+
+    Raises:
+        PageError: the file is not as `fed` writes it, or only a part of it is there.
+    """
+    path = Path(folder) / SITES
+    text = _text(path)
+    if text is None:
+        return None
+    try:
+        written = datetime.fromtimestamp(int(path.stat().st_mtime))
+        known = json.loads(text)
+        if half_character(known):
+            raise ValueError
+        return [_site(name, row) for name, row in known.items()], written
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise PageError(f"{path} is not as `fed` writes it.") from None
+
+
+def _site(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    texts = {key: row[key] for key in ("state", "since")}
+    if isinstance(row.get("asked"), str):
+        texts["asked"] = row["asked"]
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError
+    numbers = {key: row[key] for key in ("step", "steps", "loss") if _number(row.get(key))}
+    return {"site": name, **texts, **numbers}
 
 
 def _text(path: Path) -> str | None:
@@ -70,15 +119,35 @@ def heldout_losses(rounds: list[dict]) -> Rows:
 
 
 def agreements(rounds: list[dict]) -> Rows:
-    """Mean cosine of each client's update with the others', in each round."""
-    rows = []
-    for record in rounds:
-        for i, name in enumerate(record["clients"] if record["cosines"] else ()):
-            others = [c for j, c in enumerate(record["cosines"][i]) if j != i and _number(c)]
-            if others:
-                mean = sum(others) / len(others)
-                rows.append({"round": record["round"], "cosine": mean, "of": name})
-    return rows
+    """Agreement of each client with the others in each round.
+
+    It is the mean cosine of its update with theirs. If `compared_with_mean`, it is the cosine with
+    the mean update, and of no round that lacks it, for the two do not belong on one scale.
+    """
+    found = _with_mean if compared_with_mean(rounds) else _with_others
+    return [
+        {"round": record["round"], "cosine": cosine, "of": name}
+        for record in rounds
+        for name, cosine in zip(record["clients"], found(record), strict=True)
+        if _number(cosine)
+    ]
+
+
+def compared_with_mean(rounds: list[dict]) -> bool:
+    """Whether a round has so many clients that they were not compared in pairs."""
+    return any("to_mean" in record for record in rounds)
+
+
+def _with_mean(record: dict) -> list[float | None]:
+    return record.get("to_mean", [None] * len(record["clients"]))
+
+
+def _with_others(record: dict) -> list[float | None]:
+    rows = [
+        [c for j, c in enumerate(row) if j != i and _number(c)]
+        for i, row in enumerate(record["cosines"])
+    ]
+    return [sum(row) / len(row) if row else None for row in rows]
 
 
 def spectrum(rounds: list[dict]) -> Rows:

@@ -341,6 +341,14 @@ def test_the_page_of_a_run_is_live(demo):
             file.flush()
             file.write(text[100:] + "\n")
         window.get_by_text("fedcmp, round 3 is finished, with 2 clients.").wait_for()
+        sites, row = demo.trained / "fed" / "sites.json", {"state": "at work", "since": "today"}
+        for step in (9, 10):
+            row |= {"asked": "round 4", "step": step, "steps": 90, "loss": 0.25}
+            sites.write_text(json.dumps({"st-mary": row}))
+            said = f"at work on round 4: step {step} of 90, loss 0.2500"
+            window.get_by_role("cell", name=said).wait_for()
+        sites.unlink()
+        window.locator("#sites").wait_for(state="hidden")
 
 
 def test_a_killed_worker_is_told_of_and_comes_back(demo, red):

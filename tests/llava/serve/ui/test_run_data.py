@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from fed.remote.board import Board
 from llava.serve.ui import run_data
 from llava.serve.ui.worker_client import PageError
 
@@ -59,3 +62,51 @@ def test_a_folder_that_is_no_run_is_said_in_one_sentence(tmp_path):
     (tmp_path / "rounds.jsonl").write_text("rounds\n")
     with pytest.raises(PageError, match="are not JSON"):
         run_data.read(tmp_path)
+
+
+def test_the_agreement_of_many_clients_is_with_their_mean(recorded):
+    rounds, _ = run_data.read(recorded / "fedcmp")
+    assert not run_data.compared_with_mean(rounds)
+    rounds[1] |= {"cosines": None, "to_mean": [0.5, None]}
+    assert run_data.compared_with_mean(rounds)
+    assert run_data.agreements(rounds) == [{"round": 2, "cosine": 0.5, "of": "a"}]
+
+
+def test_sites_are_as_the_driver_has_written_them(tmp_path):
+    assert run_data.sites(tmp_path) is None
+    (tmp_path / "fed").mkdir()
+    before = run_data.sites_stamp(tmp_path), run_data.stamp(tmp_path)
+    steps = {"step": 1, "steps": 9, "total": 10, "loss": 0.25}
+    board = Board(tmp_path / "fed" / "sites.json", ["a", "b"])
+    board.show({"a": "away: no such host", "b": "connected"}, {"b": "round 2"}, {"b": steps})
+    (a, b), _ = run_data.sites(tmp_path)
+    assert (a.pop("since"), b.pop("since")) > ("2000", "2000")
+    assert a == {"site": "a", "state": "away: no such host"}
+    assert b == {
+        "site": "b", "state": "at work", "asked": "round 2", "step": 1, "steps": 9, "loss": 0.25
+    }  # fmt: skip
+    assert run_data.sites_stamp(tmp_path) != before[0]
+    assert run_data.stamp(tmp_path) != before[1]
+    assert run_data.read(tmp_path) == ([], None)
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    row = {"state": "at work", "since": "", "asked": 3, "step": "1", "loss": float("nan")}
+    (tmp_path / "fed").mkdir()
+    (tmp_path / "fed" / "sites.json").write_text(json.dumps({"a": row}))
+    (site,), _ = run_data.sites(tmp_path)
+    assert site == {"site": "a", "state": "at work", "since": ""}
+
+
+def test_sites_that_fed_has_not_written_are_one_sentence(tmp_path):
+    whole = json.dumps({"a": {"state": "waiting", "since": "2026-01-01 12:00:00", "asked": None}})
+    cut = [whole[:length] for length in range(0, len(whole), 7)]
+    rows = ["[]", "3", '{"a": 3}', '{"a": {}}', '{"a": {"state": 1, "since": ""}}']
+    half = json.dumps({"a": {"state": "away: \ud83d", "since": ""}})
+    (tmp_path / "fed").mkdir()
+    for text in (*cut, *rows, half, "[" * 100_000):
+        (tmp_path / "fed" / "sites.json").write_text(text)
+        with pytest.raises(PageError, match=r"sites\.json is not as `fed` writes it\.$"):
+            run_data.sites(tmp_path)
+    (tmp_path / "fed" / "sites.json").write_text(whole)
+    assert len(run_data.sites(tmp_path)[0]) == 1
