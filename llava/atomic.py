@@ -31,8 +31,11 @@ def atomic_write(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryI
             if sync:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            # A full disk is not told with the name of the file that it had no room for.
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

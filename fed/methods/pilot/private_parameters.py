@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientTask, Log
+from fed.clients.tensor_file import load_with_facts, save_with_facts
 from fed.methods.pilot.export import export, write_tasks
-from fed.state import State, read_tensors, save
+from fed.state import State
 from llava.errors import InputError
 from llava.model.checkpoint import copies, copy_in
 from llava.model.checkpoint_names import PROJECTOR_PREFIX
@@ -111,7 +112,7 @@ class PrivateParameters(ClientStore):
         """The tensors left by the last task before round `before`, else the initial ones."""
         files = [f for f in self._files(client) if int(f.stem) < before]
         if files:
-            return read_tensors(files[-1])
+            return load_with_facts(files[-1])[0]
         return {name: self.initial[name] for name in self.private}
 
     def _others(self, client: str, extras: State) -> State:
@@ -127,7 +128,7 @@ class PrivateParameters(ClientStore):
         tensors = float32_copies(self.private)
         if not self.main:
             return
-        save(tensors, self._file(task.name, task.round))
+        save_with_facts(tensors, {"client": task.name}, self._file(task.name, task.round))
         needed = task.last_round, task.round  # the former for a task that is done again
         for file in self._files(task.name):
             if int(file.stem) not in needed:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
 from tests.fed.remote.sites import (
+    ROOT,
     StandIn,
     clients_yaml,
     end,
@@ -440,3 +445,54 @@ def test_states_are_written_once_for_all_sites(sites):
 
     sites(a=looks, b=looks, fed_rounds=1)
     assert inodes["a"] == inodes["b"]
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def limited(size: int, *words: str) -> subprocess.Popen:
+    """`python -m WORDS` with room for files of `size` bytes at most; its output is piped."""
+    return subprocess.Popen(
+        [sys.executable, "-c", LIMITED, str(size), *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_either_side_loses_nothing(flags, tiny, tmp_path):
+    entry = {"name": "a", "data_path": f"{tiny}/a.json", "image_folder": f"{tiny}/images"}
+    train(flags(fed_clients=clients_yaml(tmp_path, entry), output_dir=tmp_path / "calm"))
+    room = (tmp_path / "calm" / "mm_projector.bin").stat().st_size // 2
+
+    out = tmp_path / "out"
+    argv = flags(fed_clients=clients_yaml(tmp_path, {"name": "a"}), output_dir=out, **REMOTE)
+    file = str(site_yaml(tmp_path, tiny, "a", out / "fed" / "spool"))
+    site = limited(room, "fed.site", file)
+    try:
+        with pytest.raises(InputError, match=r"site a says: it came to nothing \(OSError\)"):
+            train(argv)
+    finally:
+        site.terminate()
+        said = site.communicate()[0]
+    assert "failed: [Errno 27] File too large: " in said
+
+    site = start("fed.site", file, log=tmp_path / "a.log")
+    try:
+        shutil.rmtree(out / "fed")  # as before the first round
+        driver = limited(room, "fed.train", *argv)
+        said = driver.communicate()[0]
+        assert driver.returncode == 2
+        assert re.search(r"error: \[Errno 27\] File too large: '.*out/fed/.*'\n$", said)
+        train(argv)
+    finally:
+        end([site])
+    assert weights(out) == weights(tmp_path / "calm")
