@@ -136,6 +136,7 @@ def line(rig):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_random_kills_and_cuts_change_nothing(rig, line):
     """Whatever is killed and wherever the line is cut, the run ends in the bits of a calm one."""
     rig.rounds, rig.size = 16, 20_000_000
