@@ -76,13 +76,13 @@ def compare(starts: Sequence[State], ends: Sequence[State], weights: Sequence[fl
     draw = torch.Generator().manual_seed(0)
     for rows, scale in _updates(starts, ends):
         mean = p @ rows
-        squares += scale**2 * torch.linalg.vecdot(rows, rows)
-        mean_square += scale**2 * mean.square().sum()
-        with_mean += scale**2 * (rows @ mean)
+        squares += scale**2 * torch.linalg.vecdot(rows, rows).double()
+        mean_square += scale**2 * mean.square().sum().double()
+        with_mean += scale**2 * (rows @ mean).double()
         if pairwise:
-            products += scale**2 * (rows @ rows.T)
+            products += scale**2 * (rows @ rows.T).double()
         else:
-            products += scale * _sketch(rows, draw)
+            products += scale * _sketch(rows, draw).double()
     if not pairwise:
         products = products @ products.T
     lengths = products.diagonal().sqrt()

@@ -72,6 +72,8 @@ def test_small_updates_of_large_weights_and_large_ones_have_lengths():
     for size in (1e-25, 1e25):
         found = compare([{"w": torch.zeros(2)}], [{"w": torch.tensor([3 * size, 4 * size])}], [1])
         assert found.norms == pytest.approx([5 * size], rel=1e-6)
+        assert found.cosines == [[1.0]]
+        assert found.drift == pytest.approx(0, abs=1e-3)
 
 
 def test_copies_are_found_from_whatever_they_started():
