@@ -285,6 +285,7 @@ def test_a_strict_site_refuses_other_jobs_whatever_the_server_allows(loose_serve
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_loose_site_would_have_run_that_code(loose_server, tmp_path):
     """What the test above would see if a strict policy did nothing."""
     rig = loose_server

@@ -116,7 +116,7 @@ print(json.dumps({"events": total, "kills": kills}))
 def test_killed_anywhere_and_started_again_ends_in_the_same_bits(
     flags, tiny, tmp_path, method, options, save_strategy
 ):
-    runs = 6
+    runs = 3
     argv = flags(
         fed_clients=tiny / "clients.yaml",
         fed_rounds=3,

@@ -39,7 +39,8 @@ NOT_DECIDING = set(
     "mpt_attn_impl attn_implementation remove_unused_columns "
     "fed_clients fed_options "  # by what is in them
     "fed_eval_data_path fed_eval_image_folder fed_eval_domain fed_eval_every fed_driver "
-    "fed_client_timeout fed_client_retries fed_parallel_clients fed_min_clients".split()
+    "fed_client_timeout fed_client_retries fed_parallel_clients fed_min_clients "
+    "fed_courier fed_remote_kit".split()
 )
 # Those of transformers, as patterns: the pinned release has no field beside these and DECIDING.
 NOT_DECIDING_THERE = re.compile(
