@@ -364,15 +364,14 @@ class RemoteDriver(Driver):
     # Waiting.
 
     def _collect(
-        self, asked: list[_Asked], seconds: float | None = None
+        self, asked: list[_Asked]
     ) -> Generator[tuple[_Asked, Answer | InputError | None], None, None]:
         """Answers as they come, None for one that did not come in time.
 
         Args:
             asked: may grow meanwhile.
-            seconds: what a request may take instead of --fed_client_timeout.
         """
-        limit = (self.timeout if seconds is None else seconds) or math.inf
+        limit = self.timeout or math.inf
         logged: dict[str, Any] = {}
         done: set[str] = set()
         while left := [one for one in asked if one.key not in done]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fed.remote.spool import (
     DONE,
     DOWN,
     FAILED,
+    KEY,
     PROGRESS,
     REQUEST,
     STATE,
@@ -37,7 +37,6 @@ Message = dict[str, Any]
 Call = Callable[[Message], Message]
 """Sends a message and gives the other side's answer; raises `LostError` where there is none."""
 
-_KEY = re.compile("[0-9a-f]{32}")
 _LONGEST_TEXT = 2**20
 
 
@@ -99,7 +98,7 @@ class ServerEnd:
     def _path(self, message: Message, kinds: tuple[str, ...]) -> Path:
         """The file that a message is about: of a request that stands, and of these kinds."""
         key, kind = str(message["key"]), str(message["kind"])
-        if not _KEY.fullmatch(key) or kind not in kinds or not self.spool.is_asked(key):
+        if not KEY.fullmatch(key) or kind not in kinds or not self.spool.is_asked(key):
             raise KeyError(f"no request {key!r} with a file {kind!r}")
         return self.spool.file(key, kind)
 
@@ -125,7 +124,7 @@ class SiteEnd:
             LostError: a message was not answered; the next step goes on from there.
         """
         found = self._ask(do="look", progress=dict(self._progress()))
-        asked = [str(key) for key in found["asked"] if _KEY.fullmatch(str(key))]
+        asked = [str(key) for key in found["asked"] if KEY.fullmatch(str(key))]
         self.spool.withdraw_all(but=set(asked))
         _drop_parts(self.spool, set(asked))
         for key in found["rejected"]:

@@ -22,7 +22,7 @@ kit: kit                             # flare: the site's kit
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,7 @@ def _model(entry: Mapping[str, Any], key: str, file: Path) -> str:
 def _flags(value: object, file: Path) -> dict[str, str]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: flags is {value!r}, names and values are expected")
-    for name in value:
-        if name not in OWN_FLAGS:
-            hint = did_you_mean(str(name), OWN_FLAGS)
-            raise InputError(f"{file}: flags has {name!r}, which a site does not set{hint}")
+    _check_names(value, OWN_FLAGS, f"{file}: flags", "which a site does not set")
     return {name: flag_of(name, given, f"{file}: flags") for name, given in value.items()}
 
 
@@ -151,8 +148,12 @@ def _allow(value: object, file: Path) -> frozenset[str]:
     known = run_flags()
     if not isinstance(value, list):
         raise InputError(f"{file}: allow is {value!r}, a list of flags is expected")
-    for name in value:
+    _check_names(value, known, f"{file}: allow", "which no run sets")
+    return frozenset(value)
+
+
+def _check_names(names: Iterable, known: Collection[str], where: str, why: str) -> None:
+    for name in names:
         if name not in known:
             hint = did_you_mean(str(name), known)
-            raise InputError(f"{file}: allow has {name!r}, which no run sets{hint}")
-    return frozenset(value)
+            raise InputError(f"{where} has {name!r}, {why}{hint}")

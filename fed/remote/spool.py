@@ -36,7 +36,8 @@ PROGRESS, UPDATE, DONE, FAILED = ".progress", ".update.safetensors", ".done", ".
 DOWN = (STATE, REQUEST)
 UP = (PROGRESS, UPDATE, FAILED, DONE)
 
-_KEY = re.compile("[0-9a-f]{32}")
+KEY = re.compile("[0-9a-f]{32}")
+"""A request's key."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Spool:
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             for kind in kinds:
                 key = path.name.removesuffix(kind)
-                if path.name.endswith(kind) and _KEY.fullmatch(key):
+                if path.name.endswith(kind) and KEY.fullmatch(key):
                     with contextlib.suppress(FileNotFoundError):
                         found[key] = path.stat().st_mtime_ns
         return sorted(found, key=lambda key: (found[key], key))

@@ -157,7 +157,10 @@ class RoundLoop:
             self.barrier()  # and written
             return RoundState.load(self._folder, check=False)
         with self._watch.part("aggregation"):
-            next_state, facts = self._aggregate(state, tasks, updates)
+            # In the clients' order, whoever was first to finish; read again, and checked, for hours
+            # may have passed.
+            updates = {t.name: load_update(t.update_file) for t in tasks if t.name in updates}
+            next_state, facts = self._aggregate(state, updates)
         self.barrier()
         with self._watch.part("evaluation"):
             heldout = self._measure(next_state)
@@ -269,13 +272,11 @@ class RoundLoop:
             states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
     def _aggregate(
-        self, state: RoundState, tasks: Sequence[ClientTask], updates: Mapping[str, Update]
+        self, state: RoundState, updates: Mapping[str, Update]
     ) -> tuple[RoundState, dict]:
         """The next round's state, without the record, and the method's facts."""
         next_state = dataclasses.replace(state, round=state.round + 1)
-        # In the clients' order, whoever was first to finish. Read again, for hours may have passed.
-        done = {t.name: load_update(t.update_file) for t in tasks if t.name in updates}
-        trained = {name: update for name, update in done.items() if update.num_samples > 0}
+        trained = {name: update for name, update in updates.items() if update.num_samples > 0}
         if not trained:
             return next_state, {"skipped": "no client had a sample in this round"}
         outcome = self.method(
