@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llava.atomic import write_text
 from llava.errors import InputError
+from llava.locks import try_lock
 from llava.processes import group_of, name_of
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
@@ -122,7 +123,7 @@ def unwound_by_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
     """Hold `folder` for this process alone; `InputError` with `refusal` if another one does."""
-    lock = _try_lock(folder)
+    lock = try_lock(folder / _LOCK)
     if lock is None:
         raise InputError(refusal)
     try:
@@ -138,7 +139,7 @@ def sole_use(folder: Path) -> Iterator[int]:
     Yields:
         The descriptor of the lock; processes that inherit it hold the folder too.
     """
-    lock = _try_lock(folder)
+    lock = try_lock(folder / _LOCK)
     leader = ""
     if lock is None:
         with contextlib.suppress(OSError):
@@ -148,7 +149,7 @@ def sole_use(folder: Path) -> Iterator[int]:
     deadline = time.monotonic() + GRACE
     while lock is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        lock = _try_lock(folder)
+        lock = try_lock(folder / _LOCK)
     if lock is None:
         raise InputError(
             f"{folder}: a process of an earlier run is still at work there; end it "
@@ -158,24 +159,6 @@ def sole_use(folder: Path) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
-
-
-def _try_lock(folder: Path) -> int | None:
-    """A descriptor that locks `folder` until all its copies are closed; None if another does.
-
-    The lock is that of a file in it: NFS, where it holds between hosts, locks no folders.
-    """
-    import fcntl  # Windows has none, and the resident driver does without
-
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    except OSError:
-        pass  # a file system without locks
-    return lock
 
 
 def _end(groups: Sequence[int], reap: Callable[[], object] = lambda: None) -> None:

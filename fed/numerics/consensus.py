@@ -7,13 +7,10 @@ they cancel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from fed.numerics.weighted_mean import shares
 
 NOISE = 1e-6  # a length or an energy so much smaller than another is the rounding of float32
 
@@ -28,15 +25,6 @@ def consensus(rows: Tensor, energies: Tensor, rho: Tensor | float = 1.0) -> Tens
     """
     each = rho * energies
     return torch.where(each > 0, rows.square().sum(1) / each, 0).clamp(0, 1)
-
-
-def consensus_of_gram(gram: Tensor, weights: Sequence[float]) -> float | None:
-    """kappa of vectors with these inner products, (K, K); None where none moves or counts."""
-    if not any(weights):
-        return None
-    p = torch.tensor(shares(weights), dtype=torch.float64)
-    energy = float(p @ gram.diagonal())
-    return float(p @ gram @ p) / energy if energy > 0 else None
 
 
 @dataclass(frozen=True)

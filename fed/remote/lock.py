@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from llava.errors import InputError
+from llava.locks import try_lock
 from llava.processes import NAME, is_gone, name_of
 
 _FILE = "lock"
@@ -23,27 +24,15 @@ class Lock:
     """
 
     def __init__(self, folder: Path, refusal: str):
-        self._file = os.open(folder / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
         deadline = time.monotonic() + _CHILDREN
-        while not self._try():
-            holder = os.pread(self._file, 200, 0).decode(errors="replace")
+        while (lock := try_lock(folder / _FILE)) is None:
+            holder = (folder / _FILE).read_bytes()[:200].decode(errors="replace")
             if not (re.fullmatch(NAME, holder) and is_gone(holder)) or time.monotonic() > deadline:
-                os.close(self._file)
                 raise InputError(f"{refusal} ({holder or 'unknown'}, as HOST.PID.BEGAN)")
             time.sleep(0.1)
+        self._file = lock
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, name_of().encode(), 0)
-
-    def _try(self) -> bool:
-        import fcntl  # Windows has none
-
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # a file system without locks
-        return True
 
     def release(self) -> None:
         with contextlib.suppress(OSError):

@@ -64,6 +64,7 @@ def test_drift_by_hand():
     # mean (0.25, 0.75): 1 - 0.625 over the mean square 1
     assert drift([1.0, 0], [0.0, 1], weights=[1, 3]) == pytest.approx(0.375**0.5)
     assert drift([0.0, 0], [0.0, 0], weights=[1, 1]) is None
+    assert drift([1.0, 0], [0.0, 1], weights=[0, 0]) is None
     assert drift([1.0, 2], weights=[5]) == pytest.approx(0, abs=1e-3)
     assert drift([1.0, 2], weights=[0]) is None
 
