@@ -4,7 +4,9 @@ By caption source: four clients, each with a random quarter of the pictures, whi
 its own way. By skew: twelve clients, Dirichlet over topic × style, of very unequal sizes, once for
 choosing settings (`skew-dev`) and once for reporting (`skew`). Mixed: four clients, each with half
 of the topics in half of the styles. Common: a random tenth of all pictures, for a brief alignment
-that several parties begin with. `unpack_data.py` calls `cut`.
+that several parties begin with. Noisy and crawl: the clients by topic with wrong captions: three
+of the eight have all of theirs shuffled, or each has a share of 0 to 60 % of them shuffled, once
+for choosing settings (`-dev`) and once for reporting. `unpack_data.py` calls `cut`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from fed.data.dirichlet import dirichlet
 
 SEED = 2024
 SKEW = {"skew-dev": 1, "skew": 2}  # the seeds of the two Dirichlet cuts
+NOISE = {"-dev": 1, "": 4}  # the seeds of the cuts with wrong captions, by the end of their name
+NOISY_CLIENTS = 3
+CRAWL = (0.0, 0.6)  # the least and the greatest share of wrong captions
 SKEW_CLIENTS, ALPHA, SIZE_ALPHA, SMALLEST = 12, 0.3, 1.0, 16
 KINDS = {  # as the language model learnt to say them
     "smileys": "a smiley or an emotion",
@@ -51,7 +56,8 @@ def caption(source: str, name: str, topic: str, keywords: list[str], words: set[
 
 
 def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
-    """Write `clients/{caption,skew-dev,skew,mixed,common}/*.json` and held-out pictures for them.
+    """Write `clients/CUT/*.json`, CUT one of caption, mixed, common, skew, skew-dev, noisy,
+    noisy-dev, crawl and crawl-dev, and held-out pictures for them.
 
     `heldout_{dev,test}_caption.json` are described as the sources do, and the pictures of
     `heldout_{dev,test}_mixed.json` name the client of `mixed` whose domain they are of.
@@ -60,9 +66,11 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
         folder: the unpacked playground.
         keywords: `playground/data/captions.json`: of every concept.
     """
-    private = []
-    for file in sorted((folder / "clients/topic").glob("*.json")):
-        private += json.loads(file.read_text())
+    topics = {
+        file.stem: json.loads(file.read_text())
+        for file in sorted((folder / "clients/topic").glob("*.json"))
+    }
+    private = [record for records in topics.values() for record in records]
     words = {word for record in private for word in record["conversations"][1]["value"].split()}
     order = private[:]
     random.Random(f"{SEED} caption").shuffle(order)
@@ -94,6 +102,46 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
         )
         for i, shard in enumerate(shards):
             _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
+    for end, seed in NOISE.items():
+        for cut_name, share_of in (("noisy", noisy_shares), ("crawl", crawl_shares)):
+            for name, share in share_of(sorted(topics), seed).items():
+                records = with_wrong_captions(topics[name], share, f"{seed} {cut_name} {name}")
+                _write(folder / f"clients/{cut_name}{end}/{name}.json", records)
+
+
+def noisy_shares(clients: list[str], seed: int) -> dict[str, float]:
+    """The share of wrong captions of each client: all of them at three, none at the others."""
+    wrong = random.Random(f"{SEED} noisy {seed}").sample(clients, NOISY_CLIENTS)
+    return {client: float(client in wrong) for client in clients}
+
+
+def crawl_shares(clients: list[str], seed: int) -> dict[str, float]:
+    """The share of wrong captions of each client: evenly between 0 and 60 %, in random order."""
+    least, greatest = CRAWL
+    shares = [least + (greatest - least) * i / (len(clients) - 1) for i in range(len(clients))]
+    random.Random(f"{SEED} crawl {seed}").shuffle(shares)
+    return dict(zip(clients, shares, strict=True))
+
+
+def with_wrong_captions(records: list[dict], share: float, seed: str) -> list[dict]:
+    """The records, in order, of which a random share have exchanged their captions.
+
+    These have `wrong` true, and none of them its own name. No name may be that of half of them.
+    """
+    draw = random.Random(f"{SEED} {seed}")
+    chosen = draw.sample(range(len(records)), round(share * len(records)))
+    own = [records[i]["conversations"][1]["value"] for i in chosen]
+    told = draw.sample(own, len(own))
+    while same := [at for at, name in enumerate(own) if told[at] == name]:
+        for at in same:
+            other = draw.randrange(len(told))
+            told[at], told[other] = told[other], told[at]
+    result = list(records)
+    for i, name in zip(chosen, told, strict=True):
+        question, answer = records[i]["conversations"]
+        talk = [question, {**answer, "value": name}]
+        result[i] = {**records[i], "wrong": True, "conversations": talk}
+    return result
 
 
 def mixed_client(record: dict) -> str:

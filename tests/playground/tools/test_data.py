@@ -83,6 +83,36 @@ def test_records_are_llava_records(data):
     assert len(names) == 1530
 
 
+@pytest.mark.parametrize("cut", ["noisy", "noisy-dev", "crawl", "crawl-dev"])
+def test_wrong_captions_are_those_of_other_pictures(data, cut):
+    shares, sound = [], {r["id"]: r for r in records(data, "clients/topic/*.json")}
+    for path in sorted((data / f"clients/{cut}").glob("*.json")):
+        rows = json.loads(path.read_text())
+        wrong = [r for r in rows if r.get("wrong")]
+        shares.append(len(wrong) / len(rows))
+        own = [sound[r["id"]]["conversations"][1]["value"] for r in rows]
+        told = [r["conversations"][1]["value"] for r in rows]
+        assert [r["id"] for r in rows] == [
+            r["id"] for r in records(data, f"clients/topic/{path.name}")
+        ]
+        assert sorted(own) == sorted(told)
+        assert [a != b for a, b in zip(own, told, strict=True)] == ["wrong" in r for r in rows]
+    if cut.startswith("noisy"):
+        assert sorted(shares) == [0] * 5 + [1] * 3
+    else:
+        even = [0.6 * i / 7 for i in range(8)]
+        assert sorted(shares) == pytest.approx(even, abs=0.01)
+
+
+def test_development_and_report_have_other_wrong_captions(data):
+    for cut in ("noisy", "crawl"):
+        a, b = (
+            {r["id"] for r in records(data, f"clients/{c}/*.json") if "wrong" in r}
+            for c in (cut, f"{cut}-dev")
+        )
+        assert len(a & b) < 0.6 * len(a)
+
+
 def test_every_picture_opens(data):
     for path in data.glob("images/*/*.webp"):
         with Image.open(path) as picture:
