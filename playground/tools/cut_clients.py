@@ -6,7 +6,8 @@ choosing settings (`skew-dev`) and once for reporting (`skew`). Mixed: four clie
 of the topics in half of the styles. Common: a random tenth of all pictures, for a brief alignment
 that several parties begin with. Noisy and crawl: the clients by topic with wrong captions: three
 of the eight have all of theirs shuffled, or each has a share of 0 to 60 % of them shuffled, once
-for choosing settings (`-dev`) and once for reporting. `unpack_data.py` calls `cut`.
+for choosing settings (`-dev`) and once for reporting. Sentences: the clients by topic, whose
+pictures are asked about and answered in sentences. `unpack_data.py` calls `cut`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ KINDS = {  # as the language model learnt to say them
 LIFE = ("animals", "food", "people", "smileys")
 HALVES = {"google": "gt", "twitter": "gt", "openmoji": "of", "fluent": "of"}  # of the styles
 SOURCES = ("name", "keyword", "short", "kind")
+ASKED = ("What is this?", "What is shown in the picture?", "Describe the picture.")
+SAID = ("This is {}.", "The picture shows {}.")
 
 
 def caption(source: str, name: str, topic: str, keywords: list[str], words: set[str]) -> str:
@@ -57,7 +60,7 @@ def caption(source: str, name: str, topic: str, keywords: list[str], words: set[
 
 def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
     """Write `clients/CUT/*.json`, CUT one of caption, mixed, common, skew, skew-dev, noisy,
-    noisy-dev, crawl and crawl-dev, and held-out pictures for them.
+    noisy-dev, crawl, crawl-dev and sentences, and held-out pictures for them.
 
     `heldout_{dev,test}_caption.json` are described as the sources do, and the pictures of
     `heldout_{dev,test}_mixed.json` name the client of `mixed` whose domain they are of.
@@ -90,6 +93,7 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
         _write(folder / f"heldout_{part}_caption.json", records)
         mixed = [{**record, "mixed": mixed_client(record)} for record in heldout]
         _write(folder / f"heldout_{part}_mixed.json", mixed)
+        _write(folder / f"heldout_{part}_sentences.json", in_sentences(heldout))
     for client in sorted({mixed_client(record) for record in private}):
         own = [record for record in private if mixed_client(record) == client]
         _write(folder / f"clients/mixed/{client}.json", own)
@@ -102,11 +106,40 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
         )
         for i, shard in enumerate(shards):
             _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
+    for name, records in topics.items():
+        _write(folder / f"clients/sentences/{name}.json", in_sentences(records))
     for end, seed in NOISE.items():
         for cut_name, share_of in (("noisy", noisy_shares), ("crawl", crawl_shares)):
             for name, share in share_of(sorted(topics), seed).items():
                 records = with_wrong_captions(topics[name], share, f"{seed} {cut_name} {name}")
                 _write(folder / f"clients/{cut_name}{end}/{name}.json", records)
+
+
+def with_article(name: str) -> str:
+    """A name as a sentence has it: by its ending and its first letter, so not always right.
+
+    >>> [with_article(n) for n in ("red apple", "owl", "glasses", "glass")]
+    ['a red apple', 'an owl', 'glasses', 'a glass']
+    """
+    if name.endswith("s") and not name.endswith("ss"):
+        return name
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def in_sentences(records: list[dict]) -> list[dict]:
+    """The records with two questions each, what is shown and of what kind it is."""
+    result = []
+    for i, record in enumerate(records):
+        name = with_article(record["conversations"][1]["value"])
+        talk = [
+            ("human", "<image>\n" + ASKED[i % len(ASKED)]),
+            ("gpt", SAID[i // len(ASKED) % len(SAID)].format(name)),
+            ("human", "What kind of thing is it?"),
+            ("gpt", f"It is {KINDS[record['topic']]}."),
+        ]
+        turns = [{"from": who, "value": text} for who, text in talk]
+        result.append({**record, "conversations": turns})
+    return result
 
 
 def noisy_shares(clients: list[str], seed: int) -> dict[str, float]:

@@ -113,6 +113,20 @@ def test_development_and_report_have_other_wrong_captions(data):
         assert len(a & b) < 0.6 * len(a)
 
 
+def test_sentences_say_the_name_and_the_kind(data):
+    sound = {r["id"]: r for r in records(data, "clients/topic/*.json", *HELD_OUT)}
+    rows = records(data, "clients/sentences/*.json", "heldout_*_sentences.json")
+    assert len(rows) == len(sound)
+    kinds = script("cut_clients").KINDS
+    for row in rows:
+        asked, said, again, kind = (turn["value"] for turn in row["conversations"])
+        assert asked.startswith("<image>\n")
+        assert "<image>" not in again
+        assert sound[row["id"]]["conversations"][1]["value"] in said
+        assert said.endswith(".")
+        assert kind == f"It is {kinds[row['topic']]}."
+
+
 def test_every_picture_opens(data):
     for path in data.glob("images/*/*.webp"):
         with Image.open(path) as picture:
