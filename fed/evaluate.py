@@ -1,4 +1,4 @@
-"""Models measured on held-out data: the caption loss and the exact answers, as a run records them.
+"""Models measured on held-out data: caption loss, exact answers, and what the pictures explain.
 
     python -m fed.evaluate --models "FedAvg=runs/fedavg" runs/merged --model_base LLM \\
         --data heldout.json --image_folder images --output measures.json
@@ -83,9 +83,12 @@ def check_data(paths: Sequence[str]) -> None:
 
 
 def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dict]:
-    """The measures of one model on each file: see `fed.server.measures.evaluate`."""
+    """The measures of one model on each file: see `fed.clients.measures` and, with --rank,
+    `fed.server.ranking`.
+    """
+    from fed.clients.measures import evaluate
     from fed.server.heldout import evaluation_set
-    from fed.server.measures import evaluate
+    from fed.server.ranking import rank
     from llava.train.arguments import DataArguments
     from llava.train.data import DataCollatorForSupervisedDataset
     from llava.train.finished import finished_session
@@ -96,10 +99,14 @@ def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dic
     sets = [
         evaluation_set(data, session, data_args, args.domain, flag="--data") for data in args.data
     ]
-    return {
-        data.name: evaluate(session.model, data, collate, args.batch_size, session.model.device)
-        for data in sets
-    }
+    model, device = session.model, session.model.device
+    found = {}
+    for data in sets:
+        measured = evaluate(model, data, collate, args.batch_size, device, explained=True)
+        if args.rank:
+            measured |= rank(model, data.dataset, collate, data.name, device)
+        found[data.name] = measured
+    return found
 
 
 def evaluate_all(args: argparse.Namespace) -> str:
@@ -142,6 +149,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--version",
         help="conversation template; else plain for a projector alone, else the config's",
+    )
+    add(
+        "--rank",
+        action="store_true",
+        help="also the share of samples whose answer ranks first, and among the first five, of "
+        "all answers of its file",
     )
     add("--batch_size", type=int, default=16)
     add("--device", default="cuda", help="cuda where there is one, else the CPU")

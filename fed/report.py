@@ -22,6 +22,15 @@ from llava.flags import FlagParser, pairs
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+COLUMNS = {
+    "loss": "loss",
+    "exact": "exact",
+    "explained": "explained",
+    "first": "first",
+    "among_five": "first five",
+}
+
+
 @dataclass
 class RunRecords:
     """A run's name for people, and its rounds.jsonl."""
@@ -60,13 +69,12 @@ def rows_of(runs: Sequence[RunRecords]) -> list[dict]:
 
 
 def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
-    """Loss and exact names per evaluation set, then both per domain of the first; Markdown."""
+    """The measures per evaluation set, then loss and exact per domain of the first; Markdown."""
     if not rows:
         return "No run was measured on held-out data.\n"
-    head = ["model", *(f"{name}: {what}" for name in sets for what in ("loss", "exact"))]
-    body = [
-        [row["model"], *(cell for name in sets for cell in _cells(row.get(name)))] for row in rows
-    ]
+    shown = [(name, what) for name in sets for what in COLUMNS if _measured(rows, name, what)]
+    head = ["model", *(f"{name}: {COLUMNS[what]}" for name, what in shown)]
+    body = [[row["model"], *(_cell(row.get(name), what) for name, what in shown)] for row in rows]
     parts = [markdown_table(head, body)]
     domains = sorted({d for row in rows for d in _domains(row, sets[0])})
     for what, title in (("exact", "Exact names"), ("loss", "Caption loss")):
@@ -84,12 +92,12 @@ def _domains(row: dict, data: str) -> dict[str, dict]:
     return row.get(data, {}).get("domains", {})
 
 
-def _cells(measures: dict | None) -> list[str]:
-    return [_cell(measures, "loss"), _cell(measures, "exact")]
+def _measured(rows: Sequence[dict], name: str, what: str) -> bool:
+    return what in ("loss", "exact") or any(what in row.get(name, {}) for row in rows)
 
 
 def _cell(measures: dict | None, what: str) -> str:
-    if not measures or measures[what] is None:
+    if not measures or measures.get(what) is None:
         return "–"
     return f"{measures[what]:.3f}" if what == "loss" else f"{100 * measures[what]:.1f} %"
 

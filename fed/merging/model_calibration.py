@@ -52,7 +52,7 @@ class ModelCalibration:
             raise InputError(f"{source}: no record has an answer, so there is no loss to measure")
 
     def loss(self, state: State) -> float:
-        """The caption loss, nats a labelled token: that of `fed.server.measures`."""
+        """The caption loss, nats a labelled token: that of `fed.clients.measures`."""
         self._put(state)
         with torch.no_grad():
             nats = sum(float(self._nats(batch).double().sum()) for batch in self._batches)

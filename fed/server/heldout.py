@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from fed.clients.measures import EvaluationSet, evaluate
 from fed.drivers.driver import Driver
-from fed.server.measures import EvaluationSet, evaluate
 from fed.state import State
 from llava.errors import InputError
 from llava.model.checkpoint import gathered

@@ -92,11 +92,14 @@ def test_several_files_and_a_key_of_the_domain(run, tiny, tmp_path):
     out = tmp_path / "measures.json"
     data = [str(tmp_path / "two.json"), str(tiny / "heldout.json")]
     evaluate.main(["--models", str(run("x")), "--model_base", str(tiny / "llm"), "--data", *data,
-                   "--image_folder", str(tiny / "images"), "--domain", "who",
+                   "--image_folder", str(tiny / "images"), "--domain", "who", "--rank",
                    "--output", str(out)])  # fmt: skip
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["two"]["samples"], row["heldout"]["samples"]) == (2, 6)
-    assert row["two"]["domains"] == {"me": {k: row["two"][k] for k in ("samples", "loss", "exact")}}
+    assert row["two"]["candidates"] == 2
+    assert row["two"]["among_five"] == 1  # of two
+    shared = ("samples", "loss", "exact", "explained")
+    assert row["two"]["domains"] == {"me": {k: row["two"][k] for k in shared}}
     assert row["heldout"]["domains"] == {}
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from fed import methods
+from fed.clients.measures import EvaluationSet, evaluate
 from fed.merging.calibration import load_calibration, spread
-from fed.server.measures import EvaluationSet, evaluate
 from fed.state import StateError
 from llava.errors import InputError
 from llava.model.checkpoint import load_projector, projector_state

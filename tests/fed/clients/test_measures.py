@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from fed.server.measures import EvaluationSet, evaluate
+from fed.clients.measures import EvaluationSet, evaluate, explained_share, other_pictures
 from llava.mm_utils import tokenizer_image_token
 from llava.train.arguments import parse
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
@@ -85,6 +86,75 @@ def test_domains_add_up_to_the_whole(trained):
     parts = measured["domains"].values()
     assert sum(part["samples"] for part in parts) == 6
     assert torch.isfinite(torch.tensor([part["loss"] for part in parts])).all()
+
+
+class Shown:
+    """A data set of which the pictures' paths alone are asked for."""
+
+    def __init__(self, *paths: tuple[str, ...]):
+        self.all = paths
+
+    def __len__(self):
+        return len(self.all)
+
+    def paths(self, index):
+        return list(self.all[index])
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ("a b c", {0: 1, 1: 2, 2: 0}),
+        ("a a b b", {0: 2, 1: 2, 2: 0, 3: 0}),  # the same picture is not another one
+        ("a - b", {0: 2, 2: 0}),  # text alone
+        ("a b,c d e,f", {0: 2, 1: 3, 2: 0, 3: 1}),  # as many pictures
+        ("a a", {}),
+        ("a", {}),
+        ("- -", {}),
+    ],
+)
+def test_the_next_sample_with_other_pictures(paths, expected):
+    shown = [() if word == "-" else tuple(word.split(",")) for word in paths.split()]
+    assert other_pictures(Shown(*shown)) == expected
+
+
+def test_explained_share_is_what_other_pictures_cost(trained):
+    session, dataset, collator = trained
+    taken = other_pictures(dataset)
+    items = [dataset[i] for i in taken]
+    swapped = [{**items[i], "images": dataset[j]["images"]} for i, j in enumerate(taken.values())]
+    own, other = (float(session.model(**collator(rows)).loss) for rows in (items, swapped))
+    assert len(taken) == 6
+    for batch_size in (1, 4, 64):
+        found = explained_share(session.model, dataset, collator, batch_size)
+        assert found == pytest.approx((other - own) / other, rel=1e-3)
+    assert found > 0.1, "the model learnt nothing of pictures, so this would test little"
+    measured = evaluate(session.model, EvaluationSet("x", dataset), collator, 4, explained=True)
+    assert measured["explained"] == pytest.approx(found, rel=1e-3)
+    assert "explained" not in evaluate(session.model, EvaluationSet("x", dataset), collator, 4)
+
+
+def test_pictures_that_tell_nothing_explain_nothing(trained):
+    session, dataset, collator = trained
+    blank = copy.copy(dataset)
+    pixels = dataset[0]["images"][0]
+    blank._picture = lambda path: pixels
+    assert explained_share(session.model, blank, collator) == pytest.approx(0, abs=1e-6)
+    told = [record["conversations"] for record in dataset.records]
+    wrong = copy.copy(dataset)  # each sample has the caption of the one before the last
+    wrong.records = [
+        {**record, "conversations": told[i - 2]} for i, record in enumerate(dataset.records)
+    ]
+    assert explained_share(session.model, wrong, collator) < 0.05
+
+
+def test_one_sample_has_no_other_picture(trained):
+    session, dataset, collator = trained
+    measured = evaluate(
+        session.model, EvaluationSet("x", dataset.select([0])), collator, explained=True
+    )
+    assert measured["explained"] is None
+    assert measured["loss"] > 0
 
 
 def test_a_mixture_with_trained_routers_is_measured_as_without(tiny, tmp_path):
