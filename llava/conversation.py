@@ -186,6 +186,26 @@ def get_template(name: str) -> Conversation:
     return conv_templates[name].copy()
 
 
+def template_of(tokenizer: Any) -> str | None:
+    """The template that renders talk as the tokenizer's own `chat_template` does; None: there is
+    none, or none such."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    talk = (("user", "What?"), ("assistant", "That."), ("user", "Why?"), ("assistant", None))
+    said = [{"role": role, "content": text} for role, text in talk if text]
+    try:
+        wanted = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template is a program, which may refuse any talk
+        return None
+    for name, template in conv_templates.items():
+        chat = template.copy()
+        for i, (_, text) in enumerate(talk):
+            chat.append_message(chat.roles[i % 2], text)
+        if chat.get_prompt() == wanted:
+            return name
+    return None
+
+
 def _chat(person: str) -> str:
     return (
         f"A chat between a curious {person} and an artificial intelligence assistant. "
@@ -257,10 +277,10 @@ def _llama_2(system: str, sep: str) -> Conversation:
     return _two(system, SeparatorStyle.LLAMA_2, sep=sep, version="llama_v2")
 
 
-def _chatml(system: str) -> Conversation:
+def _chatml(system: str, sep: str = "<|im_end|>") -> Conversation:
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
     system = f"<|im_start|>system\n{system}"
-    return Conversation(system, roles, [], 0, SeparatorStyle.MPT, "<|im_end|>", version="mpt")
+    return Conversation(system, roles, [], 0, SeparatorStyle.MPT, sep, version="mpt")
 
 
 _vicuna_v0 = _single(_chat("human"), _FEW_SHOT)
@@ -289,6 +309,10 @@ conv_templates: dict[str, Conversation] = {
     "mpt": _chatml(
         "A conversation between a user and an LLM-based AI assistant. "
         "The assistant gives helpful and honest answers."
+    ),
+    # Not upstream's: as the language model's own chat template has it.
+    "smollm2": _chatml(
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "<|im_end|>\n"
     ),
 }
 """Every template by the key that `--version` and `--conv-mode` take. Copy before adding turns."""

@@ -92,11 +92,15 @@ def model_fingerprint(path: str, cache: Path) -> str:
         cache: a JSON file that remembers the fingerprints of files that have not changed since.
     """
     from llava.model.builder import folder_of
+    from llava.model.gguf import find_gguf
 
-    folder = folder_of(path)
-    files = sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)})
-    if not any(file.suffix in (".safetensors", ".bin") for file in files):
-        return ""
+    if gguf := find_gguf(path):
+        files = [gguf]
+    else:
+        folder = folder_of(path)
+        files = sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)})
+        if not any(file.suffix in (".safetensors", ".bin") for file in files):
+            return ""
     try:
         known = read_json(cache)
     except InputError:

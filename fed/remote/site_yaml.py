@@ -130,7 +130,7 @@ def _model(entry: Mapping[str, Any], key: str, file: Path) -> str:
     """A folder, made absolute; what is no folder here and looks like no path is a hub's name."""
     text = text_of(key, entry[key], str(file))
     path = _path(file, key, text)
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return str(path)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise InputError(f"{file}: {key} {path} does not exist")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from llava.conversation import template_of
 from llava.errors import InputError, reason
 from llava.model import lora
 from llava.model.checkpoint import (
@@ -27,6 +28,7 @@ from llava.model.checkpoint_names import (
     SEPARATE_ROWS,
     split_tower,
 )
+from llava.model.gguf import find_gguf, gguf_weights, named
 from llava.model.hf_layout import FROM_HF
 from llava.model.hf_logging import quiet
 from llava.model.multimodal_projector.pilot import EXTRA
@@ -65,6 +67,8 @@ def load_pretrained_model(
         device: `cuda`, `cpu`, …; the CPU computes in float32, other devices in float16 unless
             `dtype=` says otherwise.
         device_map: how a model is spread over GPUs; of use with `cuda` only.
+        kwargs: `gguf_file`, which file of the language model's folder; others as
+            `from_pretrained` of transformers takes them.
 
     Returns:
         (tokenizer, model, image_processor, context_len), as upstream; image_processor is None for
@@ -75,10 +79,16 @@ def load_pretrained_model(
     """
     device = device if device != "cuda" or torch.cuda.is_available() else "cpu"
     bits = 4 if load_4bit else 8 if load_8bit else 16
-    folder = local_folder(model_path)
+    gguf_file = kwargs.pop("gguf_file", None)
+    if model_base:
+        model_base = named(model_base, gguf_file)
+    else:
+        model_path = named(model_path, gguf_file)
+    gguf = find_gguf(model_path)
+    folder = gguf.parent if gguf else local_folder(model_path)
     is_lora = (folder / lora.ADAPTER_CONFIG).is_file()
     is_projector = (folder / PROJECTOR_FILE).is_file() and not has_weights(folder)
-    source = _source(folder, model_base, is_lora, is_projector)
+    source = str(gguf or _source(folder, model_base, is_lora, is_projector))
     config = _config(folder, source, is_lora, is_projector)
 
     options = _load_options(device, device_map, bits, use_flash_attn, kwargs)
@@ -139,8 +149,9 @@ def _base(
     model, missing = _from_pretrained(source, config, **options)
     if "device_map" not in options:
         model.to(device)
-    has_pictures = hasattr(model, "get_vision_tower")
-    return model, missing, tower_weights(folder_of(source)) if has_pictures else None
+    if find_gguf(source) or not hasattr(model, "get_vision_tower"):
+        return model, missing, None
+    return model, missing, tower_weights(folder_of(source))
 
 
 def _check_loaded(missing: list[str], trained: State, folder: Path, source: str) -> None:
@@ -233,6 +244,8 @@ def _with_pictures(
         )
         loaded = model.load_vision_tower(dtype, weight.device, weights=tower)
         image_processor = loaded.image_processor
+    if not getattr(model.config, "conversation_template", None):
+        model.config.conversation_template = template_of(tokenizer)
     context_len = getattr(model.config, "max_sequence_length", None) or 2048
     return tokenizer, model, image_processor, context_len
 
@@ -268,6 +281,8 @@ def folder_of(path: str) -> Path:
     """The folder of weights that have been loaded from `path`, a folder or a hub name."""
     if Path(path).is_dir():
         return Path(path)
+    if gguf := find_gguf(path):
+        return gguf.parent
     from transformers.utils import cached_file
 
     file = cached_file(path, "config.json")
@@ -289,13 +304,16 @@ def from_pretrained(path: str, config, **kwargs):
 
 def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
     """The model, and which of the projector's tensors the weights lacked."""
-    if Path(path).is_dir():
+    source: str | None = path
+    if gguf := find_gguf(path):
+        source, kwargs["state_dict"] = None, gguf_weights(gguf)
+    elif Path(path).is_dir():
         _check_kind(Path(path))
         _check_weights(path, config)
     try:
         with quiet():
             loaded: Any = model_class(config).from_pretrained(
-                path, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
+                source, config=config, output_loading_info=True, key_mapping=FROM_HF, **kwargs
             )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights do not load ({reason(error)})") from None

@@ -33,6 +33,7 @@ from llava.model.checkpoint_names import (
     projector_name,
     tower_name,
 )
+from llava.model.gguf import find_gguf, gguf_config
 from llava.model.hf_layout import language_model_type, llava_config
 from llava.model.shards import Shards, check_hub_name, not_found, write_shards
 from llava.model.tokenizer import write_tokenizer
@@ -55,6 +56,8 @@ def read_config(path: str | os.PathLike):
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
+    if gguf := find_gguf(path):
+        return gguf_config(gguf)
     folder = Path(path)
     file = folder / "config.json"
     if not folder.is_dir():

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava.atomic import write_text
 from llava.errors import InputError, reason
+from llava.model.gguf import find_gguf, gguf_tokenizer
 from llava.model.hf_logging import quiet
 
 
@@ -21,6 +22,8 @@ def load_tokenizer(path: str, **kwargs: Any):
     from transformers import AutoTokenizer, PreTrainedConfig
     from transformers.utils import cached_file
 
+    if gguf := find_gguf(path):
+        return gguf_tokenizer(gguf, **kwargs)
     try:
         with quiet():
             whole = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)

@@ -33,6 +33,10 @@ class ModelArguments:
     """The flags of a model; `parse` adds those of the connectors."""
 
     model_name_or_path: str = field(default="facebook/opt-125m")
+    gguf_file: str | None = field(
+        default=None,
+        metadata={"help": "Which GGUF file of the folder --model_name_or_path is the model."},
+    )
     version: str = field(default="v0", metadata={"help": "Conversation template, e.g. plain, v1."})
     freeze_backbone: bool = field(default=False)
     tune_mm_mlp_adapter: bool = field(
@@ -195,8 +199,19 @@ def parse(argv: Sequence[str] | None, *kinds: type) -> tuple:
     if unknown:
         known = [f"--{f.name}" for kind in kinds for f in dataclasses.fields(kind) if f.init]
         raise InputError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0], known)}")
+    parsed = [_with_gguf_named(part) for part in parsed]
     _check_together(parsed)
     return tuple(parsed)
+
+
+def _with_gguf_named(parsed: Any) -> Any:
+    """The arguments with --gguf_file in the path of --model_name_or_path, where it is used."""
+    if not isinstance(parsed, ModelArguments) or not parsed.gguf_file:
+        return parsed
+    from llava.model.gguf import named
+
+    path = named(parsed.model_name_or_path, parsed.gguf_file)
+    return dataclasses.replace(parsed, model_name_or_path=path, gguf_file=None)
 
 
 def model_arguments() -> type[ModelArguments]:
