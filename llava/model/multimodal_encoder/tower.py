@@ -135,8 +135,8 @@ class VisionTower(nn.Module):
                 return self.read_processor()
         except (OSError, ValueError) as error:
             raise InputError(
-                f"vision tower {self.vision_tower_name}: its picture processor does not load "
-                f"({reason(error)})"
+                f"vision tower {self.vision_tower_name}: it does not load "
+                f"(its picture processor: {reason(error)})"
             ) from None
 
     def load_model(

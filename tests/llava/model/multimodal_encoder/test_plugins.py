@@ -163,7 +163,7 @@ def test_a_plug_in_that_is_missing_or_wrong(toy, tmp_path, monkeypatch, entry, c
         (lambda f: change(f, width=20), r"toy: tensor 0.weight has shape \(24, 3, 4, 4\), exp"),
         (lambda f: change(f, image_size=32), r"gives \(1, 16, 24\), expected \(1, 64, 24\)"),
         (lambda f: (f / "model.safetensors").unlink(), "no weights there"),
-        (lambda f: (f / "preprocessor_config.json").unlink(), "picture processor does not load"),
+        (lambda f: (f / "preprocessor_config.json").unlink(), r"it does not load \(its picture processor: "),
         (lambda f: change(f, "preprocessor_config.json", size={"shortest_edge": 16}),
          r"makes \(3, 16, 24\) of a wide picture and \(3, 24, 16\) of a high one"),
     ],
