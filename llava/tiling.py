@@ -161,9 +161,9 @@ def process_anyres_image(image: Image.Image, processor: Any, grid_pinpoints: Any
 
 
 def tile_side(processor: Any) -> int:
-    """The pixels of the tower's input: CLIP's processors say it as crop size, SigLIP's as size."""
-    size = getattr(processor, "crop_size", None) or processor.size
-    return size["height"]
+    """The pixels along a side of the tower's input: what a processor cuts out, if it does."""
+    cuts = getattr(processor, "do_center_crop", False)
+    return (processor.crop_size if cuts else processor.size)["height"]
 
 
 def unpad_image(tensor: torch.Tensor, original_size: Size) -> torch.Tensor:

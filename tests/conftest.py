@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,31 @@ def flags(tiny, tmp_path):
         return out
 
     return make
+
+
+def install(folder: Path, monkeypatch, *entries: str, package: str = "toy_tower") -> None:
+    """Do for the modules in `folder` what pip does for a package of vision towers."""
+    info = folder / f"{package}-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(["[llava.vision_towers]", *entries, ""]))
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Path:
+    """The folder of the vision tower of docs/towers.md, whose package is installed."""
+    text = (ROOT / "docs/towers.md").read_text()
+    project, code = re.findall(r"```(?:toml|python)\n(.*?)```", text, re.DOTALL)
+    site = tmp_path / "site"
+    entry = re.search(r'entry-points."llava.vision_towers"]\ntoy = "(.*)"', project)
+    install(site, monkeypatch, f"toy = {entry[1]}")
+    (site / "toy_tower.py").write_text(code)
+    import toy_tower
+
+    toy_tower.write(tmp_path / "toy")
+    return tmp_path / "toy"
 
 
 @pytest.fixture

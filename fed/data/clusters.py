@@ -1,7 +1,8 @@
 """Clusters of pictures: a vision tower's features, mini-batch k-means, the nearest centroid.
 
-A picture's feature is the mean of its patches as LLaVA sees them (the last layer but one), of
-length 1. The centroids are fitted on a bounded draw of pictures; then all pictures stream by.
+A picture's feature is the mean of its patches as LLaVA sees them (CLIP's and SigLIP's last layer
+but one), of length 1. The centroids are fitted on a bounded draw of pictures; then all pictures
+stream by.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from llava.errors import InputError, reason
 if TYPE_CHECKING:
     import torch
 
-    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+    from llava.model.multimodal_encoder.tower import VisionTower
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Encoder:
         from llava.model.multimodal_encoder.builder import build_vision_tower
 
         choice = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
-        self.tower: CLIPVisionTower = build_vision_tower(
+        self.tower: VisionTower = build_vision_tower(
             SimpleNamespace(mm_vision_tower=tower, **choice)
         )
         self.fingerprint = self.tower.fingerprint()

@@ -20,7 +20,7 @@ from llava.model.hf_layout import KEPT, Config, language_model_type
 
 _KEYS = (
     *("hidden_size", "num_hidden_layers", "vocab_size", "_name_or_path", "mm_vision_tower"),
-    *("mm_vision_select_layer", "mm_hidden_size"),
+    *("mm_vision_tower_type", "mm_vision_select_layer", "mm_hidden_size"),
 )
 SAMPLE = 4096  # bytes of each tensor that a sampled fingerprint looks at
 _PLACES = ("_name_or_path", "mm_vision_tower")  # paths, of which the last part counts

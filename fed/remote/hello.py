@@ -85,6 +85,8 @@ def data_fingerprint(content: str, run: str) -> str:
 def model_fingerprint(path: str, cache: Path) -> str:
     """16 hex digits over the files of a model that decide what it is, wherever it lies.
 
+    The version of a plug-in decides too, of a vision tower that is one's.
+
     "" where a folder has no weights.
 
     Args:
@@ -93,11 +95,16 @@ def model_fingerprint(path: str, cache: Path) -> str:
     """
     from llava.model.builder import folder_of
     from llava.model.gguf import find_gguf
+    from llava.model.multimodal_encoder.builder import plug_in_type
+    from llava.model.multimodal_encoder.plugins import plugged_in
 
+    tower = None
     if gguf := find_gguf(path):
         files = [gguf]
     else:
         folder = folder_of(path)
+        plug_in = plug_in_type(str(folder))
+        tower = plugged_in(plug_in) if plug_in else None
         files = sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)})
         if not any(file.suffix in (".safetensors", ".bin") for file in files):
             return ""
@@ -105,7 +112,8 @@ def model_fingerprint(path: str, cache: Path) -> str:
         known = read_json(cache)
     except InputError:
         known = {}
-    found, digest = dict(known), hashlib.sha256()
+    version = f"{plug_in} {tower.version}" if tower else ""
+    found, digest = dict(known), hashlib.sha256(version.encode())
     for file in files:
         stat = file.stat()
         mark = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"

@@ -31,6 +31,7 @@ from llava.model.checkpoint_names import (
 from llava.model.gguf import find_gguf, gguf_weights, named
 from llava.model.hf_layout import FROM_HF
 from llava.model.hf_logging import quiet
+from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.pilot import EXTRA
 from llava.model.picture_tokens import add_picture_tokens, grow_embeddings
 from llava.model.quantize import check_4bit_on_cpu, quantization
@@ -170,6 +171,8 @@ def _config(folder: Path, source: str, is_lora: bool, is_projector: bool):
         return config
     config = read_config(folder)
     _find_tower(config, folder)
+    if getattr(config, "mm_vision_tower", None):  # of another width or kind? Before all is loaded
+        build_vision_tower(config, delay_load=True)
     if is_projector and not getattr(config, "mm_hidden_size", None):
         raise InputError(f"{folder}: config.json has no mm_hidden_size, so this is no LLaVA's")
     if is_projector or is_lora:

@@ -69,7 +69,8 @@ def read_config(path: str | os.PathLike):
         assert cached is not None  # else it has raised
         file = Path(cached)
     raw = read_json(file)
-    for key, kind in (("mm_vision_tower", str), ("mm_hidden_size", int)):
+    kinds = {"mm_vision_tower": str, "mm_vision_tower_type": str, "mm_hidden_size": int}
+    for key, kind in kinds.items():
         if not isinstance(raw.get(key) or kind(), kind):
             expected = f"expected a value of type {kind.__name__}"
             raise InputError(f"{path}: config.json has {key} {raw[key]!r}, {expected}")

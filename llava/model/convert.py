@@ -196,8 +196,14 @@ def _upstream_config(values: Config, kept: Config, dtype: str | None) -> Config:
 
 
 def _read_tower_config(name: str) -> Config:
+    from llava.model.multimodal_encoder.builder import plug_in_type
     from llava.model.multimodal_encoder.clip_encoder import vision_config
 
+    if kind := plug_in_type(name):
+        raise InputError(
+            f"vision tower {name} is of the type {kind!r}: transformers' LLaVA-1.5 has CLIP's and "
+            "SigLIP's alone"
+        )
     config = vision_config(name).to_dict()
     config.pop("_name_or_path", None)
     return config

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llava.atomic import new_folder
 from llava.errors import InputError, one_clear_error, reason
 from llava.model.hf_logging import quiet
 
@@ -135,24 +134,14 @@ def convert(
     Raises:
         InputError: there is no GGUF, it cannot be read, or `output` is there and not empty.
     """
-    file, out = find_gguf(path), Path(output)
+    file = find_gguf(path)
     if file is None:
         raise InputError(f"{path}: holds no GGUF file")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already, a new folder is expected")
-    model, tokenizer = _model(file, dtype), gguf_tokenizer(file)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with new_folder(output) as fresh:
+        model, tokenizer = _model(file, dtype), gguf_tokenizer(file)
         with quiet():
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-        fresh.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from llava.errors import InputError
 from llava.mm_utils import expand_image_tokens
 from llava.model.attention_impl import attention_of, eager_attention
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.tiling import MERGE_TYPES, Size, Tiling, read_resolutions
 from llava.tiling import unpad_image as unpad_image  # upstream has it here
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
         mm_projector: Connector
         image_newline: nn.Parameter
-        vision_tower: CLIPVisionTower | None
+        vision_tower: VisionTower | None
 
     class _CausalLM(PreTrainedModel, GenerationMixin):
         """A causal language model of transformers, whose config may have upstream's keys."""
@@ -73,7 +73,7 @@ class LlavaMixin(_CausalLM):
         """The headless language model, which carries `mm_projector` and `vision_tower`."""
         return getattr(self, self.base_model_prefix)
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         """The tower; one that the config names and nobody has loaded yet awaits `load_model()`."""
         model = self.get_model()
         if model.vision_tower is None and getattr(self.config, "mm_vision_tower", None):
@@ -81,7 +81,7 @@ class LlavaMixin(_CausalLM):
             object.__setattr__(model, "vision_tower", tower)
         return model.vision_tower
 
-    def _named_tower(self) -> CLIPVisionTower:
+    def _named_tower(self) -> VisionTower:
         tower = self.get_vision_tower()
         assert tower is not None, "config.mm_vision_tower names no vision tower"
         return tower
@@ -91,21 +91,14 @@ class LlavaMixin(_CausalLM):
         dtype: torch.dtype,
         device: torch.device | str,
         weights: Mapping[str, torch.Tensor] | None = None,
-        config: Any = None,
-    ) -> CLIPVisionTower:
+    ) -> VisionTower:
         """Load the tower that the config names, frozen, and place it; returns it.
 
         Args:
             weights: a checkpoint's own tower weights, in place of those under the tower's name.
-            config: the tower's config, if not that under its name.
         """
-        tower = build_vision_tower(self.config, delay_load=True, config=config)
+        tower = build_vision_tower(self.config, delay_load=True)
         tower.load_model(weights=weights)
-        if tower.hidden_size != self.config.mm_hidden_size:
-            raise InputError(
-                f"vision tower {tower.vision_tower_name} gives {tower.hidden_size} features, "
-                f"the projector expects mm_hidden_size {self.config.mm_hidden_size}"
-            )
         object.__setattr__(self.get_model(), "vision_tower", tower.to(dtype=dtype, device=device))
         return tower
 
@@ -124,7 +117,7 @@ class LlavaMixin(_CausalLM):
         tower = self._named_tower()
         return Tiling(
             resolutions=read_resolutions(getattr(self.config, "image_grid_pinpoints", None)),
-            tile=tower.config.image_size,
+            tile=tower.image_size,
             side=tower.num_patches_per_side,
             merge=merge_type(self.config),
         )
@@ -365,7 +358,7 @@ class LlavaMixin(_CausalLM):
         tower = self._named_tower()
         shape: tuple[int, ...] = (1, 1, self.config.mm_hidden_size)
         if tower.is_tuned:
-            shape = (1, 3, tower.config.image_size, tower.config.image_size)
+            shape = (1, *tower.pixel_shape)
         tokens = self.encode_images(torch.zeros(shape, device=self.device, dtype=tower.dtype))
         newline = getattr(self.get_model(), "image_newline", None)
         return tokens.sum() if newline is None else tokens.sum() + newline.sum()

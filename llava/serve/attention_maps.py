@@ -23,7 +23,7 @@ from llava.model.attention_impl import eager_attention
 def grids(
     answerer: Answerer, prompt: str, answer: str, pictures: Sequence[Picture]
 ) -> list[list[list[float]]]:
-    """A square of weights for each picture, row by row.
+    """A grid of weights for each picture, row by row; a square, but for some towers of plug-ins.
 
     Of a tiled (`anyres`) picture it is the overview, its first tokens, that is shown.
 
@@ -46,13 +46,26 @@ def grids(
     if not weights:
         raise InputError(f"{answerer.name}: its attention cannot be read")
     seen = torch.stack(weights).mean(0)[places]
-    side = model.get_vision_tower().num_patches_per_side
+    tower = model.get_vision_tower()
     found = []
     for own in seen.split([len(t) for t in tokens]):
-        width = side if len(own) >= side**2 else math.isqrt(len(own))
-        grid = own[: width**2].view(width, width)
+        if (shape := _shape(len(own), tower.grid)) is None:
+            raise InputError(
+                f"{answerer.name}: its {len(own)} tokens have no known places in the picture"
+            )
+        grid = own[: math.prod(shape)].view(shape)
         found.append((grid / grid.sum().clamp_min(1e-12)).tolist())
     return found
+
+
+def _shape(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows and columns of the (first) tokens of a picture; None if its patches are in no grid."""
+    if grid is None or tokens >= math.prod(grid):
+        return grid
+    if grid[0] != grid[1]:
+        return None
+    side = math.isqrt(tokens)  # a connector makes fewer of a square
+    return side, side
 
 
 @contextlib.contextmanager

@@ -89,7 +89,9 @@ class ModelBackend:
             self.engine.call(lambda: grids(self.answerer, head, answer, pictures))
         )
         squared = getattr(self.answerer.model.config, "image_aspect_ratio", None) or ""
-        fit = {"pad": "pad", "anyres": "stretch"}.get(squared, "crop")  # see `image_pixels`
+        crops = getattr(self.answerer.image_processor, "do_center_crop", False)
+        fits = {"pad": "pad", "anyres": "stretch"}  # see `image_pixels`
+        fit = fits.get(squared, "crop" if crops else "stretch")
         return {"grids": found, "fit": fit, "error_code": 0}
 
     def _marked(self, prompt: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 
 from llava.errors import InputError
+from llava.json_files import read_json
 from llava.model.attention_impl import choose_attention
 from llava.model.builder import folder_of, from_pretrained, load_tokenizer
 from llava.model.checkpoint import (
@@ -29,7 +32,8 @@ from llava.model.lora import (
     load_non_lora,
     read_beside,
 )
-from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.builder import build_vision_tower, check_projector
+from llava.model.multimodal_encoder.tower import VisionTower
 from llava.model.multimodal_projector.connector import TRAINED, connector_type
 from llava.model.picture_tokens import (
     add_picture_tokens,
@@ -132,16 +136,19 @@ def training_config(
         return config
     _check_projector_type(config, model_args)
     config.mm_vision_tower = model_args.vision_tower
-    tower = build_vision_tower(config, delay_load=True)
+    tower = _tower(config, model_args)
     config.mm_hidden_size = tower.hidden_size
+    if tower.kind:  # upstream's have no such key
+        config.mm_vision_tower_type = tower.kind
     config.use_mm_proj = True
     config.image_aspect_ratio = data_args.image_aspect_ratio
     if data_args.image_aspect_ratio == "anyres":
         config.image_grid_pinpoints = (
             data_args.image_grid_pinpoints
             or getattr(config, "image_grid_pinpoints", None)
-            or default_resolutions(tower.config.image_size)
+            or default_resolutions(tower.image_size)
         )
+        _ = tower.image_size, tower.num_patches_per_side  # squares, or an error
     config.tune_mm_mlp_adapter = model_args.tune_mm_mlp_adapter
     config.freeze_mm_mlp_adapter = training_args.freeze_mm_mlp_adapter
     config.mm_projector_lr = training_args.mm_projector_lr
@@ -157,6 +164,21 @@ def training_config(
     kind, _ = connector_type(model_args.mm_projector_type)
     kind.configure(config, model_args)
     return config
+
+
+def _tower(config, model_args: ModelArguments) -> VisionTower:
+    """The tower, not loaded yet, if it is the one that the projector was trained on."""
+    file = model_args.pretrain_mm_mlp_adapter
+    if not file:
+        return build_vision_tower(config, delay_load=True)
+    # The projector of the config, if it has one, is replaced by another.
+    config.mm_hidden_size = config.mm_vision_tower_type = None
+    tower = build_vision_tower(config, delay_load=True)
+    beside = Path(file).with_name("config.json")
+    if beside.is_file():
+        check_projector(tower, SimpleNamespace(**read_json(beside)), f"the projector {file}")
+    del config.mm_vision_tower_type
+    return tower
 
 
 def _check_projector_type(config, model_args: ModelArguments) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from fed import methods
 from fed.arguments import FedArguments
+from fed.clients.measures import evaluate
 from fed.merging.calibration import load_calibration
 from fed.server.heldout import evaluation_set
-from fed.clients.measures import evaluate
 from fed.state import State, load
 from llava.model.checkpoint import projector_state
 from llava.model.trainable_part import ProjectorPart

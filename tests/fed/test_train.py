@@ -604,3 +604,17 @@ def test_an_entry_point_says_it_in_one_line(flags, tiny, tmp_path, monkeypatch, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert exit_.value.code == 2
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+
+
+def test_clients_train_on_the_tower_of_a_plug_in(toy, flags, tiny, tmp_path):
+    given = {"vision_tower": toy, "fed_rounds": 1, "fed_eval_data_path": [tiny / "heldout.json"]}
+    (record,) = run(flags, tmp_path / "run", tiny / "clients.yaml", max_steps=2, **given)
+    assert min(record["norms"]) > 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["mm_vision_tower_type"] == "toy"
+    with pytest.raises(InputError, match="vision_tower is CLIP or SigLIP, the projector .* 'toy'"):
+        train(
+            flags(
+                fed_clients=tiny / "clients.yaml",
+                pretrain_mm_mlp_adapter=tmp_path / "run/mm_projector.bin",
+            )
+        )

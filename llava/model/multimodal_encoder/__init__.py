@@ -1,1 +1,1 @@
-"""Vision towers: frozen encoders that give one feature vector per patch."""
+"""Vision towers: frozen encoders that give feature vectors of a picture, as of its patches."""

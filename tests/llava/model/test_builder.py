@@ -404,7 +404,7 @@ BAD_FULL = {
     "a lost tower": (lambda f: change_config(f, mm_vision_tower="/no/tower"), "/no/tower"),
     "a tower that is none": (
         lambda f: change_config(f, mm_vision_tower=str(f)),
-        "vision tower .* no readable model there",
+        "vision tower .* has model_type 'llava_llama'; there are clip_vision_model, ",
     ),
     "no tokenizer": (
         lambda f: [path.unlink() for path in f.glob("tokenizer*")],
