@@ -7,7 +7,8 @@ of the topics in half of the styles. Common: a random tenth of all pictures, for
 that several parties begin with. Noisy and crawl: the clients by topic with wrong captions: three
 of the eight have all of theirs shuffled, or each has a share of 0 to 60 % of them shuffled, once
 for choosing settings (`-dev`) and once for reporting. Sentences: the clients by topic, whose
-pictures are asked about and answered in sentences. `unpack_data.py` calls `cut`.
+pictures are asked about and answered in sentences. Brief: every fourth picture of the clients by
+topic. `unpack_data.py` calls `cut`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def caption(source: str, name: str, topic: str, keywords: list[str], words: set[
 
 def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
     """Write `clients/CUT/*.json`, CUT one of caption, mixed, common, skew, skew-dev, noisy,
-    noisy-dev, crawl, crawl-dev and sentences, and held-out pictures for them.
+    noisy-dev, crawl, crawl-dev, sentences and brief, and held-out pictures for them.
 
     `heldout_{dev,test}_caption.json` are described as the sources do, and the pictures of
     `heldout_{dev,test}_mixed.json` name the client of `mixed` whose domain they are of.
@@ -108,6 +109,7 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
             _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
     for name, records in topics.items():
         _write(folder / f"clients/sentences/{name}.json", in_sentences(records))
+        _write(folder / f"clients/brief/{name}.json", records[::4])
     for end, seed in NOISE.items():
         for cut_name, share_of in (("noisy", noisy_shares), ("crawl", crawl_shares)):
             for name, share in share_of(sorted(topics), seed).items():

