@@ -129,7 +129,7 @@ def test_a_projector_is_refused_on_another_tower(toy, flags, tiny, tmp_path):
     ("entry", "code", "message"),
     [
         ("other = x:Y", "", r"has model_type 'mine'; there are clip_vision_model, siglip_vision"
-         r"_model, other.*; for another, install a package .* llava.vision_towers"),
+         r"_model, .*other.*; for another, install a package .* llava.vision_towers"),
         ("mine = mine:Y", "import nothing_of_this_name",
          r"'mine' \(mine:Y of the package mine\): it does not load \(ModuleNotFoundError: No "),
         ("mine = mine:Y", "1 / 0", r"does not load \(ZeroDivisionError"),
