@@ -136,13 +136,13 @@ class RoundLoop:
         state.kept.remove_others()
 
     def chosen(self, round: int) -> list[Participant]:
-        """The clients of a round: all, or as many as asked for of those that have samples in it.
+        """The clients of a round: all, or as many as asked for of those that may be drawn.
 
-        These are drawn anew each round; fewer, or nobody, where no more have samples.
+        These are drawn anew each round; fewer, or nobody, where there are no more.
         """
         if not self.clients_per_round or self.clients_per_round >= len(self.driver.clients):
             return list(self.driver.clients)
-        able = [client for client in self.driver.clients if client.samples(round) > 0]
+        able = self.driver.drawn_from(round)
         if self.clients_per_round >= len(able):
             return able
         draw = random.Random(seed_of(self.seed, "clients of round", round))

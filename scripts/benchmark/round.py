@@ -71,6 +71,9 @@ class Numbers:
     def __init__(self, clients: int, rule: bool):
         self.clients, self.rule = [Client(f"c{k:04d}") for k in range(clients)], rule
 
+    def drawn_from(self, round: int) -> list[Client]:
+        return self.clients
+
     def run(self, tasks: list, go_on: object) -> Iterator[tuple]:
         import torch
 

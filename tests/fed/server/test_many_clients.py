@@ -40,6 +40,9 @@ class Numbers:
         self.clients = [Client(f"c{k:03d}") for k in range(CLIENTS)]
         self.keeps, self.stop_at, self.done = method.client_rule is not None, stop_at, 0
 
+    def drawn_from(self, round: int) -> list[Client]:
+        return self.clients
+
     def run(self, tasks, go_on) -> Iterator[tuple]:
         for task in tasks:
             if self.stop_at and self.done == self.stop_at:
