@@ -131,7 +131,7 @@ def evaluate_all(args: argparse.Namespace) -> str:
             contextlib.redirect_stdout(sys.stderr),
             progress_shown(),
         ):  # the tables have stdout to themselves
-            rows.append({"model": name, **measures(path, versions[name], args)})
+            rows.append({"model": name, "measures": measures(path, versions[name], args)})
     if args.output:
         write_text(args.output, json.dumps({"rows": rows}, indent=1))
     return table(rows, [Path(path).stem for path in args.data])

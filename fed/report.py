@@ -59,12 +59,17 @@ class RunRecords:
 
 
 def rows_of(runs: Sequence[RunRecords]) -> list[dict]:
-    """One row a model: a run's shared model, or each client's where a method keeps them apart."""
+    """One row a model: a run's shared model, or each client's where a method keeps them apart.
+
+    A row has `model`, `run`, `personal`, and by evaluation set the `measures`.
+    """
     rows = []
     for run in runs:
         for model, sets in run.final.items():
             name = run.name if model == "global" else f"{model}, {run.name}"
-            rows.append({"model": name, "run": run.name, "personal": model != "global", **sets})
+            personal = model != "global"
+            row = {"model": name, "run": run.name, "personal": personal, "measures": sets}
+            rows.append(row)
     return rows
 
 
@@ -74,7 +79,10 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
         return "No run was measured on held-out data.\n"
     shown = [(name, what) for name in sets for what in COLUMNS if _measured(rows, name, what)]
     head = ["model", *(f"{name}: {COLUMNS[what]}" for name, what in shown)]
-    body = [[row["model"], *(_cell(row.get(name), what) for name, what in shown)] for row in rows]
+    body = [
+        [row["model"], *(_cell(row["measures"].get(name), what) for name, what in shown)]
+        for row in rows
+    ]
     parts = [markdown_table(head, body)]
     domains = sorted({d for row in rows for d in _domains(row, sets[0])})
     for what, title in (("exact", "Exact names"), ("loss", "Caption loss")):
@@ -89,11 +97,11 @@ def table(rows: Sequence[dict], sets: Sequence[str]) -> str:
 
 
 def _domains(row: dict, data: str) -> dict[str, dict]:
-    return row.get(data, {}).get("domains", {})
+    return row["measures"].get(data, {}).get("domains", {})
 
 
 def _measured(rows: Sequence[dict], name: str, what: str) -> bool:
-    return what in ("loss", "exact") or any(what in row.get(name, {}) for row in rows)
+    return what in ("loss", "exact") or any(what in row["measures"].get(name, {}) for row in rows)
 
 
 def _cell(measures: dict | None, what: str) -> str:
@@ -182,9 +190,7 @@ def write_figure(figure, path: Path) -> None:
 def report(runs: Sequence[RunRecords], output: Path, title: str, note: str = "") -> str:
     """Write all files of the report into `output`; returns the Markdown."""
     rows = rows_of(runs)
-    sets = list(
-        dict.fromkeys(k for row in rows for k, value in row.items() if isinstance(value, dict))
-    )
+    sets = list(dict.fromkeys(name for row in rows for name in row["measures"]))
     text = f"# {title}\n\n" + (f"{note}\n\n" if note else "") + table(rows, sets)
     write_text(output / "report.json", json.dumps({"title": title, "rows": rows}, indent=1))
     write_text(output / "report.md", text)

@@ -53,13 +53,16 @@ def evaluate(
         to the last token), if asked for `explained` (see `explained_share`; None where no sample
         has another one's picture), and the same per domain under `domains`.
     """
-    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(6, dtype=torch.float64))
+    whole = torch.zeros(6, dtype=torch.float64)
+    of_domains: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(whole))
     dataset = data.dataset
     others = other_pictures(dataset) if explained else {}
 
     def add(i: int, *row: float) -> None:
-        for name in ("",) if data.domains is None else ("", data.domains[i]):
-            sums[name] += torch.tensor(row, dtype=torch.float64)
+        sums = torch.tensor(row, dtype=torch.float64)
+        whole.add_(sums)
+        if data.domains is not None:
+            of_domains[data.domains[i]] += sums
 
     for indices, items in _batches(dataset, range(len(dataset)), batch_size):
         rows = _rows(forward, collate(items), device)
@@ -72,9 +75,8 @@ def evaluate(
         ]
         for i, (nats, _, _) in zip(indices, _rows(forward, collate(shown), device), strict=True):
             add(i, 0, 0, 0, 0, 0, nats)
-    whole = _measures(sums.pop("", torch.zeros(6)), explained)
-    domains = {name: _measures(row, explained) for name, row in sorted(sums.items())}
-    return {**whole, "domains": domains}
+    domains = {name: _measures(row, explained) for name, row in sorted(of_domains.items())}
+    return {**_measures(whole, explained), "domains": domains}
 
 
 def explained_share(

@@ -135,6 +135,13 @@ class Driver(ABC):
         `load_update` makes of it.
         """
 
+    def drawn_from(self, round: int) -> list[Participant]:
+        """The clients among which --fed_clients_per_round draws: those with samples in the round.
+
+        It must be the same whenever the round is begun again.
+        """
+        return [client for client in self.clients if client.samples(round) > 0]
+
     @classmethod
     def command_line(cls, argv: list[str]) -> list[str]:
         """The run's command line as this driver needs it, before it is parsed."""

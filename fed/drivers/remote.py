@@ -28,7 +28,7 @@ from fed.clients.store import ClientStore, FinishedRun, Sent
 from fed.clients.task import ClientError, ClientTask, Result
 from fed.clients.update import Update, load_update, save_update
 from fed.clients.wire import decode, form_of
-from fed.drivers.driver import Driver, Run, driver
+from fed.drivers.driver import Driver, Participant, Run, driver
 from fed.drivers.start import as_one_process, starting_point
 from fed.methods.interface.checks import check_not_zero
 from fed.remote.board import Board
@@ -70,7 +70,8 @@ class _Asked:
 
     client: RemoteClient
     key: str
-    task: ClientTask | None  # None: a hello
+    what: str  # for people: the request's kind, or the task's round
+    task: ClientTask | None  # None: no task
     began: float
 
 
@@ -173,7 +174,7 @@ class RemoteDriver(Driver):
     def _ask_hello(self, client: RemoteClient) -> _Asked:
         ticket = self._ticket("hello", client, nonce=uuid.uuid4().hex)
         key = self.spools[client.name].ask(ticket.as_json())
-        return _Asked(client, key, None, time.monotonic())
+        return _Asked(client, key, "hello", None, time.monotonic())
 
     def _learn(self, client: RemoteClient, answer: Answer | InputError | None) -> None:
         """Take in a site's facts; `ClientError` where it cannot have a part in the run."""
@@ -219,6 +220,14 @@ class RemoteDriver(Driver):
         return self.run_of.specs[self.clients.index(client)]
 
     # Tasks.
+
+    def drawn_from(self, round: int) -> list[Participant]:
+        """The sites that clients.yaml has in the round.
+
+        Not by samples: how many a late site has is not known before it is asked, and a round that
+        is begun again after that would have others. One without samples in it sends nothing.
+        """
+        return [client for client in self.clients if client.from_round <= round]
 
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
@@ -277,7 +286,7 @@ class RemoteDriver(Driver):
         )
         spool = self.spools[client.name]
         key = sender.ask(spool, task.state, task.extras, ticket)
-        return _Asked(client, key, task, time.monotonic())
+        return _Asked(client, key, f"round {task.round}", task, time.monotonic())
 
     def _ticket(self, kind: str, client: RemoteClient, **more: Any) -> Ticket:
         spec = self._spec(client)
@@ -407,9 +416,7 @@ class RemoteDriver(Driver):
                 if "loss" in told and "total" in told:
                     log = self.run_of.log_of(one.client.name)
                     log(int(told["total"]), {"loss": float(told["loss"])})
-        asked = {
-            one.client.name: f"round {one.task.round}" if one.task else "hello" for one in left
-        }
+        asked = {one.client.name: one.what for one in left}
         self.board.show(self.courier.status(), asked, progress)
 
     # The end.
@@ -425,10 +432,11 @@ class RemoteDriver(Driver):
             spool = self.spools[client.name]
             key = sender.ask(spool, *sent(client.name), ticket)
             spool.withdraw_all(but={key})
-            asked.append(_Asked(client, key, None, time.monotonic()))
+            asked.append(_Asked(client, key, "stop", None, time.monotonic()))
         began = time.monotonic()
         while left := [one for one in asked if not self._has_taken(one)]:
             self.courier.keep_up()
+            self._show(left, {})
             status, waited = self.courier.status(), time.monotonic() - began
             away = all(status[one.client.name] != CONNECTED for one in left)
             if waited > max(FAREWELL, self.timeout) or (away and waited > GONE):
@@ -436,6 +444,7 @@ class RemoteDriver(Driver):
                 print(f"the last state is still to be taken by {names}", flush=True)
                 return
             time.sleep(PAUSE)
+        self._show([], {})
 
     def _has_taken(self, one: _Asked) -> bool:
         with contextlib.suppress(InputError):

@@ -10,4 +10,4 @@ from fed.state import State
 @method("local", personal=True)
 def local(states: list[State], *, weights: list[float], base: State) -> Outcome:
     """One state per client, its own."""
-    return Outcome(list(states))
+    return Outcome(states)

@@ -32,6 +32,7 @@ from fed.drivers.driver import Driver, Participant
 from fed.methods import Method
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import for_clients
+from fed.methods.interface.each import Each
 from fed.server.client_states import ClientStates
 from fed.server.free_memory import give_back
 from fed.server.records import Records
@@ -135,13 +136,13 @@ class RoundLoop:
         state.kept.remove_others()
 
     def chosen(self, round: int) -> list[Participant]:
-        """The clients of a round: all, or as many as asked for of those that have samples in it.
+        """The clients of a round: all, or as many as asked for of those that may be drawn.
 
-        These are drawn anew each round; fewer, or nobody, where no more have samples.
+        These are drawn anew each round; fewer, or nobody, where there are no more.
         """
         if not self.clients_per_round or self.clients_per_round >= len(self.driver.clients):
             return list(self.driver.clients)
-        able = [client for client in self.driver.clients if client.samples(round) > 0]
+        able = self.driver.drawn_from(round)
         if self.clients_per_round >= len(able):
             return able
         draw = random.Random(seed_of(self.seed, "clients of round", round))
@@ -292,13 +293,13 @@ class RoundLoop:
         )
         round = next_state.round
         keep = {name: update.kept for name, update in trained.items() if update.kept}
-        next_state.kept = self._write(state.kept.after(round, keep), keep.items())
-        if isinstance(outcome.state, list):
-            next_state.personal = self._write(
-                state.personal.after(round, trained), zip(trained, outcome.state, strict=True)
-            )
-        else:
+        next_state.kept = self._write(state.kept.after(round, keep), keep, list(keep.values()))
+        if isinstance(outcome.state, dict):
             next_state.shared = outcome.state
+        else:
+            next_state.personal = self._write(
+                state.personal.after(round, trained), trained, outcome.state
+            )
         next_state.last = {**state.last, **dict.fromkeys(trained, round)}
         next_state.memory = outcome.memory or {}
         return next_state, outcome.facts
@@ -316,9 +317,13 @@ class RoundLoop:
             }
         return {"global": self.evaluate("global", state.shared, {}, state.round)}
 
-    def _write(self, states: ClientStates, changed: Iterable[tuple[str, State]]) -> ClientStates:
-        for name, state in changed if self.main else ():
-            states.write(name, state)
+    def _write(
+        self, states: ClientStates, names: Iterable[str], changed: Each | Sequence[State]
+    ) -> ClientStates:
+        """Write the clients' new states; each is made only now, and only where it is written."""
+        for k, name in enumerate(names if self.main else ()):
+            states.write(name, changed[k])
+            give_back()
         return states
 
     def _say(self, text: str) -> None:

@@ -53,8 +53,6 @@ def build(client, log, runs: list[str], offers: list, model_list_mode: str, embe
         if model_list_mode == "reload" or not at_start:
             try:
                 at_start[:] = await client.models()
-                if not at_start:
-                    trouble = f"The controller at {client.controller} knows no worker yet."
             except PageError as error:
                 at_start.clear()
                 trouble = str(error)

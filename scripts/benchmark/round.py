@@ -2,6 +2,7 @@
 
     python scripts/benchmark/round.py                                # LLaVA-1.5-7B's projector
     python scripts/benchmark/round.py --geometry lora --clients 8    # 320 million values of LoRA
+    python scripts/benchmark/round.py --geometry lora-r8 --method pilot --clients 16 64
     python scripts/benchmark/round.py --sampled                      # 50 of 1,000 clients a round
 
 The round loop of `fed.train` runs two rounds in a process of its own, with a driver that only draws
@@ -29,19 +30,19 @@ from pathlib import Path
 
 from aggregate import ROOT, SHAPES, Peak
 
-RANK = 128
+RANK = {"lora": 128, "lora-r8": 8}
 LINEAR = {"q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096),
           "gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}  # fmt: skip
 
 
 def shapes_of(geometry: str) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    if geometry == "lora":  # on all linear layers of Llama-7B
+    if rank := RANK.get(geometry):  # on all linear layers of Llama-7B
         for layer in range(32):
             for name, (out, width) in LINEAR.items():
                 prefix = f"base_model.model.model.layers.{layer}.{name}_proj"
-                shapes[f"{prefix}.lora_A.weight"] = (RANK, width)
-                shapes[f"{prefix}.lora_B.weight"] = (out, RANK)
+                shapes[f"{prefix}.lora_A.weight"] = (rank, width)
+                shapes[f"{prefix}.lora_B.weight"] = (out, rank)
         return shapes
     if geometry == "tiny":  # a Pilot client's two parts
         return {
@@ -69,6 +70,9 @@ class Numbers:
 
     def __init__(self, clients: int, rule: bool):
         self.clients, self.rule = [Client(f"c{k:04d}") for k in range(clients)], rule
+
+    def drawn_from(self, round: int) -> list[Client]:
+        return self.clients
 
     def run(self, tasks: list, go_on: object) -> Iterator[tuple]:
         import torch
@@ -153,7 +157,7 @@ def in_a_process(geometry: str, method: str, clients: int, sampled: int, where: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--geometry", choices=[*SHAPES, "lora", "tiny"], default="llava-1.5-7b")
+    parser.add_argument("--geometry", choices=[*SHAPES, *RANK, "tiny"], default="llava-1.5-7b")
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 48, 128])
     parser.add_argument("--method", default="fedavg")
     parser.add_argument("--sampled", action="store_true", help="50 of 1,000 clients a round")

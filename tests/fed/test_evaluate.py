@@ -24,7 +24,7 @@ def measured(tiny, tmp_path, *models, flags=()) -> dict[str, dict]:
     evaluate.main(["--models", *models, "--model-base", str(tiny / "llm"), "--batch-size", "4",
                    "--data", str(tiny / "heldout.json"), "--image-folder", str(tiny / "images"),
                    "--output", str(out), *flags])  # fmt: skip
-    return {row["model"]: row["heldout"] for row in json.loads(out.read_text())["rows"]}
+    return {row["model"]: row["measures"]["heldout"] for row in json.loads(out.read_text())["rows"]}
 
 
 def assert_alike(found: dict, expected: dict) -> None:
@@ -58,9 +58,9 @@ def test_the_numbers_are_those_of_the_runs(run, tiny, tmp_path, capsys):
     rows = rows_of([RunRecords.load("FedAvg", shared), RunRecords.load(str(apart), apart)])
     assert list(found) == [row["model"] for row in rows] == ["FedAvg", f"a, {apart}", f"b, {apart}"]
     for row in rows:
-        assert_alike(found[row["model"]], row["heldout"])
+        assert_alike(found[row["model"]], row["measures"]["heldout"])
         assert found[row["model"]]["domains"].keys() == {"red", "green", "blue"}
-        for domain, expected in row["heldout"]["domains"].items():
+        for domain, expected in row["measures"]["heldout"]["domains"].items():
             assert_alike(found[row["model"]]["domains"][domain], expected)
     printed, progress = capsys.readouterr()
     assert printed.startswith("| model")
@@ -88,19 +88,20 @@ def test_a_lora_and_the_full_model_that_it_becomes(run, tiny, tmp_path, capsys):
 
 def test_several_files_and_a_key_of_the_domain(run, tiny, tmp_path):
     records = json.loads((tiny / "heldout.json").read_text())
-    (tmp_path / "two.json").write_text(json.dumps([{**r, "who": "me"} for r in records[:2]]))
+    (tmp_path / "model.json").write_text(json.dumps([{**r, "who": "me"} for r in records[:2]]))
     out = tmp_path / "measures.json"
-    data = [str(tmp_path / "two.json"), str(tiny / "heldout.json")]
+    data = [str(tmp_path / "model.json"), str(tiny / "heldout.json")]
     evaluate.main(["--models", str(run("x")), "--model_base", str(tiny / "llm"), "--data", *data,
                    "--image_folder", str(tiny / "images"), "--domain", "who", "--rank",
                    "--output", str(out)])  # fmt: skip
     (row,) = json.loads(out.read_text())["rows"]
-    assert (row["two"]["samples"], row["heldout"]["samples"]) == (2, 6)
-    assert row["two"]["candidates"] == 2
-    assert row["two"]["among_five"] == 1  # of two
-    shared = ("samples", "loss", "exact", "explained")
-    assert row["two"]["domains"] == {"me": {k: row["two"][k] for k in shared}}
-    assert row["heldout"]["domains"] == {}
+    assert row["model"] == str(tmp_path / "x")
+    two, heldout = row["measures"]["model"], row["measures"]["heldout"]
+    assert (two["samples"], heldout["samples"]) == (2, 6)
+    assert two["candidates"] == 2
+    assert two["among_five"] == 1  # of two
+    assert two["domains"] == {"me": {k: two[k] for k in ("samples", "loss", "exact", "explained")}}
+    assert heldout["domains"] == {}
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_rows_and_table(runs):
     loaded = [RunRecords.load(n, runs / f) for n, f in (("Alone", "alone"), ("Fed", "fed"))]
     rows = rows_of(loaded)
     assert [row["model"] for row in rows] == ["a, Alone", "b, Alone", "Fed"]
-    assert rows[2]["test"]["loss"] == 1.5  # the last round's
+    assert rows[2]["measures"]["test"]["loss"] == 1.5  # the last round's
     text = table(rows, ["test"])
     assert "| Fed      |      1.500 |      10.0 % |" in text
     assert "| Fed      | 15.0 % | 10.0 % |" in text  # per domain, cats and dogs
@@ -63,6 +63,18 @@ def test_the_command_writes_everything(runs, capsys):
             colours = picture.convert("RGB").getcolors(1 << 24)
             assert min(picture.size) > 200
             assert len(colours) > 20
+
+
+@pytest.mark.parametrize("name", ["model", "run", "personal", "measures"])
+def test_a_held_out_file_may_be_called_as_a_key_of_a_row(tmp_path, name):
+    write_run(tmp_path / "fed", [{"global": {name: measures(2.0, 0.5, cats=1.0)}}])
+    main(["--runs", f"Fed={tmp_path / 'fed'}", "--output", str(tmp_path / "report")])
+    (row,) = json.loads((tmp_path / "report/report.json").read_text())["rows"]
+    assert (row["model"], row["run"], row["personal"]) == ("Fed", "Fed", False)
+    assert row["measures"][name]["loss"] == 2.0
+    text = (tmp_path / "report/report.md").read_text()
+    assert f"| model | {name}: loss | {name}: exact |" in text
+    assert f"Caption loss per domain, {name}:" in text
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1"])

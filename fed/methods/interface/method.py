@@ -15,6 +15,7 @@ from fed.methods.interface import options
 from fed.methods.interface.calibration import Calibration
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import ClientRule
+from fed.methods.interface.each import Each
 from fed.state import State, StateError, check, is_finite
 from llava.errors import InputError
 
@@ -28,12 +29,14 @@ class Outcome:
     """The result of a method.
 
     Attributes:
-        state: the shared state, or for a personal method one per client, in `base`'s dtypes.
+        state: the shared state, or for a personal method one per client, in `base`'s dtypes. Such
+            a one is made when it is asked for (`Each`), and is to be read, not changed: its tensors
+            may be those of clients, of `base` and of `memory`.
         memory: for the method's next call: a flat dict of tensors, None when nothing.
         facts: for records and plots; JSON types only.
     """
 
-    state: State | list[State]
+    state: State | Each | list[State]
     memory: dict[str, torch.Tensor] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -188,7 +191,7 @@ class Method:
             **{name: value for name, value in arguments.items() if name in self.arguments},
             **parsed,
         )
-        self._cast(outcome, base)
+        outcome.state = self._cast(outcome.state, base)
         outcome.memory = outcome.memory or None
         outcome.facts["clients"] = [names[k] for k in counted]
         return outcome
@@ -219,17 +222,14 @@ class Method:
             )
         return calibration
 
-    def _cast(self, outcome: Outcome, base: State) -> None:
-        """Bring what the function returned into `base`'s dtypes and order."""
-        if isinstance(outcome.state, list):
-            for k, state in enumerate(outcome.state):  # one by one: there is one a client
-                outcome.state[k] = self._as(base, state, copy=True)
-        else:
-            outcome.state = self._as(base, outcome.state, copy=False)
+    def _cast(self, state: State | Each | list[State], base: State) -> State | Each:
+        """What the function returned, in `base`'s dtypes and order; one by one where it is many."""
+        if isinstance(state, dict):
+            return self._as(base, state)
+        return Each(len(state), lambda k: self._as(base, state[k]))
 
-    def _as(self, base: State, state: State, copy: bool) -> State:
-        """In `base`'s dtypes and order; `copy` where the tensors may be those of a client."""
-        cast = {name: state[name].to(base[name].dtype, copy=copy) for name in base}
+    def _as(self, base: State, state: State) -> State:
+        cast = {name: state[name].detach().to(base[name].dtype) for name in base}
         for name, tensor in cast.items():
             if not is_finite(tensor):
                 raise StateError(

@@ -13,32 +13,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fed.methods.interface.each import Each
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.lora_delta import A, B, Products, factored, truncated_sum
 from fed.state import State
 
 
-def averaged_lora(
-    states: Sequence[State], base: State, weights: Tensor, product: bool
-) -> list[State]:
+def averaged_lora(states: Sequence[State], base: State, weights: Tensor, product: bool) -> Each:
     """One state per client k, sum_j `weights`[k, j] of client j, in `base`'s types.
 
     Args:
         weights: (K, K), no less than 0.
         product: of the updates B A; tensors that are not of such a pair are averaged as they are.
     """
+    if bool((weights == weights[0]).all()):  # one mean for all, for which all states are read
+        mean = _averaged(states, base, weights[0], product)
+        return Each(len(states), lambda k: mean)
+    return Each(len(states), lambda k: _averaged(states, base, weights[k], product))
+
+
+def _averaged(states: Sequence[State], base: State, weights: Tensor, product: bool) -> State:
+    """sum_j `weights`[j] of client j; those of weight 0 are not read."""
+    mixed = weights.nonzero().flatten().tolist()
+    states, shares = [states[j] for j in mixed], weights[mixed]
     pairs = Products(base).stems if product else []
     factors = {stem + end for stem in pairs for end in (A, B)}
-    results = [empty(base) for _ in states]
+    result = empty(base)
     for block in blocks(states, {n: t for n, t in base.items() if n not in factors}):
-        for result, values in zip(results, weights @ block.clients, strict=True):
-            block.write(result, values)
+        block.write(result, shares @ block.clients)
     for stem in pairs:
         pair = base[stem + A], base[stem + B]
-        for result, row in zip(results, weights, strict=True):
-            mixed = row.nonzero().flatten().tolist()
-            left = torch.cat([float(row[j]) * states[j][stem + B].float() for j in mixed], 1)
-            right = torch.cat([states[j][stem + A].float() for j in mixed])
-            found = truncated_sum(left, right, len(pair[0]))
-            result[stem + A], result[stem + B] = factored(*found, *pair)
-    return results
+        left = torch.cat(
+            [float(w) * state[stem + B].float() for w, state in zip(shares, states, strict=True)], 1
+        )
+        right = torch.cat([state[stem + A].float() for state in states])
+        found = truncated_sum(left, right, len(pair[0]))
+        result[stem + A], result[stem + B] = factored(*found, *pair)
+    return result

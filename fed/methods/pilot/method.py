@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from fed.methods.interface.checks import check_memory
+from fed.methods.interface.each import Each
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Natural, Range
 from fed.methods.interface.registry import method
@@ -80,7 +81,7 @@ def pilot(
     memory, made = _adapters(states, weights, base, memory, tasks)
     lora = lora_of(base)
     facts: dict[str, Any] = {"tasks": {t: [clients[k] for k in of] for t, of in made.items()}}
-    theirs: list[State] = [{} for _ in states]
+    theirs = Each(len(states), lambda k: {})
     if lora:
         apart = distances(states, lora, clients)
         near = nearest(apart, weights, len(states) if weighting == "mean" else neighbours)
@@ -96,9 +97,11 @@ def pilot(
             }
             for k, of in enumerate(near)
         }
-    for state, task in zip(theirs, tasks, strict=True):
-        state |= {n: memory.get(f"{task}/{n}", t) for n, t in base.items() if n not in lora}
-    return Outcome(theirs, memory, facts)
+
+    def of_client(k: int) -> State:
+        return {n: memory.get(f"{tasks[k]}/{n}", t) for n, t in base.items()} | theirs[k]
+
+    return Outcome(Each(len(states), of_client), memory, facts)
 
 
 def _adapters(

@@ -45,9 +45,15 @@ class WorkerClient:
         self.controller = controller.rstrip("/")
 
     async def models(self) -> list[str]:
-        """Names of all models that are served now."""
+        """Names of all models that are served now; `PageError` where there are none."""
         await self._ask_controller("refresh_all_workers")
-        return sorted(set((await self._ask_controller("list_models"))["models"]))
+        found = sorted(set((await self._ask_controller("list_models"))["models"]))
+        if not found:
+            raise PageError(
+                f"The controller at {self.controller} knows no worker yet. Start one (python -m "
+                "llava.serve.model_worker) and wait until its log says that it has registered."
+            )
+        return found
 
     async def worker(self, model: str | None) -> Worker:
         """One that serves `model`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -11,11 +12,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fed import methods
+from fed.drivers.remote import RemoteClient, RemoteDriver
+from fed.remote.board import Board
+from fed.remote.hello import Hello
 from fed.remote.spool import DONE, UPDATE
+from fed.server.loop import RoundLoop
 from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
@@ -196,7 +203,24 @@ def test_a_ticket_has_values_alone(sites, tiny, tmp_path):
     for word in ("model_name_or_path", "vision_tower", "image_folder", "output_dir", "data_path"):
         assert word not in ticket.flags
     rows = json.loads((tmp_path / "out" / "fed" / "sites.json").read_text())
-    assert set(rows) == {"a", "b"}
+    assert {n: (row["state"], row["asked"]) for n, row in rows.items()} == {
+        "a": ("waiting", None),
+        "b": ("waiting", None),
+    }
+
+
+def test_the_board_says_what_each_site_is_asked_for(sites, monkeypatch):
+    shown = []
+    usual = Board.show
+
+    def show(self, carried, asked, progress):
+        shown.append(asked.get("b"))
+        usual(self, carried, asked, progress)
+
+    monkeypatch.setattr(Board, "show", show)
+    sites(entries=[{"name": "a"}, {"name": "b", "from_round": 2}])
+    requests = [text for text, _ in itertools.groupby(text for text in shown if text)]
+    assert requests == ["hello", "round 2", "stop"]
 
 
 def nan(stand_in, spool, key, ticket):
@@ -375,6 +399,22 @@ def test_a_late_site_may_be_absent_at_the_start(sites, flags, tiny, tmp_path):
     second.__exit__()
     assert [record["clients"]["b"]["samples"] for record in found] == [0, 12]
     assert [t.kind for t in second.tickets] == ["hello", "task", "stop"]
+
+
+def test_the_draw_does_not_depend_on_what_a_late_site_has_told(tmp_path):
+    """b has no samples in some rounds, which is not known before it is asked."""
+    driver = SimpleNamespace(clients=[RemoteClient("a", 1), RemoteClient("b", 2)])
+    driver.drawn_from = lambda round: RemoteDriver.drawn_from(driver, round)
+    loop = RoundLoop(driver, methods.get("fedavg"), {}, tmp_path, {}, rounds=8, seed=3,
+                     clients_per_round=1)  # fmt: skip
+    before = [[client.name for client in loop.chosen(round)] for round in range(1, 9)]
+    for client in driver.clients:
+        client.hello = Hello(2, "", "", "")
+        client.slices = [[], [0], [], [1], [], [], [], []]
+    after = [[client.name for client in loop.chosen(round)] for round in range(1, 9)]
+    assert before == after
+    assert before[0] == ["a"]
+    assert ["b"] in before[1:]
 
 
 def refuses(own):

@@ -255,8 +255,10 @@ def test_arguments_are_left_as_they_were(name):
     memory = {}
     before = [{n: t.clone() for n, t in s.items()} for s in [base, *states]]
     outcome = call(name, states, weights=[1, 1, 1], base=base, memory=memory)
-    for state in outcome.state if methods.get(name).personal else [outcome.state]:
-        for tensor in state.values():
+    if methods.get(name).personal:
+        assert len(list(outcome.state)) == 3  # made now
+    else:
+        for tensor in outcome.state.values():
             tensor.fill_(9)
     assert memory == {}
     for old, new in zip(before, [base, *states], strict=True):
@@ -292,6 +294,16 @@ def test_results_have_the_type_of_the_base_and_facts_are_json(name, dtype):
             assert tensor.shape == base[n].shape
             assert not tensor.requires_grad
     json.dumps(outcome.facts, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if methods.get(n).personal])
+def test_a_client_s_state_is_the_same_whenever_it_is_asked_for(name):
+    base, states = draw(0)
+    found = call(name, states, weights=[1, 2, 3], base=base).state
+    for state, k in zip(list(found)[::-1], (2, 1, 0), strict=True):
+        assert all(torch.equal(state[n], found[k][n]) for n in base)
+    with pytest.raises(IndexError):
+        found[3]
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from fed import methods
+from fed.drivers.driver import Driver
 from fed.report import main as report
 from fed.server.loop import RoundLoop
 from fed.train import train
@@ -30,6 +31,7 @@ class Client:
 
 def loop(tmp_path, clients, per_round, seed=0) -> RoundLoop:
     driver, mean = SimpleNamespace(clients=clients), methods.get("fedavg")
+    driver.drawn_from = lambda round: Driver.drawn_from(driver, round)
     how = {"rounds": 50, "seed": seed, "clients_per_round": per_round}
     return RoundLoop(driver, mean, {}, tmp_path, {}, **how)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 
 from fed import methods
 from fed.clients.update import Update
+from fed.methods.interface.each import Each
+from fed.methods.interface.method import Method, Outcome
 from fed.server.loop import RoundLoop
 from fed.server.round_state import RoundState
 
@@ -35,6 +39,9 @@ class Numbers:
     def __init__(self, method: methods.Method, stop_at: int = 0):
         self.clients = [Client(f"c{k:03d}") for k in range(CLIENTS)]
         self.keeps, self.stop_at, self.done = method.client_rule is not None, stop_at, 0
+
+    def drawn_from(self, round: int) -> list[Client]:
+        return self.clients
 
     def run(self, tasks, go_on) -> Iterator[tuple]:
         for task in tasks:
@@ -93,3 +100,39 @@ def test_cut_short_it_ends_in_the_same_bits(tmp_path):
     assert cut.kept.rounds == whole.kept.rounds
     for name, state in whole.kept.items():
         assert all(torch.equal(cut.kept[name][n], t) for n, t in state.items())
+
+
+class Counted:
+    """A personal method that moves all by one: how many it made, and the `most` at once."""
+
+    def __init__(self):
+        self.made = self.most = 0
+        self.alive = weakref.WeakSet()
+        self.method = Method("counted", self.function, personal=True)
+
+    def function(self, states, *, weights, base) -> Outcome:
+        return Outcome(Each(len(states), lambda k: self.make(states[k])))
+
+    def make(self, state):
+        moved = {name: tensor + 1 for name, tensor in state.items()}
+        self.alive.update(moved.values())
+        self.made, self.most = self.made + 1, max(self.most, len(self.alive) // len(moved))
+        return moved
+
+
+def test_personal_states_are_made_one_by_one_and_only_where_they_are_written(tmp_path):
+    both, of_main, of_other = threading.Barrier(2, timeout=60), Counted(), Counted()
+    loops = [
+        RoundLoop(Numbers(counted.method), counted.method, {}, tmp_path, {}, rounds=2, seed=4,
+                  clients_per_round=TAKING, main=counted is of_main, barrier=both.wait)
+        for counted in (of_main, of_other)
+    ]  # fmt: skip
+    other = threading.Thread(target=loops[1].run, args=(START,))
+    other.start()
+    final = loops[0].run(START)
+    other.join()
+    assert (of_main.made, of_main.most) == (2 * TAKING, 1)
+    assert of_other.made == 0
+    assert final.personal.rounds == final.last
+    assert list(final.last.values()).count(2) == TAKING
+    assert all(state.keys() == START.keys() for state in final.personal.values())

@@ -87,6 +87,14 @@ def test_no_worker_no_model_and_no_controller_are_told_apart():
     assert "The controller at http://127.0.0.1:9 does not answer" in turns[0].trouble
 
 
+def test_where_nothing_is_served_it_says_what_to_do():
+    with running(Upstream().app()) as address, pytest.raises(PageError) as told:
+        asyncio.run(WorkerClient(address).models())
+    assert str(told.value).startswith(f"The controller at {address} knows no worker yet. Start one")
+    with running(Upstream(b=says("B"), a=says("A")).app()) as address:
+        assert asyncio.run(WorkerClient(address).models()) == ["a", "b"]
+
+
 def test_a_worker_that_is_gone_is_named():
     upstream = Upstream(m=says("a"))
     turns = [typed("hello")]
