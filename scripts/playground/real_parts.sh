@@ -4,7 +4,7 @@
 # on the world, by eight clients with pictures of one topic each; then the clients teach the model
 # to answer in sentences. Ends in runs/real/. Both parts come from PyPI (Apache-2.0, 110 MB).
 #   --brief     a quarter of the pictures, and alignment alone
-# Other flags at the end go to every run of alignment.
+# Other flags at the end go to every run of alignment. PARTS and OUT name other folders.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 brief=
@@ -13,12 +13,13 @@ if [ "${1:-}" = --brief ]; then
     shift
 fi
 export TOKENIZERS_PARALLELISM=false
-out=runs/real
+out=${OUT:-runs/real}
+parts=${PARTS:-runs/real/parts}
 data=playground/data/emoji
 started=$SECONDS
 # What each step takes on two quiet cores, in seconds.
 if [ -n "$brief" ]; then
-    out=runs/real-brief
+    out=${OUT:-runs/real-brief}
     steps=(60 220 100 30)
 else
     steps=(60 620 390 390 200 460 60)
@@ -47,7 +48,7 @@ if ! "$PYTHON" -c 'import efficientnet_lite' 2>/dev/null; then
     "$PYTHON" -m pip install --progress-bar off -q --no-deps -e playground/real/efficientnet_lite
 fi
 "$PYTHON" -m playground.tools.unpack_data
-"$PYTHON" -m playground.real.prepare runs/real/parts
+"$PYTHON" -m playground.real.prepare "$parts"
 export HF_HUB_OFFLINE=1
 
 flags="$("$PYTHON" -m playground.flags real)"
@@ -57,6 +58,7 @@ run() { # run NAME FLAGS…: one run of fed.train into $out/NAME
     local name=$1
     shift
     "$PYTHON" -m fed.train $flags --fed_clients $clients \
+        --model_name_or_path "$parts/llm" --vision_tower "$parts/tower" \
         --fed_eval_data_path $data/heldout_test.json $data/unseen.json \
         --output_dir "$out/$name" "$@"
 }
@@ -76,10 +78,10 @@ step "what the pictures explain, and where their names rank"
     --title "Federated alignment of real parts on the playground" \
     --note "One seed. unseen: pictures of concepts that no client has; the parts were trained on the
 world, not on these pictures."
-"$PYTHON" -m fed.evaluate --models "${runs[@]}" --model_base runs/real/parts/llm --rank \
+"$PYTHON" -m fed.evaluate --models "${runs[@]}" --model_base "$parts/llm" --rank \
     --data $data/unseen.json --image_folder $data/images --domain topic \
     --output $out/measures.json | tee $out/measures.md
-"$PYTHON" -m fed.gallery --models "${runs[@]}" --model_base runs/real/parts/llm \
+"$PYTHON" -m fed.gallery --models "${runs[@]}" --model_base "$parts/llm" \
     --data $data/unseen.json --image_folder $data/images --output $out/gallery.png
 
 ask() { # print the command that asks the model, then run it
@@ -92,12 +94,13 @@ model=$out/fedcmp
 if [ -z "$brief" ]; then
     step "sentences: LoRA, by the same clients"
     "$PYTHON" -m fed.train $("$PYTHON" -m playground.flags real_talk) \
+        --model_name_or_path "$parts/llm" --vision_tower "$parts/tower" \
         --fed_eval_data_path $data/heldout_test_sentences.json \
         --pretrain_mm_mlp_adapter $out/fedcmp/mm_projector.bin --output_dir $out/talk
     model=$out/talk
     step "a question"
     ask .venv/bin/python -m llava.eval.run_llava --model-path $model \
-        --model-base runs/real/parts/llm --image-file $data/images/openmoji/1f353.webp \
+        --model-base "$parts/llm" --image-file $data/images/openmoji/1f353.webp \
         --query "What is this?" --temperature 0
 fi
 echo
@@ -106,4 +109,4 @@ echo "  $out/report.md, measures.md    the tables"
 echo "  $out/loss.png, cosines.png, gallery.png"
 echo "talk to the model:"
 echo "  .venv/bin/python -m llava.serve.cli --model-path $model \\"
-echo "      --model-base runs/real/parts/llm --image-file $data/images/openmoji/1f353.webp"
+echo "      --model-base $parts/llm --image-file $data/images/openmoji/1f353.webp"
