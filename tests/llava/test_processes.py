@@ -125,3 +125,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         assert (out / "old").exists()
     assert [path.name for path in out.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_is_written_in_pieces_is_what_was_given(tmp_path):
+    large = bytes(range(256)) * 10_000  # of more than two pieces
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"head")
+        assert file.write(memoryview(large)) == len(large)
+        file.write(b"tail")
+        file.seek(0)
+        file.write(b"HEAD")
+    assert (tmp_path / "x").read_bytes() == b"HEAD" + large + b"tail"
