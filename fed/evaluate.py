@@ -103,18 +103,21 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def ranking(session: Session, data: EvaluationSet, args: argparse.Namespace) -> dict:
+def ranking(
+    session: Session, data: EvaluationSet, batch_size: int, candidates: Path | None = None
+) -> dict:
     """How often a picture's own name is ranked `first`, and `among_five`, of all `candidates`.
 
-    Shares of the samples with pictures, None where there are none; the same per domain.
+    Shares of the samples with pictures, None where there are none; the same per domain. Without a
+    file of candidates they are the distinct captions of the data.
     """
     from llava.eval.name_ranking import names_of, rank_names
     from llava.train.data import DataCollatorForSupervisedDataset
 
     dataset: Any = data.dataset
-    names = read_names(args.candidates) if args.candidates else names_of(dataset)
+    names = read_names(candidates) if candidates else names_of(dataset)
     collate = DataCollatorForSupervisedDataset(session.tokenizer)
-    found = rank_names(session.model, dataset, collate, names, args.batch_size)
+    found = rank_names(session.model, dataset, collate, names, batch_size)
     of_domain: dict[str, list[int | None]] = {name: [] for name in data.domains or ()}
     for i, sample in enumerate(found):
         if sample and data.domains:
@@ -152,7 +155,7 @@ def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dic
     for data in sets:
         row = evaluate(session.model, data, collate, args.batch_size, session.model.device, True)
         if args.rank or args.candidates:
-            ranked = ranking(session, data, args)
+            ranked = ranking(session, data, args.batch_size, args.candidates)
             for name, of_domain in ranked.pop("domains").items():
                 row["domains"][name] |= of_domain
             row |= ranked

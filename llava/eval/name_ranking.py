@@ -109,9 +109,10 @@ def _alike(data: LazySupervisedDataset, names: Sequence[str]) -> Iterator[dict[i
 
 
 def _split(record: dict[str, Any]) -> tuple[list[dict], int, str]:
-    """The turns before the last answer, the pictures that they show, and the answer."""
+    """The turns before the last answer that says something, their pictures, and the answer."""
     turns = record["conversations"]
-    last = max(i for i, turn in enumerate(turns) if turn["from"] == SPEAKERS[1])
+    answers = (i for i, turn in enumerate(turns) if turn["from"] == SPEAKERS[1])
+    last = max(i for i in answers if turns[i]["value"].strip())
     shown = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns[:last])
     return turns[:last], shown, turns[last]["value"]
 

@@ -149,7 +149,8 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     document = {
         "study": "fedcmp",
         "work": str(tmp_path / "work"),
-        "flags": {},
+        "flags": {"fed_eval_explained": True},
+        "rank": True,
         "scenarios": {
             "only": {
                 "clients": "x",
@@ -194,6 +195,9 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     measured = {json.dumps(r["job"]): (r["loss"], r["exact"], r["drift"]) for r in lost}
     for r in again[3:]:  # the same seeds, the same numbers
         assert measured[json.dumps(r["job"])] == (r["loss"], r["exact"], r["drift"])
+    for r in rows:
+        assert len(r["explained"]) == len(r["loss"])
+        assert 0 <= r["first"] <= r["among_five"] <= 1
     assert "Fed-CMP against FedAvg" in (tmp_path / "found.md").read_text()
     for picture in ("found-curves.png", "found-gains.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
