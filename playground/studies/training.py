@@ -91,7 +91,8 @@ class FederatedPlan(Plan):
                  "--data", values["fed_eval_data_path"], "--version", values["version"],
                  "--image_folder", values["fed_eval_image_folder"], "--output", output]  # fmt: skip
         evaluate.evaluate_all(evaluate.parser().parse_args([str(word) for word in words]))
-        rows = [row[self.heldout(job)] for row in json.loads(output.read_text())["rows"]]
+        found = [row["measures"] for row in json.loads(output.read_text())["rows"]]
+        rows = [measures[self.heldout(job)] for measures in found]
         return {
             name: round(statistics.mean(row[name] for row in rows), 5)
             for name in ("first", "among_five")

@@ -91,7 +91,7 @@ def assert_right(session, dataset, names, best=5, batch_size=4):
 
 
 def test_the_best_names_are_those_of_every_name_by_itself(session, data):
-    captions = data(*(["<image>\nWhat is this?", name] for name in NAMES[::2]))
+    captions = data(*(["<image>\nWhat is this?", name] for name in NAMES[::5]))
     ranked = assert_right(session, captions, NAMES)
     assert len({tuple(found.names[:1]) for found in ranked}) > 1, "the picture decides nothing"
     assert_right(session, captions, NAMES[::-1], best=25, batch_size=64)
