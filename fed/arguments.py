@@ -102,6 +102,13 @@ class FedArguments:
         default=1,
         metadata={"help": "Measure every N rounds and after the last; 0: never."},
     )
+    fed_eval_explained: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure also what share of the captions the pictures explain; measuring then "
+            "takes twice as long."
+        },
+    )
     fed_driver: str = field(
         default="resident",
         metadata={

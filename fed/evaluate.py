@@ -1,10 +1,14 @@
-"""Models measured on held-out data: caption loss, exact answers, and what the pictures explain.
+"""Models measured on held-out data: as a run records it, and whose name each picture gets.
 
     python -m fed.evaluate --models "FedAvg=runs/fedavg" runs/merged --model_base LLM \\
         --data heldout.json --image_folder images --output measures.json
 
 A model is a folder with a projector, a LoRA or a whole LLaVA, or the folder of a run; of a run that
 leaves a model for each client, each of these. Prints the table of `fed.report`.
+
+Measured are the caption loss, the exact answers and the explained share (`fed.clients.measures`);
+with --rank also how often a picture's own name is the first, or among the five first, of all names
+(`llava.eval.name_tree`).
 """
 
 from __future__ import annotations
@@ -16,12 +20,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fed.report import table
 from llava.atomic import write_text
 from llava.errors import InputError, one_clear_error
 from llava.flags import FlagParser, pairs
 from llava.progress import progress_shown
+
+if TYPE_CHECKING:
+    from fed.clients.measures import EvaluationSet
+    from llava.train.session import Session
 
 
 def models_of(words: Sequence[str]) -> dict[str, str]:
@@ -82,13 +91,56 @@ def check_data(paths: Sequence[str]) -> None:
         load_records(path)
 
 
-def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dict]:
-    """The measures of one model on each file: see `fed.clients.measures` and, with --rank,
-    `fed.server.ranking`.
+def read_names(path: Path) -> list[str]:
+    """The candidate names of a text file, one a line; empty lines are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--candidates {path} is no text file that can be read: {error}") from None
+    names = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not names:
+        raise InputError(f"--candidates {path}: expected a name a line, found none")
+    return names
+
+
+def ranking(
+    session: Session, data: EvaluationSet, batch_size: int, candidates: Path | None = None
+) -> dict:
+    """How often a picture's own name is ranked `first`, and `among_five`, of all `candidates`.
+
+    Shares of the samples with pictures, None where there are none; the same per domain. Without a
+    file of candidates they are the distinct captions of the data.
     """
+    from llava.eval.name_ranking import names_of, rank_names
+    from llava.train.data import DataCollatorForSupervisedDataset
+
+    dataset: Any = data.dataset
+    names = read_names(candidates) if candidates else names_of(dataset)
+    collate = DataCollatorForSupervisedDataset(session.tokenizer)
+    found = rank_names(session.model, dataset, collate, names, batch_size)
+    of_domain: dict[str, list[int | None]] = {name: [] for name in data.domains or ()}
+    for i, sample in enumerate(found):
+        if sample and data.domains:
+            of_domain[data.domains[i]].append(sample.rank)
+    shares = _shares([sample.rank for sample in found if sample])
+    domains = {name: _shares(ranks) for name, ranks in of_domain.items()}
+    return {**shares, "candidates": len(names), "domains": domains}
+
+
+def _shares(ranks: Sequence[int | None]) -> dict[str, float | None]:
+    """Of ranks from 1 to 5, None below these."""
+    if not ranks:
+        return {"first": None, "among_five": None}
+    return {
+        "first": ranks.count(1) / len(ranks),
+        "among_five": 1 - ranks.count(None) / len(ranks),
+    }
+
+
+def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dict]:
+    """The measures of one model on each file: `fed.clients.measures.evaluate`, and `ranking`."""
     from fed.clients.measures import evaluate
     from fed.server.heldout import evaluation_set
-    from fed.server.ranking import rank
     from llava.train.arguments import DataArguments
     from llava.train.data import DataCollatorForSupervisedDataset
     from llava.train.finished import finished_session
@@ -99,13 +151,15 @@ def measures(path: str, version: str, args: argparse.Namespace) -> dict[str, dic
     sets = [
         evaluation_set(data, session, data_args, args.domain, flag="--data") for data in args.data
     ]
-    model, device = session.model, session.model.device
     found = {}
     for data in sets:
-        measured = evaluate(model, data, collate, args.batch_size, device, explained=True)
-        if args.rank:
-            measured |= rank(model, data.dataset, collate, data.name, device)
-        found[data.name] = measured
+        row = evaluate(session.model, data, collate, args.batch_size, session.model.device, True)
+        if args.rank or args.candidates:
+            ranked = ranking(session, data, args.batch_size, args.candidates)
+            for name, of_domain in ranked.pop("domains").items():
+                row["domains"][name] |= of_domain
+            row |= ranked
+        found[data.name] = row
     return found
 
 
@@ -122,6 +176,8 @@ def evaluate_all(args: argparse.Namespace) -> str:
     models = models_of(args.models)
     versions = {name: template_of(path, args.version) for name, path in models.items()}
     check_data(args.data)
+    if args.candidates:
+        read_names(args.candidates)
     if args.output:
         check_output(args.output)
     rows = []
@@ -153,8 +209,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--rank",
         action="store_true",
-        help="also the share of samples whose answer ranks first, and among the first five, of "
-        "all answers of its file",
+        help="rank all names of a file for each of its pictures, which takes longer",
+    )
+    add(
+        "--candidates",
+        type=Path,
+        metavar="FILE",
+        help="rank the names in this text file, one a line, instead of the captions of the data",
     )
     add("--batch_size", type=int, default=16)
     add("--device", default="cuda", help="cuda where there is one, else the CPU")

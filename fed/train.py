@@ -113,7 +113,7 @@ def _measurer(driver: Driver, arguments: Arguments) -> Measure | None:
         )
         for path in fed_args.fed_eval_data_path
     ]
-    return measurer(driver, driver.session, sets, arguments.training)
+    return measurer(driver, driver.session, sets, arguments.training, fed_args.fed_eval_explained)
 
 
 def _barrier() -> None:

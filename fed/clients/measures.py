@@ -1,14 +1,28 @@
-"""Measures of a model on samples: caption loss, exact captions, and what the pictures explain."""
+"""Measures of a model on samples: caption loss, exact captions, and what the pictures explain.
+
+How much a picture tells of its caption is measured by showing another one: H nats with a caption's
+own pictures, H + I with those of another sample. I estimates what passes from picture to caption,
+and I / (H + I) is the **explained share** of the captions: 0 where pictures tell nothing, below 0
+where they mislead. Reading and name are ours.
+
+The other pictures are those of the next sample in the list that has as many, and not the same
+files; after the last sample comes the first. So they depend on the samples and their order alone,
+not on batches. Text alone, and a sample that nobody can lend to, is left out.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
+
+Forward = Callable[..., Any]
+Collate = Callable[[list[dict]], dict]
 
 
 class Samples(Protocol):
@@ -18,7 +32,7 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int, /) -> dict: ...
 
-    def paths(self, index: int) -> list[str]: ...
+    def paths(self, index: int, /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -30,11 +44,34 @@ class EvaluationSet:
     domains: Sequence[str] | None = None
 
 
+class Explained(NamedTuple):
+    """Captions with their own pictures and with others': nats over all of `tokens`."""
+
+    own: float
+    other: float
+    tokens: int
+    samples: int
+
+    @property
+    def share(self) -> float | None:
+        """I / (H + I), not clipped; None where no sample could borrow."""
+        return 1 - self.own / self.other if self.other else None
+
+
+class _Sample(NamedTuple):
+    """What was measured on one sample; `other` are the nats with other pictures, or None."""
+
+    nats: float
+    tokens: int
+    wrong: int
+    other: float | None
+
+
 @torch.no_grad()  # not inference_mode: ZeRO-3 keeps tensors that it gathers here for training
 def evaluate(
-    forward: Callable[..., Any],
+    forward: Forward,
     data: EvaluationSet,
-    collate: Callable[[list[dict]], dict],
+    collate: Collate,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     explained: bool = False,
@@ -45,110 +82,124 @@ def evaluate(
         forward: the model: a batch with `label_positions` → an output whose `.logits` are theirs,
             (1, positions, vocabulary).
         collate: samples → a batch whose image tokens are expanded.
-        explained: measure `explained`, too; every sample with a picture is then run twice.
+        explained: measure the explained share, too, by a second pass.
 
     Returns:
         `samples`, `loss` (nats a labelled token, mean over tokens), `exact` (share of samples whose
         every labelled token is the most likely one: just those whose greedy answer is the caption
-        to the last token), if asked for `explained` (see `explained_share`; None where no sample
-        has another one's picture), and the same per domain under `domains`.
+        to the last token), with `explained` that (the explained share) and `other_loss` (as `loss`,
+        with other pictures), and the same per domain under `domains`. None is of no sample.
     """
-    whole = torch.zeros(6, dtype=torch.float64)
-    of_domains: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros_like(whole))
-    dataset = data.dataset
-    others = other_pictures(dataset) if explained else {}
-
-    def add(i: int, *row: float) -> None:
-        sums = torch.tensor(row, dtype=torch.float64)
-        whole.add_(sums)
-        if data.domains is not None:
-            of_domains[data.domains[i]] += sums
-
-    for indices, items in _batches(dataset, range(len(dataset)), batch_size):
-        rows = _rows(forward, collate(items), device)
-        for i, (nats, tokens, wrong) in zip(indices, rows, strict=True):
-            exact = tokens > 0 and wrong == 0
-            add(i, nats, tokens, exact, 1, nats if i in others else 0, 0)
-    for indices, items in _batches(dataset, sorted(others), batch_size):
-        shown = [
-            _with_pictures(item, dataset[others[i]]) for i, item in zip(indices, items, strict=True)
-        ]
-        for i, (nats, _, _) in zip(indices, _rows(forward, collate(shown), device), strict=True):
-            add(i, 0, 0, 0, 0, 0, nats)
-    domains = {name: _measures(row, explained) for name, row in sorted(of_domains.items())}
-    return {**_measures(whole, explained), "domains": domains}
+    every = range(len(data.dataset))
+    measured = list(_measure(forward, data.dataset, collate, batch_size, device, every, explained))
+    by_domain: dict[str, list[_Sample]] = defaultdict(list)
+    for name, sample in zip(data.domains or (), measured, strict=data.domains is not None):
+        by_domain[name].append(sample)
+    domains = {name: _summary(own, explained) for name, own in sorted(by_domain.items())}
+    return {**_summary(measured, explained), "domains": domains}
 
 
+@torch.no_grad()
 def explained_share(
-    forward: Callable[..., Any],
-    dataset: Samples,
-    collate: Callable[[list[dict]], dict],
+    forward: Forward,
+    data: Samples,
+    collate: Collate,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
-) -> float | None:
-    """The share of the captions that the pictures explain.
+    indices: Sequence[int] | None = None,
+) -> Explained:
+    """What the pictures explain of the captions of some samples, or of all; no gradient is made.
 
-    I / (H + I), where H are the nats of all captions with their own pictures, and H + I those with
-    the pictures of the next sample that has others, and as many (after the last comes the first).
-    0: the pictures tell nothing; below 0: they mislead. None: no sample has another's picture.
-    Reading and name are ours.
+    Args:
+        forward, collate: as `evaluate` takes them; the model is in `eval` mode.
+        indices: the samples; pictures are borrowed among them alone.
     """
-    data = EvaluationSet("", dataset)
-    return evaluate(forward, data, collate, batch_size, device, explained=True)["explained"]
+    chosen = range(len(data)) if indices is None else indices
+    return _explained(_measure(forward, data, collate, batch_size, device, chosen, True))
 
 
-def other_pictures(dataset: Samples) -> dict[int, int]:
-    """Sample with a picture → the next sample that has as many and others; none is left out."""
-    paths = [tuple(dataset.paths(i)) for i in range(len(dataset))]
-    by_count: dict[int, list[int]] = defaultdict(list)
-    for i, own in enumerate(paths):
-        by_count[len(own)].append(i)
-    by_count.pop(0, None)
-    taken = {}
-    for members in by_count.values():
-        following: int | None = None
-        # Backwards and twice around: what follows the last is the first of other pictures.
-        for i, after in zip(reversed(members * 2), reversed([*members * 2, None][1:]), strict=True):
-            if after is not None and paths[after] != paths[i]:
-                following = after
-            if following is not None:
-                taken[i] = following
-    return taken
+def other_pictures(data: Samples, indices: Sequence[int] | None = None) -> dict[int, int]:
+    """Of each sample the one whose pictures it borrows; some are left out (see above)."""
+    indices = range(len(data)) if indices is None else indices
+    paths = {i: [os.path.realpath(path) for path in data.paths(i)] for i in indices}
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in indices:
+        groups[len(paths[i])].append(i)
+    groups.pop(0, None)
+    found: dict[int, int] = {}
+    for group in groups.values():
+        lender = None
+        # Backwards, for a sample with the pictures of the next one borrows what that one does; and
+        # twice around, for those at the end do not yet know the first time.
+        for i, after in 2 * list(zip(group, group[1:] + group[:1], strict=True))[::-1]:
+            lender = after if paths[after] != paths[i] else lender
+            if lender is not None:
+                found[i] = lender
+    return found
 
 
-def _batches(
-    dataset: Samples, chosen: Sequence[int], size: int
-) -> Iterator[tuple[Sequence[int], list[dict]]]:
-    for start in range(0, len(chosen), size):
-        indices = chosen[start : start + size]
-        yield indices, [dataset[i] for i in indices]
+def _measure(
+    forward: Forward,
+    data: Samples,
+    collate: Collate,
+    batch_size: int,
+    device: torch.device | str,
+    indices: Sequence[int],
+    explained: bool,
+) -> Iterator[_Sample]:
+    """The samples one by one. A batch of other pictures is the same batch but for these."""
+    lender = other_pictures(data, indices) if explained else {}
+    for start in range(0, len(indices), batch_size):
+        chosen = indices[start : start + batch_size]
+        items = {i: data[i] for i in chosen}
+        own = _rows(forward, collate([items[i] for i in chosen]), device)
+        others = own
+        if borrowing := lender.keys() & items.keys():
+            for i in sorted({lender[i] for i in borrowing} - items.keys()):
+                items[i] = data[i]
+            shown = [_shown(items[i], items[lender.get(i, i)]) for i in chosen]
+            others = _rows(forward, collate(shown), device)
+        for i, (nats, tokens, wrong), (other, as_many, _) in zip(chosen, own, others, strict=True):
+            # Tiles of another size may leave less room for the text: then there is no comparison.
+            compared = i in lender and as_many == tokens
+            yield _Sample(nats, int(tokens), int(wrong), other if compared else None)
 
 
-def _with_pictures(item: dict, other: dict) -> dict:
-    keys = ("images", "image_tokens", "image_sizes")
-    return {**item, **{key: other[key] for key in keys if key in other}}
+def _shown(item: dict, other: dict) -> dict:
+    """A sample with another one's pictures."""
+    pictures = ("images", "image_tokens", "image_sizes")
+    return {**item, **{key: other[key] for key in pictures if key in other}}
 
 
-def _rows(forward, batch: dict, device) -> list[list[float]]:
-    """Of each sample: its nats, labelled tokens, and how many of them are not the likeliest."""
+def _rows(forward: Forward, batch: dict, device: torch.device | str) -> list[list[float]]:
+    """Nats, labelled tokens, and those that are not the most likely one, of each row."""
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
     labels, places = batch["labels"], batch["label_positions"]
     logits = forward(**batch, use_cache=False).logits[0].float()
     targets = labels.flatten()[places + 1]
     loss = functional.cross_entropy(logits, targets, reduction="none").double()
     missed = (logits.argmax(-1) != targets).double()
-    of_row = torch.zeros(3, len(labels), dtype=torch.float64, device=loss.device)
-    of_row.index_add_(
-        1, places // labels.shape[1], torch.stack([loss, torch.ones_like(loss), missed])
-    )
-    return of_row.T.tolist()
+    sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=loss.device)
+    rows = torch.stack([loss, torch.ones_like(loss), missed], 1)
+    return sums.index_add_(0, places // labels.shape[1], rows).tolist()
 
 
-def _measures(row: torch.Tensor, explained: bool) -> dict:
-    loss, tokens, exact, samples, own, other = row.tolist()
+def _explained(samples: Iterable[_Sample]) -> Explained:
+    compared = [(s.nats, s.other, s.tokens) for s in samples if s.other is not None]
+    own, other, tokens = zip(*compared, strict=True) if compared else ((), (), ())
+    return Explained(sum(own), sum(other), sum(tokens), len(compared))
+
+
+def _summary(samples: Sequence[_Sample], explained: bool) -> dict:
+    tokens = sum(s.tokens for s in samples)
+    exact = sum(s.tokens > 0 and s.wrong == 0 for s in samples)
     found = {
-        "samples": int(samples),
-        "loss": loss / tokens if tokens else None,
-        "exact": exact / samples if samples else None,
+        "samples": len(samples),
+        "loss": sum(s.nats for s in samples) / tokens if tokens else None,
+        "exact": exact / len(samples) if samples else None,
     }
-    return {**found, "explained": (other - own) / other if other else None} if explained else found
+    if explained:
+        both = _explained(samples)
+        other_loss = both.other / both.tokens if both.tokens else None
+        found |= {"explained": both.share, "other_loss": other_loss}
+    return found

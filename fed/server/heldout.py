@@ -57,12 +57,16 @@ def evaluation_set(
 
 
 def measurer(
-    driver: Driver, session: Session, sets: Sequence[EvaluationSet], args: TrainingArguments
+    driver: Driver,
+    session: Session,
+    sets: Sequence[EvaluationSet],
+    args: TrainingArguments,
+    explained: bool = False,
 ) -> Measure:
     """A function that measures a client's state: (client, state, extras, round) -> measures.
 
     The state is that after the round. Where clients train elsewhere, the model is on the device
-    only for that.
+    only for that. `explained` is passed to `evaluate`.
     """
     model: nn.Module = session.model
     visit = not driver.trains_here
@@ -77,7 +81,7 @@ def measurer(
         with gathered(model.parameters()):  # between two clients no engine does it
             measures = {
                 data.name: evaluate(
-                    model, data, collator, args.per_device_eval_batch_size, args.device
+                    model, data, collator, args.per_device_eval_batch_size, args.device, explained
                 )
                 for data in sets
             }

@@ -80,8 +80,8 @@ def curves(record: dict) -> dict[str, float]:
     values = {f"clients/{n}/loss": c.get("loss") for n, c in record["clients"].items()}
     for model, sets in record["heldout"].items():
         for name, m in sets.items():
-            values[f"heldout/{model}/{name}/loss"] = m["loss"]
-            values[f"heldout/{model}/{name}/exact"] = m["exact"]
+            for key in ("loss", "exact", "explained"):
+                values[f"heldout/{model}/{name}/{key}"] = m.get(key)
     if record["drift"] is not None:
         values["clients/drift"] = record["drift"]
     values |= {f"seconds/{name}": s for name, s in record["seconds"].items()}
@@ -104,7 +104,9 @@ def line_of_task(task: ClientTask, rounds: int, update: Update) -> str:
 def lines_of_measures(record: dict, rounds: int) -> Iterator[str]:
     for model, sets in record["heldout"].items():
         for name, m in sets.items():
+            share = m.get("explained")
             yield (
                 f"round {record['round']}/{rounds}  {model} on {name}: "
                 f"loss {m['loss']:.4f}, exact {100 * m['exact']:.1f} % of {m['samples']}"
+                + ("" if share is None else f", explained {100 * share:.1f} %")
             )

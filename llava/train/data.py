@@ -170,7 +170,7 @@ class LazySupervisedDataset(Dataset):
         return f"{self.source}: {_name(self.records[index], index)}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        ids, labels = tokenize(self._segments(index), self.tokenizer)
+        ids, labels = self.tokens(index)
         item: dict[str, Any] = {"input_ids": ids, "labels": labels}
         if paths := self.paths(index):
             item["images"] = [self._picture(path) for path in paths]
@@ -181,6 +181,10 @@ class LazySupervisedDataset(Dataset):
                 sizes = item["image_sizes"] = [image_size(path) for path in paths]
                 item["image_tokens"] = [tiling.num_tokens(size) for size in sizes]
         return item
+
+    def tokens(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`input_ids` and `labels` of an item; no picture is opened."""
+        return tokenize(self._segments(index), self.tokenizer)
 
     def _picture(self, path: str) -> torch.Tensor:
         features = self.feature_cache.get(path) if self.feature_cache else None

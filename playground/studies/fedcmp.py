@@ -37,15 +37,18 @@ class FedCMPPlan(FederatedPlan):
     def summary(self, job: Job, records: Sequence[dict]) -> dict:
         """By measured round the held-out loss and the share of exact captions.
 
-        Where clients keep models of their own, the mean over clients.
+        So is the explained share of a plan with the flag fed_eval_explained. Where clients keep
+        models of their own, the mean over clients.
         """
         name = self.heldout(job)
         measured = [record for record in records if record["heldout"]]
         models = [[sets[name] for sets in record["heldout"].values()] for record in measured]
+        keys = ["loss", "exact"]
+        keys += ["explained"] if any("explained" in m for last in models[-1:] for m in last) else []
         return {
             "rounds": [record["round"] for record in measured],
             **{key: [_mean(m[key] for m in of_round) for of_round in models]
-               for key in ("loss", "exact")},
+               for key in keys},
             "drift": [record["drift"] for record in records],
         }  # fmt: skip
 

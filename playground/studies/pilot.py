@@ -109,7 +109,9 @@ def over_tasks(row: Mapping, whose: str, name: str) -> float:
 
 
 def _mean(sets: Sequence[Mapping]) -> dict[str, float]:
-    return {name: round(statistics.mean(m[name] for m in sets), 5) for name in ("exact", "loss")}
+    """Of what was measured; `explained` is of a plan with the flag fed_eval_explained."""
+    names = [name for name in ("exact", "loss", "explained") if any(name in m for m in sets)]
+    return {name: round(statistics.mean(m[name] for m in sets), 5) for name in names}
 
 
 def _parameters(record: Mapping) -> dict[str, float] | None:

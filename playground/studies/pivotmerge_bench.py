@@ -49,7 +49,9 @@ class Bench:
         self.collate = DataCollatorForSupervisedDataset(self.session.tokenizer)
         self.sets: dict[tuple[str, str], object] = {}
 
-    def measure(self, state: State, title: str, heldout: str, domain: str) -> dict:
+    def measure(
+        self, state: State, title: str, heldout: str, domain: str, explained: bool = False
+    ) -> dict:
         """Loss and exact captions of a projector, over all pictures of a set and by domain."""
         ProjectorPart().into_model(self.session.model, state, title)
         if (heldout, domain) not in self.sets:
@@ -57,7 +59,8 @@ class Bench:
                 str(DATA / f"{heldout}.json"), self.session, self.data_args, domain
             )
         data = self.sets[heldout, domain]
-        return evaluate(self.session.model.eval(), data, self.collate, batch_size=64)
+        model = self.session.model.eval()
+        return evaluate(model, data, self.collate, batch_size=64, explained=explained)
 
 
 _bench = functools.cache(Bench)
@@ -75,7 +78,9 @@ def measure(plan: PivotMergePlan, job: Job) -> dict:
     experts = {name: load(file) for name, file in files.items()}
     bench = _bench(plan.document["flags"]["feature_cache"])
     state = merged(plan, job, experts)
-    measures = bench.measure(state, job.title, plan.heldout(job), plan.data(job.scenario)["domain"])
+    domain = plan.data(job.scenario)["domain"]
+    explained = plan.document["flags"].get("fed_eval_explained", False)
+    measures = bench.measure(state, job.title, plan.heldout(job), domain, explained)
     return {
         **_rounded(measures),
         "domains": {name: _rounded(of_domain) for name, of_domain in measures["domains"].items()},
@@ -115,4 +120,5 @@ def _calibration(folder: str, clients: str, names: tuple[str, ...]) -> list:
 
 
 def _rounded(measures: Mapping) -> dict[str, float]:
-    return {name: round(measures[name], 5) for name in ("loss", "exact")}
+    names = [name for name in ("loss", "exact", "explained") if name in measures]
+    return {name: round(measures[name], 5) for name in names}

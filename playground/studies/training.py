@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,8 @@ def logged(work: Path, argv: Sequence[str]) -> Iterator[None]:
 class FederatedPlan(Plan):
     """A study in which every job is a run of fed.train.
 
-    Subclasses say which flags a job has and what is kept of its rounds.
+    Subclasses say which flags a job has and what is kept of its rounds. With `rank: true` in the
+    plan a row also has the shares `first` and `among_five` of `fed.evaluate --rank` at the end.
     """
 
     def values(self, job: Job) -> dict:
@@ -75,6 +77,23 @@ class FederatedPlan(Plan):
             cache = ["--feature_cache", str(self.work / "features"), "--report_to", "none"]
             train([*argv, *cache, "--output_dir", folder])
             lines = (Path(folder) / "rounds.jsonl").read_text().splitlines()
+            ranks = self.ranks(job, Path(folder)) if self.document.get("rank") else {}
         seconds = round(time.perf_counter() - began, 1)
         summary = self.summary(job, [json.loads(line) for line in lines])
-        return {**summary, "seconds": seconds, "flags": shlex.join(argv)}
+        return {**summary, **ranks, "seconds": seconds, "flags": shlex.join(argv)}
+
+    def ranks(self, job: Job, folder: Path) -> dict[str, float]:
+        """How often names are ranked first, and among five; the mean over a run's models."""
+        from fed import evaluate
+
+        values, output = self.values(job), folder / "ranks.json"
+        words = ["--models", folder, "--model_base", values["model_name_or_path"], "--rank",
+                 "--data", values["fed_eval_data_path"], "--version", values["version"],
+                 "--image_folder", values["fed_eval_image_folder"], "--output", output]  # fmt: skip
+        evaluate.evaluate_all(evaluate.parser().parse_args([str(word) for word in words]))
+        found = [row["measures"] for row in json.loads(output.read_text())["rows"]]
+        rows = [measures[self.heldout(job)] for measures in found]
+        return {
+            name: round(statistics.mean(row[name] for row in rows), 5)
+            for name in ("first", "among_five")
+        }

@@ -98,10 +98,28 @@ def test_several_files_and_a_key_of_the_domain(run, tiny, tmp_path):
     assert row["model"] == str(tmp_path / "x")
     two, heldout = row["measures"]["model"], row["measures"]["heldout"]
     assert (two["samples"], heldout["samples"]) == (2, 6)
-    assert two["candidates"] == 2
+    assert (two["candidates"], heldout["candidates"]) == (2, 3)
     assert two["among_five"] == 1  # of two
-    assert two["domains"] == {"me": {k: two[k] for k in ("samples", "loss", "exact", "explained")}}
+    shared = two.keys() - {"domains", "candidates"}
+    assert shared == {
+        "samples", "loss", "exact", "explained", "other_loss", "first", "among_five",
+    }  # fmt: skip
+    assert two["domains"] == {"me": {k: two[k] for k in shared}}
     assert heldout["domains"] == {}
+
+
+def test_names_of_a_file_are_ranked(run, tiny, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("a red picture\n\na blue picture\na green picture \na grey picture\n")
+    model = str(run("x"))
+    (found,) = measured(tiny, tmp_path, model, flags=["--candidates", str(names)]).values()
+    assert found["candidates"] == 4
+    assert 0 <= found["first"] <= found["among_five"] == 1
+    assert "heldout: first five" in capsys.readouterr().out
+    names.write_text("a red picture\n")
+    with pytest.raises(SystemExit):
+        measured(tiny, tmp_path, model, flags=["--candidates", str(names)])
+    assert "'a green picture' is not among the candidate names" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +139,9 @@ def projector(tiny, tmp_path_factory):
         (["--data", "{tiny}/none.json"], "none.json cannot be read"),
         (["--data", "{tiny}/heldout.json", "x/heldout.json"], "two files are called heldout"),
         (["--batch_size", "0"], "--batch_size 0: at least 1 is expected"),
+        (["--candidates", "{tiny}/none.txt"], "none.txt is no text file that can be read"),
+        (["--candidates", "{tiny}/images"], "images is no text file that can be read"),
+        (["--candidates", "{projector}/mm_projector.bin"], "expected a name a line, found none"),
         (["--version", "plane"], "plane"),
         (["--device", "gpu"], "--device gpu: cuda, cuda:0, cpu or the like is expected"),
         (["--output", "{tiny}"], "this is a folder, a JSON file is expected"),

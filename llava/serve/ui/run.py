@@ -16,6 +16,7 @@ EVERY = 2.0  # seconds between looks at the records
 # The plots: x, y, kind, a title that fits on a phone, and the meaning of y.
 PLOTS = (
     ("round", "loss", "line", "Held-out loss of each model", "nats a token"),
+    ("round", "explained share", "line", "What the pictures explain", "share of the captions"),
     ("round", "loss", "line", "Training loss of each client", "nats a token"),
     ("round", "cosine", "line", "Agreement of the clients", "mean cosine with the others"),
     ("direction", "share", "line", "Spectrum of the shared space", "share of the energy"),
@@ -27,6 +28,7 @@ RANGE: dict[str, list[float | None]] = {
     "loss": [0, None],
     "cosine": [-1, 1],
     "share": [0, 1],
+    "explained share": [None, 1],
     "weight": [0, None],
 }
 
@@ -118,6 +120,7 @@ def _plotted(rounds: list[dict], merge: dict | None) -> list:
 
     of_run = [
         run_data.heldout_losses,
+        run_data.explained_shares,
         run_data.client_losses,
         run_data.agreements,
         run_data.spectrum,

@@ -109,12 +109,21 @@ def client_losses(rounds: list[dict]) -> Rows:
 
 def heldout_losses(rounds: list[dict]) -> Rows:
     """Held-out loss of each model on each set in each round."""
+    return _heldout(rounds, "loss", "loss")
+
+
+def explained_shares(rounds: list[dict]) -> Rows:
+    """The share of the held-out captions that the pictures explain, where it was measured."""
+    return _heldout(rounds, "explained", "explained share")
+
+
+def _heldout(rounds: list[dict], key: str, column: str) -> Rows:
     return [
-        {"round": record["round"], "loss": measures["loss"], "of": f"{model} on {name}"}
+        {"round": record["round"], column: measures[key], "of": f"{model} on {name}"}
         for record in rounds
         for model, sets in record["heldout"].items()
         for name, measures in sets.items()
-        if _number(measures.get("loss"))
+        if _number(measures.get(key))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fed.clients.measures import EvaluationSet, evaluate, explained_share, other_pictures
+from llava.conversation import get_template
 from llava.mm_utils import tokenizer_image_token
 from llava.train.arguments import parse
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
@@ -127,10 +129,12 @@ def test_explained_share_is_what_other_pictures_cost(trained):
     assert len(taken) == 6
     for batch_size in (1, 4, 64):
         found = explained_share(session.model, dataset, collator, batch_size)
-        assert found == pytest.approx((other - own) / other, rel=1e-3)
-    assert found > 0.1, "the model learnt nothing of pictures, so this would test little"
+        assert found.share == pytest.approx((other - own) / other, rel=1e-3)
+    assert (found.samples, found.own / found.tokens) == (6, pytest.approx(own, rel=1e-4))
+    assert found.share > 0.1, "the model learnt nothing of pictures, so this would test little"
     measured = evaluate(session.model, EvaluationSet("x", dataset), collator, 4, explained=True)
-    assert measured["explained"] == pytest.approx(found, rel=1e-3)
+    assert measured["explained"] == pytest.approx(found.share, rel=1e-3)
+    assert measured["other_loss"] == pytest.approx(other, rel=1e-4)
     assert "explained" not in evaluate(session.model, EvaluationSet("x", dataset), collator, 4)
 
 
@@ -139,13 +143,54 @@ def test_pictures_that_tell_nothing_explain_nothing(trained):
     blank = copy.copy(dataset)
     pixels = dataset[0]["images"][0]
     blank._picture = lambda path: pixels
-    assert explained_share(session.model, blank, collator) == pytest.approx(0, abs=1e-6)
+    assert explained_share(session.model, blank, collator).share == 0
     told = [record["conversations"] for record in dataset.records]
     wrong = copy.copy(dataset)  # each sample has the caption of the one before the last
     wrong.records = [
         {**record, "conversations": told[i - 2]} for i, record in enumerate(dataset.records)
     ]
-    assert explained_share(session.model, wrong, collator) < 0.05
+    assert explained_share(session.model, wrong, collator).share < 0.05
+
+
+def test_a_part_of_the_samples_borrows_within_itself(trained):
+    session, dataset, collator = trained
+    part = explained_share(session.model, dataset, collator, 2, indices=[4, 0, 3])
+    alone = explained_share(session.model, dataset.select([4, 0, 3]), collator, 2)
+    assert part == alone
+    assert part.samples == 3
+    assert explained_share(session.model, dataset, collator, indices=[2]) == (0, 0, 0, 0)
+
+
+def test_text_alone_and_several_turns(trained):
+    """Text alone lies in the same batches and counts for nothing; all answers of a talk count."""
+    session, dataset, collator = trained
+    talks = copy.copy(dataset)
+    talks.sample_format = dataclasses.replace(dataset.sample_format, version="v1")
+    talks.template = get_template("v1")
+    more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "green"}]
+    talks.records = [{**r, "conversations": r["conversations"] + more} for r in dataset.records]
+    texts = {"conversations": [{"from": "human", "value": "Hello"}, *more[1:]]}
+    mixed = copy.copy(talks)
+    mixed.records = [record for r in talks.records for record in (texts, r)]
+    expected = explained_share(session.model, talks, collator, 2)
+    found = explained_share(session.model, mixed, collator, 4)
+    assert found.samples == 6
+    assert (
+        found.tokens
+        == expected.tokens
+        == sum(int((talks[i]["labels"] != -100).sum()) for i in range(6))
+    )
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
+    measured = evaluate(session.model, EvaluationSet("x", mixed), collator, explained=True)
+    assert measured["samples"] == 12
+    assert measured["explained"] == pytest.approx(found.share, abs=1e-4)
+
+
+def test_a_domain_without_a_name_is_one(trained):
+    session, dataset, collator = trained
+    measured = evaluate(session.model, EvaluationSet("x", dataset, ["", "p"] * 3), collator)
+    assert measured["samples"] == 6
+    assert [part["samples"] for part in measured["domains"].values()] == [3, 3]
 
 
 def test_one_sample_has_no_other_picture(trained):

@@ -63,6 +63,22 @@ def test_every_run_has_flags_that_fed_train_knows(plan):
         assert (ROOT / arguments[3].fed_clients).is_file()
 
 
+def test_a_runs_names_are_ranked_when_the_plan_asks(plan, tiny, flags, tmp_path, monkeypatch):
+    from fed.train import train
+
+    values = {
+        "model_name_or_path": tiny / "llm",
+        "version": "plain",
+        "fed_eval_data_path": tiny / "heldout.json",
+        "fed_eval_image_folder": tiny / "images",
+    }
+    monkeypatch.setattr(plan, "values", lambda job: values)
+    monkeypatch.setattr(plan, "heldout", lambda job: "heldout")
+    train(flags(fed_clients=tiny / "clients.yaml", fed_method="local"))
+    found = plan.ranks(next(iter(plan.tuning())), tmp_path / "out")
+    assert 0 <= found["first"] <= found["among_five"] == 1  # of three names
+
+
 def row(plan, job, losses, exact=0.5):
     rounds = list(range(1, len(losses) + 1))
     return {"job": plan.described(job), "rounds": rounds, "loss": losses,
@@ -149,7 +165,7 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     document = {
         "study": "fedcmp",
         "work": str(tmp_path / "work"),
-        "flags": {},
+        "flags": {"fed_eval_explained": True},
         "scenarios": {
             "only": {
                 "clients": "x",
@@ -194,6 +210,8 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     measured = {json.dumps(r["job"]): (r["loss"], r["exact"], r["drift"]) for r in lost}
     for r in again[3:]:  # the same seeds, the same numbers
         assert measured[json.dumps(r["job"])] == (r["loss"], r["exact"], r["drift"])
+    for r in rows:
+        assert len(r["explained"]) == len(r["loss"])
     assert "Fed-CMP against FedAvg" in (tmp_path / "found.md").read_text()
     for picture in ("found-curves.png", "found-gains.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")

@@ -95,6 +95,7 @@ def recorded(tiny, tmp_path_factory):
             "--per_device_train_batch_size", "4", "--save_strategy", "no", "--report_to", "none",
             "--fed_clients", str(tiny / "clients.yaml"), "--fed_rounds", "2", "--fed_method",
             method, "--fed_eval_data_path", str(tiny / "heldout.json"),
+            "--fed_eval_explained", "True",
             "--output_dir", str(folder / method),
         ])  # fmt: skip
     experts = [str(folder / "local" / "clients" / name) for name in "ab"]

@@ -21,6 +21,10 @@ def test_a_runs_records_become_plots(recorded):
     held = run_data.heldout_losses(rounds)
     assert {row["of"] for row in held} == {"global on heldout"}
     assert len(held) == 2
+    explained = run_data.explained_shares(rounds)
+    assert [row["explained share"] for row in explained] == [
+        record["heldout"]["global"]["heldout"]["explained"] for record in rounds
+    ]
     agreed = run_data.agreements(rounds)
     assert agreed[0]["cosine"] == rounds[0]["cosines"][0][1]
     assert len(agreed) == 4
