@@ -81,7 +81,8 @@ class DriverSide(Courier):
         if all(heard(self.spool / site) for site in self.sites):
             return
         kit, spool = str(self.kit.folder), str(self.spool.absolute())
-        command = ["fed.remote.flare_watch", kit, self.kit.name, spool]
+        enough = str(self.flags.fed_job_gb * 1e9)
+        command = ["fed.remote.flare_watch", kit, self.kit.name, spool, enough]
         with open(self.spool / ".watch.log", "ab") as log:
             self._watch = _start([*command, *self.sites], log)
         self._began = time.time()
