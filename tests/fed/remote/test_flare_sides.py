@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from fed.remote import flare
 from fed.remote.courier import RemoteFlags
 from llava.errors import InputError
-from tests.fed.remote.rig import ROOT, free_port
+from tests.fed.remote.rig import ROOT, free_port, listen_at
 from tests.fed.remote.sites import wait_for
 
 SPEAKS_FLARE = {"flare_job.py", "flare_watch.py"}
@@ -45,14 +46,11 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, tmp_path):
         flare.DriverSide(tmp_path, ["a"], RemoteFlags(fed_remote_kit="x"))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
-    from fed.remote import kits
-
-    output = tmp_path_factory.mktemp("sides") / "kits"
-    kits.make_kits(f"localhost:{free_port()}", ["a", "b"], output)
-    return output
+@pytest.fixture
+def made(all_kits, tmp_path) -> Path:
+    shutil.copytree(all_kits, tmp_path / "kits")
+    listen_at(tmp_path / "kits", free_port())
+    return tmp_path / "kits"
 
 
 def test_a_driver_needs_the_admins_kit(made, tmp_path):
