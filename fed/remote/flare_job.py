@@ -26,6 +26,7 @@ from fed.remote.exchange import LostError, Message, ServerEnd, SiteEnd
 from fed.remote.flare import END, HEARD, REPORT, RUN, SILENCE, SPOOL_VARIABLE
 from fed.remote.flare_process import end_with_parent
 from fed.remote.lock import Lock
+from fed.remote.policy import withdrawn
 from fed.remote.spool import Spool
 from llava.atomic import write_text
 from llava.errors import InputError, reason
@@ -95,6 +96,8 @@ class ServerJob(Controller):
         peer, end = fl_ctx.get_peer_context(), self._end
         if peer is None or peer.get_identity_name() != self._site:
             return make_reply(ReturnCode.BAD_REQUEST_DATA)
+        if self._site in withdrawn(Path(fl_ctx.get_workspace().get_root_dir())):
+            self._end = end = None
         message = request[_MESSAGE]
         looks = message.get("do") == "look"
         reply = make_reply(ReturnCode.OK)

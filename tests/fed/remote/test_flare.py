@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
 
 from fed.train import train
 from tests.fed.drivers.test_remote import weights
+from tests.fed.remote.rig import ROOT, SITES
 from tests.fed.remote.sites import is_at_work, rounds_of, start_run
 
 
@@ -36,3 +40,31 @@ def test_sites_end_in_the_bits_of_a_resident_run_through_kills(rig, flags, tiny,
                 assert not re.search(
                     rb"a (red|green|blue) picture|[ab]-\d+\.png", file.read_bytes()
                 )
+
+
+def test_a_running_server_refuses_second_processes_and_withdrawn_sites(rig, tmp_path):
+    """A second process with the kit of site a waits; site b, which is connected, is withdrawn."""
+
+    def registered(name: str) -> int:
+        log = tmp_path / name / "flare.log"
+        return log.exists() and log.read_text().count("Successfully registered client")
+
+    for name in ("server", *SITES):
+        rig.start(name)
+    rig.wait(lambda: all(map(registered, SITES)), 60, "both sites are connected")
+    shutil.copytree(tmp_path / "kits/a", tmp_path / "two/kits/a")  # as on another machine
+    rig.launch("second", "tests.fed.remote.rig", "a", str(tmp_path / "two"))
+    withdraw = ["-m", "fed.remote.kits", "--withdraw", "b", "--output", str(tmp_path / "kits")]
+    said = subprocess.run([sys.executable, *withdraw], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert said.stdout == (
+        "b is withdrawn: the server refuses it from now on; take it out of clients.yaml\n"
+    )
+
+    def says(name: str, text: str) -> None:
+        log = tmp_path / f"{name}.log"
+        rig.wait(lambda: text in log.read_text(), 60, f"{name} says: {text}")
+
+    says("second", "site a: another process with this kit is, or was just now, at the server")
+    says("b", "site b: the coordinator has withdrawn this site; the server refuses it")
+    assert "another process" not in (tmp_path / "a.log").read_text()
+    assert registered("a") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
 
 from nvflare.apis.shareable import Shareable
 
-from fed.remote import exchange, flare_job
+from fed.remote import exchange, flare_job, policy
 from fed.remote.exchange import ServerEnd, SiteEnd
 from fed.remote.spool import STATE, Spool
 from tests.fed.remote.test_exchange import SITE, ask, reply
@@ -71,3 +72,16 @@ def test_a_job_ends_between_two_files_and_the_next_one_goes_on(spools, jobs, eno
     until_still()
     assert server.answer(key).update.read_bytes() == state[::-1]
     assert len(ends) == (1 if enough == 1e9 else 3)
+
+
+def test_a_withdrawn_site_has_no_answer_any_more(spools, jobs, tmp_path):
+    server, _ = spools
+    key, _ = ask(server)
+    call = jobs(1e9)
+    piece = {"do": "get", "key": key, "kind": STATE, "at": 0}
+    assert call(piece)["size"] == 5500
+    (tmp_path / policy.WITHDRAWN).write_text(json.dumps({"disabled_clients": ["another"]}))
+    assert call(piece)["size"] == 5500
+    (tmp_path / policy.WITHDRAWN).write_text(json.dumps({"disabled_clients": [SITE, "another"]}))
+    with pytest.raises(flare_job._OverError):
+        call(piece)

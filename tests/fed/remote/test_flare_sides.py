@@ -19,11 +19,11 @@ from llava.errors import InputError
 from tests.fed.remote.rig import ROOT, free_port, listen_at
 from tests.fed.remote.sites import wait_for
 
-SPEAKS_FLARE = {"flare_job.py", "flare_watch.py"}
+SPEAKS_FLARE = {"flare_gate.py", "flare_job.py", "flare_watch.py"}
 
 
-def test_two_modules_import_flare():
-    """Each version of FLARE speaks differently: it is met in one place."""
+def test_three_modules_import_flare():
+    """Each version of FLARE speaks differently: it is met in a few places."""
     found = {
         path.name
         for folder in ("fed", "llava")
@@ -73,6 +73,13 @@ def test_a_site_needs_its_own_kit(made, tmp_path):
         flare.SiteSide(config(kit=made / "b"))
     with pytest.raises(InputError, match="not a kit"):
         flare.SiteSide(config(kit=tmp_path))
+    first = flare.SiteSide(config())
+    try:
+        with pytest.raises(InputError, match=f"site.yaml: another process uses {made / 'a'} "):
+            flare.SiteSide(config(work=tmp_path / "other"))
+    finally:
+        first.close()
+    flare.SiteSide(config()).close()
 
 
 def test_a_server_that_does_not_answer_is_said_by_both_sides(made, tmp_path, capsys):
