@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fed.drivers.flags import TryFlags
 from fed.remote.spool import Spool
@@ -30,6 +30,8 @@ _KINDS = {"folder": "fed.remote.folder", "flare": "fed.remote.flare"}
 class RemoteFlags(TryFlags):
     """The flags of --fed_driver remote."""
 
+    LEAST: ClassVar = {**TryFlags.LEAST, "fed_job_gb": 0}
+
     fed_courier: str | None = field(
         default=None,
         metadata={
@@ -39,6 +41,13 @@ class RemoteFlags(TryFlags):
     )
     fed_remote_kit: str | None = field(
         default=None, metadata={"help": "The admin's kit of `python -m fed.remote.kits`."}
+    )
+    fed_job_gb: float = field(
+        default=4.0,
+        metadata={
+            "help": "`flare`: gigabytes after which the processes that carry a site's files are "
+            "replaced by new ones; they grow with what they carry."
+        },
     )
 
 

@@ -45,10 +45,14 @@ class LostError(Exception):
 
 
 class ServerEnd:
-    """The server's side of one site: what the site may see and write of its spool."""
+    """The server's side of one site: what the site may see and write of its spool.
+
+    Attributes:
+        carried: bytes of files that have passed.
+    """
 
     def __init__(self, spool: Spool):
-        self.spool = spool
+        self.spool, self.carried = spool, 0
         self._brought: set[str] = set()  # keys whose answers have come while this lives
 
     def answer(self, message: Message) -> Message:
@@ -77,12 +81,16 @@ class ServerEnd:
         path = self._path(message, DOWN)
         with open(path, "rb") as file:
             file.seek(int(message["at"]))
-            return {"data": file.read(PIECE), "size": path.stat().st_size}
+            piece = file.read(PIECE)
+        self.carried += len(piece)
+        return {"data": piece, "size": path.stat().st_size}
 
     def _put(self, message: Message) -> Message:
         """Take a piece of an update; says from where to go on."""
-        path = self._path(message, (UPDATE,))
-        return {"at": _grow(path, int(message["at"]), message["data"], message["file"])}
+        path, piece = self._path(message, (UPDATE,)), message["data"]
+        at = _grow(path, int(message["at"]), piece, message["file"])
+        self.carried += len(piece)
+        return {"at": at}
 
     def _say(self, message: Message) -> Message:
         """Take an answer's text, which comes last."""

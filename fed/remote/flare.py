@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING
 
 from fed.remote.certificate import INSTALL
 from fed.remote.courier import AWAY, CONNECTED, Courier, RemoteFlags, SiteCourier
-from fed.remote.lock import is_held
+from fed.remote.lock import Lock, is_held
 from fed.remote.policy import Kit, check_kit
 from fed.remote.spool import Spool
 from llava.errors import InputError
@@ -48,6 +48,10 @@ RUN = re.compile("[0-9a-f]{32}")
 
 _STUCK = 90.0  # seconds without a word from the watch after which it is started again
 _SOON_ENDED = 30  # days
+# Seconds to the next try of a site that was refused. One that was killed has its place again when
+# the server has not heard of it for a while; any other one disturbs, by trying, who has the place.
+_SOON, _LATER = 5.0, 300.0
+_TRIED = 20.0  # seconds that it tries soon
 
 
 class DriverSide(Courier):
@@ -81,7 +85,8 @@ class DriverSide(Courier):
         if all(heard(self.spool / site) for site in self.sites):
             return
         kit, spool = str(self.kit.folder), str(self.spool.absolute())
-        command = ["fed.remote.flare_watch", kit, self.kit.name, spool]
+        enough = str(self.flags.fed_job_gb * 1e9)
+        command = ["fed.remote.flare_watch", kit, self.kit.name, spool, enough]
         with open(self.spool / ".watch.log", "ab") as log:
             self._watch = _start([*command, *self.sites], log)
         self._began = time.time()
@@ -123,9 +128,11 @@ class SiteSide(SiteCourier):
         warn_of_end(self.kit)
         self.root = config.work / "spool"
         self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.kit.folder, f"{config.source}: another process uses {config.kit}")
         self._client: subprocess.Popen | None = None
-        self._next_start = self._next_look = 0.0
-        self._said = ""
+        self._log = config.work / "flare.log"
+        self._next_start = self._next_look = self._since = 0.0
+        self._refused = self._said = ""
 
     def spools(self) -> list[Spool]:
         folders = sorted(path for path in self.root.iterdir() if RUN.fullmatch(path.name))
@@ -133,11 +140,15 @@ class SiteSide(SiteCourier):
 
     def keep_up(self) -> None:
         now = time.monotonic()
-        if self._client is None or self._client.poll() is not None:
-            if now < self._next_start:
-                return
+        if self._client is not None and self._client.poll() is not None:
+            self._client = None
+            before, self._refused = self._refused, _refusal(_ends_of(self._log))
+            if self._refused:
+                self._since = self._since if before else now
+                self._next_start = now + (_SOON if now - self._since < _TRIED else _LATER)
+        if self._client is None and now >= self._next_start:
             self._next_start = now + 5
-            with open(self.config.work / "flare.log", "wb") as log:
+            with open(self._log, "wb") as log:
                 variables = {SPOOL_VARIABLE: str(self.root)}
                 self._client = _start(
                     ["fed.remote.flare_process", "client", self.kit.folder], log, variables
@@ -149,6 +160,7 @@ class SiteSide(SiteCourier):
     def close(self) -> None:
         _stop(self._client)
         self._client = None
+        self._lock.release()
 
     def _trouble(self) -> str:
         """What keeps files from being carried, as far as this side knows; else nothing."""
@@ -157,7 +169,13 @@ class SiteSide(SiteCourier):
             report = read_json(self.root / REPORT)
         if time.time() - changed(self.root / REPORT) < 2 * SILENCE:
             return str(report.get("error", ""))
-        return no_answer(self.kit.server)
+        if self._client is not None:
+            log = _ends_of(self._log)
+            if "Successfully registered client" in log:
+                self._refused = ""
+            if "Failed to send heartbeat" in log.rstrip().rpartition("\n")[2]:
+                self._client.kill()  # withdrawn while connected: the next one is told so
+        return no_answer(self.kit.server) or self._refused
 
     def _say(self, trouble: str) -> None:
         if trouble != self._said:
@@ -207,6 +225,23 @@ def changed(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _ends_of(log: Path) -> str:
+    """The beginning of a log, with its registration, and its end."""
+    with open(log, "rb") as file:
+        found = file.read(2**16)
+        file.seek(max(len(found), os.path.getsize(log) - 1000))
+        return (found + file.read()).decode(errors="replace")
+
+
+def _refusal(log: str) -> str:
+    """Why the server has refused a site, by the log of its FLARE client; else nothing."""
+    if re.search("registration rejected: Client '.*' is disabled", log):
+        return "the coordinator has withdrawn this site; the server refuses it"
+    if "registration rejected: register_client unauthenticated" in log:
+        return "another process with this kit is, or was just now, at the server; this one waits"
+    return ""
 
 
 def _start(

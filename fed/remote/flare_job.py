@@ -26,6 +26,7 @@ from fed.remote.exchange import LostError, Message, ServerEnd, SiteEnd
 from fed.remote.flare import END, HEARD, REPORT, RUN, SILENCE, SPOOL_VARIABLE
 from fed.remote.flare_process import end_with_parent
 from fed.remote.lock import Lock
+from fed.remote.policy import withdrawn
 from fed.remote.spool import Spool
 from llava.atomic import write_text
 from llava.errors import InputError, reason
@@ -36,8 +37,6 @@ _LOOK_TIMEOUT, _PIECE_TIMEOUT = 10.0, 60.0  # seconds for an answer
 _PAUSE = 0.5  # seconds between two looks where nothing is to be moved
 _LOCK_PATIENCE = 30.0  # seconds that a killed job's lock may be held
 _ALONE = 60.0  # seconds without an answer after which the site's part gives its job up
-# FLARE's processes grow with what they carry: a job ends, and is sent anew, after as many bytes.
-_ENOUGH = 4 * 2**30
 
 
 class _OverError(Exception):
@@ -51,12 +50,15 @@ class ServerJob(Controller):
         spool: the driver's folder of spools, on this machine.
         site: whose job it is.
         run: the name of the folder at the sites.
+        enough: bytes of files after which the job ends, so that a new one takes its place: FLARE's
+            processes grow with what they carry. It ends between files, never within one.
     """
 
-    def __init__(self, spool: str, site: str, run: str):
+    def __init__(self, spool: str, site: str, run: str, enough: float):
         super().__init__()
         end_with_parent()
         self._root, self._site, self._run = Path(spool), site, run
+        self._enough = enough
         self._end: ServerEnd | None = None
         self._deadline = 0.0
 
@@ -82,6 +84,7 @@ class ServerJob(Controller):
             while not (
                 abort_signal.triggered
                 or task.completion_status is not None
+                or self._end is None
                 or time.monotonic() > self._deadline
                 or (self._root / END).exists()
             ):
@@ -93,14 +96,19 @@ class ServerJob(Controller):
         peer, end = fl_ctx.get_peer_context(), self._end
         if peer is None or peer.get_identity_name() != self._site:
             return make_reply(ReturnCode.BAD_REQUEST_DATA)
+        if self._site in withdrawn(Path(fl_ctx.get_workspace().get_root_dir())):
+            self._end = end = None
         message = request[_MESSAGE]
+        looks = message.get("do") == "look"
         reply = make_reply(ReturnCode.OK)
+        if looks and end and end.carried > self._enough:  # a site looks between two files
+            self._end = end = None
         if end is None:
             reply[_MESSAGE] = {"over": True}
             return reply
         reply[_MESSAGE] = end.answer(message)
         # After a piece the next one is under way, and may take its time on a slow line.
-        patience = SILENCE if message.get("do") == "look" else _PIECE_TIMEOUT
+        patience = SILENCE if looks else _PIECE_TIMEOUT
         self._deadline = time.monotonic() + patience
         with contextlib.suppress(OSError):
             (self._root / self._site / HEARD).touch()
@@ -115,7 +123,7 @@ class SiteJob(Executor):
         end_with_parent()
         self._root = Path(os.environ[SPOOL_VARIABLE])
         self._reported = (0.0, "")
-        self._carried, self._answered = 0, 0.0
+        self._answered = 0.0
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
@@ -142,8 +150,6 @@ class SiteJob(Executor):
                     time.sleep(5)
                     continue
                 self._report("")
-                if not moved and self._carried > _ENOUGH:
-                    break
                 if not moved:
                     time.sleep(_PAUSE)
         return make_reply(ReturnCode.OK)
@@ -166,9 +172,7 @@ class SiteJob(Executor):
         if "over" in reply[_MESSAGE]:
             raise _OverError
         self._answered = time.monotonic()
-        answer = dict(reply[_MESSAGE])
-        self._carried += len(message.get("data", b"")) + len(answer.get("data", b""))
-        return answer
+        return dict(reply[_MESSAGE])
 
     def _report(self, trouble: str) -> None:
         """Tell the site's process how it goes, in a file."""

@@ -36,10 +36,12 @@ class Watch:
     Args:
         kit: the admin's.
         user: the name in its certificate.
+        enough: bytes after which a job ends.
     """
 
-    def __init__(self, kit: Path, user: str, spool: Path, sites: Sequence[str]):
+    def __init__(self, kit: Path, user: str, spool: Path, enough: float, sites: Sequence[str]):
         self.kit, self.user, self.spool, self.sites = kit, user, spool, sites
+        self.enough = enough
         self.server = check_kit(kit, "admin").server
         self._session: Any = None
         self._sent: dict[str, float] = {}
@@ -79,7 +81,7 @@ class Watch:
         connected = {client.name for client in self._session.get_connected_client_list()}
         if site not in connected:
             return "not connected to the server"
-        folder = job_folder(self.spool, site)
+        folder = job_folder(self.spool, site, self.enough)
         self._clear(folder.name)
         self._session.submit_job(str(folder))
         self._sent[site] = time.time()
@@ -100,13 +102,13 @@ class Watch:
         self._session = None
 
 
-def job_folder(spool: Path, site: str) -> Path:
+def job_folder(spool: Path, site: str, enough: float) -> Path:
     """The definition of a site's job, written anew, for FLARE to be sent."""
     run = run_of(spool)
     folder = spool / ".jobs" / f"carry-{run[:12]}-{site}"
     config = folder / "app" / "config"
     config.mkdir(parents=True, exist_ok=True)
-    arguments = {"spool": str(spool.absolute()), "site": site, "run": run}
+    arguments = {"spool": str(spool.absolute()), "site": site, "run": run, "enough": enough}
     meta = {"name": folder.name, "resource_spec": {}, "min_clients": 1, "mandatory_clients": [site],
             "deploy_map": {"app": ["server", site]}}  # fmt: skip
     server = {"format_version": 2, "components": [],
@@ -125,6 +127,7 @@ def job_folder(spool: Path, site: str) -> Path:
 
 if __name__ == "__main__":
     end_with_parent()
-    Watch(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:]).run()
+    kit, user, spool, enough, *sites = sys.argv[1:]
+    Watch(Path(kit), user, Path(spool), float(enough), sites).run()
     sys.stdout.flush()
     os._exit(0)  # a session's threads would wait for ever

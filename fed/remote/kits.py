@@ -25,6 +25,7 @@ from typing import Any
 
 from fed.remote import policy
 from fed.remote.certificate import INSTALL
+from fed.remote.flare import no_answer
 from llava.atomic import new_folder, remove_leftovers, write_text
 from llava.errors import InputError, one_clear_error, reason
 from llava.flags import FlagParser
@@ -86,14 +87,30 @@ def renew_kits(names: Sequence[str], output: Path) -> list[policy.Kit]:
     return _provision(project, names, output, renew=True)
 
 
-def withdraw_site(name: str, output: Path) -> None:
-    """Let the server of this folder refuse a site from its next start on, whatever it presents."""
+def withdraw_site(name: str, output: Path) -> bool:
+    """Let the server refuse a site, whatever it presents; whether a server that is up was told.
+
+    Raises:
+        InputError: there is no such site, or the server that is up did not do it; the server of
+            this folder then does from its next start on.
+    """
     project = read_project(output)
     _known(name, project.sites, "--withdraw", output)
     kit = policy.check_kit(output / project.host, "server")
-    file = kit.folder / "disabled_clients.json"  # FLARE's own name and form
-    refused = set(read_json(file)["disabled_clients"]) if file.exists() else set()
-    write_text(file, json.dumps({"disabled_clients": sorted(refused | {name})}, indent=2))
+    refused = sorted(policy.withdrawn(kit.folder) | {name})
+    write_text(kit.folder / policy.WITHDRAWN, json.dumps({"disabled_clients": refused}, indent=2))
+    admin = policy.check_kit(output / ADMIN, "admin")
+    if no_answer(admin.server):
+        return False
+    words = ["fed.remote.flare_gate", str(admin.folder), admin.name, name]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    if done.returncode:
+        last = [*done.stderr.splitlines(), "it said nothing"][:1]
+        raise InputError(
+            f"{name} is withdrawn from the server's next start on; the one that is up at "
+            f"{admin.server} says: {last[0]}"
+        )
+    return True
 
 
 def read_project(output: Path) -> Project:
@@ -189,7 +206,7 @@ def _place(made: Path, kit: Path, project: Project) -> None:
         is_server = kit.name == project.host
         resources = policy.server_resources(kit) if is_server else policy.site_resources()
         write_text(folder / "local" / "resources.json", json.dumps(resources, indent=1))
-        rights = json.dumps(policy.authorization(), indent=1)
+        rights = json.dumps(policy.authorization("server" if is_server else "site"), indent=1)
         write_text(folder / "local" / "authorization.json", rights)
 
 
@@ -282,8 +299,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             raise InputError("--server HOST:PORT with --site NAME …, or --renew, or --withdraw")
         for name in args.withdraw:
-            withdraw_site(name, args.output)
-            print(f"{name} is withdrawn: start the server again, and take it out of clients.yaml")
+            told = withdraw_site(name, args.output)
+            when = "from now on" if told else "from its next start on; it does not answer now"
+            print(f"{name} is withdrawn: the server refuses it {when}; take it out of clients.yaml")
         if args.renew:
             _say(renew_kits(args.renew, args.output), args.output)
         if args.server:

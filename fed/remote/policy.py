@@ -21,6 +21,9 @@ from llava.json_files import read_json
 
 SITE_CLASS = "fed.remote.flare_job.SiteJob"
 SERVER_CLASS = "fed.remote.flare_job.ServerJob"
+GATE_CLASS = "fed.remote.flare_gate.Gate"
+WITHDRAWN = "disabled_clients.json"
+"""In the server's kit, FLARE's own name and form: the sites that were withdrawn."""
 MANY = 10_000  # sites, and jobs at once: a job carries one site's files
 PATIENCE = 3600  # seconds without a word from a site before the server gives its job up
 
@@ -62,9 +65,18 @@ class Kit:
         return self.certificate.name
 
 
-def authorization() -> dict[str, Any]:
-    """`local/authorization.json` of a site and of the server."""
-    return {"format_version": "1.0", "permissions": {"project_admin": dict(_RIGHTS)}}
+def authorization(role: str) -> dict[str, Any]:
+    """`local/authorization.json` of a site or of the server."""
+    rights = dict(_RIGHTS)
+    if role == "server":
+        rights["disable_client"] = "any"  # to withdraw a site
+    return {"format_version": "1.0", "permissions": {"project_admin": rights}}
+
+
+def withdrawn(folder: Path) -> set[str]:
+    """The sites that the server whose kit is `folder` refuses."""
+    file = folder / WITHDRAWN
+    return set(read_json(file)["disabled_clients"]) if file.exists() else set()
 
 
 def site_resources() -> dict[str, Any]:
@@ -146,6 +158,7 @@ def server_resources(folder: Path) -> dict[str, Any]:
                 "path": f"{common}.job_launcher.server_process_launcher.ServerProcessJobLauncher",
                 "args": {},
             },
+            {"id": "gate", "path": GATE_CLASS, "args": {}},
         ],
     }
 
@@ -180,7 +193,7 @@ def _check_site(root: Path) -> str:
     values = read_json(file)
     _same(file, values, ("require_signed_jobs",), True)
     _same(file, values, ("client", "connection_security"), "mtls")
-    _check_local(root, site_resources())
+    _check_local(root, "site", site_resources())
     return str(_value(file, values, ("servers", 0, "service", "target")))
 
 
@@ -189,7 +202,7 @@ def _check_server(root: Path) -> str:
     values = read_json(file)
     _same(file, values, ("require_signed_jobs",), True)
     _same(file, values, ("servers", 0, "connection_security"), "mtls")
-    _check_local(root, server_resources(root))
+    _check_local(root, "server", server_resources(root))
     return str(_value(file, values, ("servers", 0, "service", "target")))
 
 
@@ -204,14 +217,15 @@ def _check_admin(root: Path) -> str:
 _STARTUP_CHECKS = {"site": _check_site, "server": _check_server, "admin": _check_admin}
 
 
-def _check_local(root: Path, resources: dict[str, Any]) -> None:
+def _check_local(root: Path, role: str, resources: dict[str, Any]) -> None:
     """Refuse what `local/` has beyond the strict files: each would be read, or be imported."""
     local = root / "local"
     present = {path.name for path in local.iterdir()} if local.is_dir() else set()
     if others := sorted(present - _LOCAL_FILES):
         raise InputError(f"{local / others[0]}: a strict kit has no such file; {_REMEDY}")
-    for name, expected in (("resources.json", resources), ("authorization.json", authorization())):
-        _compare(local / name, read_json(local / name), expected)
+    expected = {"resources.json": resources, "authorization.json": authorization(role)}
+    for name, values in expected.items():
+        _compare(local / name, read_json(local / name), values)
 
 
 def _compare(file: Path, found: Any, expected: Any, key: str = "") -> None:

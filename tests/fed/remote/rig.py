@@ -1,53 +1,27 @@
 """Server, sites and driver as processes on this machine, to be killed; and a line to be cut.
 
-Sites and driver make numbers instead of training, by the couriers' and the spool's own interface:
-`python -m tests.fed.remote.rig site NAME FOLDER` and `… driver FOLDER ROUNDS SITE …`.
+`python -m tests.fed.remote.rig NAME FOLDER` is a site that connects and trains nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import json
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 from fed.remote import flare
-from fed.remote.courier import RemoteFlags
-from fed.remote.spool import STATE, Spool, digest
-from llava.atomic import atomic_write, write_text
 
 ROOT = Path(__file__).parents[3]
-STEPS = 10  # of a task, each of a twentieth of a second
-
-
-def bytes_of(text: str, size: int) -> bytes:
-    return (random.Random(text).randbytes(min(size, 2**20)) * (size // 2**20 + 1))[:size]
-
-
-def work(site: str, state: bytes) -> bytes:
-    """A site's answer to a state."""
-    return bytes_of(f"{site} {hashlib.sha256(state).hexdigest()}", len(state))
-
-
-def next_state(state: bytes, answers: Sequence[bytes]) -> bytes:
-    return bytes_of(hashlib.sha256(b"".join([state, *answers])).hexdigest(), len(state))
-
-
-def expected(sites: Sequence[str], rounds: int, size: int) -> str:
-    """The SHA-256 of the last state of a run that nothing disturbs."""
-    state = bytes_of("start", size)
-    for _ in range(rounds):
-        state = next_state(state, [work(site, state) for site in sites])
-    return hashlib.sha256(state).hexdigest()
+SITES = ("a", "b")
 
 
 def free_port() -> int:
@@ -61,22 +35,19 @@ class Rig:
 
     Args:
         folder: gets everything; `kits` are there already.
-        size: bytes of a state.
+
+    Attributes:
+        commands: the words after `python -m` of each name; a site that has none is an idle one.
     """
 
-    def __init__(self, folder: Path, sites: Sequence[str], rounds: int = 2, size: int = 3_000_000):
-        self.folder, self.sites, self.rounds, self.size = folder, list(sites), rounds, size
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.commands = {"server": ["fed.remote.server", str(folder / "kits" / "localhost")]}
         self.processes: dict[str, subprocess.Popen] = {}
 
     def start(self, name: str) -> None:
-        """Start the server, the driver that makes numbers, or a site that does."""
-        me = "tests.fed.remote.rig"
-        words = {
-            "server": ["fed.remote.server", str(self.folder / "kits" / "localhost")],
-            "driver": [me, "driver", str(self.folder), str(self.rounds), str(self.size),
-                       *self.sites],
-        }.get(name, [me, "site", name, str(self.folder)])  # fmt: skip
-        self.launch(name, *words)
+        idle = ["tests.fed.remote.rig", name, str(self.folder)]
+        self.launch(name, *self.commands.get(name, idle))
 
     def launch(self, name: str, *words: str) -> None:
         """Start `python -m WORDS` under a name."""
@@ -104,10 +75,7 @@ class Rig:
         return None
 
     def done(self) -> bool:
-        return (self.folder / "result").exists()
-
-    def result(self) -> str:
-        return (self.folder / "result").read_text()
+        return self.processes["driver"].poll() == 0
 
     def wait(self, happened: Callable[[], object], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
@@ -120,8 +88,8 @@ class Rig:
             time.sleep(0.1)
 
     def logs(self) -> str:
-        files = [*self.folder.glob("*.log"), *self.folder.glob("*/flare.log"),
-                 *self.folder.glob("spool/.watch.log")]  # fmt: skip
+        names = ("*.log", "*/flare.log", "*/fed/spool/.watch.log", "kits/*/console.log")
+        files = [file for name in names for file in self.folder.glob(name)]
         return "\n".join(f"== {f}\n{f.read_text(errors='replace')[-2000:]}" for f in files)
 
     def close(self) -> None:
@@ -140,6 +108,33 @@ class Rig:
                     os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f"left at work: {left}")
             time.sleep(0.1)
+
+
+def change(path: Path, edit) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def listen_at(folder: Path, port: int) -> None:
+    """Change the port in all kits."""
+    target = f"localhost:{port}"
+
+    def server(values):
+        values["servers"][0]["service"]["target"] = target
+        values["servers"][0]["admin_port"] = port
+
+    change(folder / "localhost/startup/fed_server.json", server)
+    change(folder / "admin/startup/fed_admin.json", lambda v: v["admin"].update(port=port))
+    for site in SITES:
+        connect_to(folder, site, port)
+
+
+def connect_to(folder: Path, site: str, port: int) -> None:
+    change(
+        folder / site / "startup/fed_client.json",
+        lambda v: v["servers"][0]["service"].update(target=f"localhost:{port}"),
+    )
 
 
 def commands(text: str) -> list[tuple[int, str]]:
@@ -217,73 +212,20 @@ class Line:
         self.cut("closed")
 
 
-def be_site(name: str, folder: Path) -> None:
+def be_idle(name: str, folder: Path) -> None:
     config = SimpleNamespace(
         name=name, kit=folder / "kits" / name, work=folder / name, source=Path("site.yaml")
     )
+    config.work.mkdir(exist_ok=True)
     courier = flare.SiteSide(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while True:
             courier.keep_up()
-            for spool in courier.spools():
-                for key in spool.requests():
-                    for step in range(STEPS):
-                        time.sleep(0.05)
-                        spool.tell(key, {"step": step, "steps": STEPS})
-                        courier.keep_up()
-                    file = spool.folder / "answer.tmp"
-                    file.write_bytes(work(name, spool.file(key, STATE).read_bytes()))
-                    spool.give(key, {"num_samples": 1}, file)
-                    print(time.strftime("%H:%M:%S"), "answered", key, flush=True)
-                spool.forget()
             time.sleep(0.1)
     finally:
         courier.close()
 
 
-def be_driver(folder: Path, rounds: int, size: int, sites: Sequence[str]) -> None:
-    root = folder / "spool"
-
-    def say(*words) -> None:
-        print(time.strftime("%H:%M:%S"), *words, flush=True)
-
-    courier = flare.DriverSide(
-        root, sites, RemoteFlags(fed_remote_kit=str(folder / "kits" / "admin"))
-    )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    done = max((int(path.suffix[1:]) for path in folder.glob("state.*")), default=0)
-    state = (folder / f"state.{done}").read_bytes() if done else bytes_of("start", size)
-    spools = [Spool(root / site, site) for site in sites]
-    shown: dict[str, str] = {}
-    try:
-        while done < rounds:
-            keys = []
-            for spool in spools:
-                file = spool.folder / "sent.tmp"
-                file.write_bytes(state)
-                keys.append(spool.ask({"round": done + 1, "state": digest(file)}, file))
-            pairs = list(zip(spools, keys, strict=True))
-            while not all(spool.answer(key) for spool, key in pairs):
-                courier.keep_up()
-                if courier.status() != shown:
-                    shown = courier.status()
-                    say(shown)
-                time.sleep(0.2)
-            state = next_state(state, [s.answer(k).update.read_bytes() for s, k in pairs])
-            done += 1
-            with atomic_write(folder / f"state.{done}") as file:
-                file.write(state)
-            for spool, key in pairs:
-                spool.withdraw(key)
-            say("round", done)
-    finally:
-        courier.close()
-    write_text(folder / "result", hashlib.sha256(state).hexdigest())
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "site":
-        be_site(sys.argv[2], Path(sys.argv[3]))
-    else:
-        be_driver(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    be_idle(sys.argv[1], Path(sys.argv[2]))

@@ -21,8 +21,8 @@ from fed.remote.spool import DONE, FAILED, PROGRESS, REQUEST, UPDATE, Spool
 from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket, run_flags
 from llava.errors import InputError
+from tests.fed.remote.rig import ROOT, SITES, Rig
 
-ROOT = Path(__file__).parents[3]
 SECONDS = 600.0  # that anything may take before a test gives up
 
 
@@ -76,6 +76,27 @@ def clients_yaml(folder: Path, *entries: dict) -> Path:
     path = folder / "sites.yaml"
     path.write_text(json.dumps({"clients": list(entries)}))
     return path
+
+
+def start_run(rig: Rig, flags: Callable[..., list[str]], model: Path, **common) -> Path:
+    """Let the rig's driver and sites be a run of `fed.train`; its output folder."""
+    kits_of, output = rig.folder / "kits", rig.folder / "out"
+    for name in SITES:
+        site = {"courier": "flare", "folder": None, "kit": str(kits_of / name)}
+        file = site_yaml(rig.folder, model, name, "", **site)
+        rig.commands[name] = ["fed.site", str(file)]
+    names = clients_yaml(rig.folder, *({"name": name} for name in SITES))
+    remote = {"fed_driver": "remote", "fed_remote_kit": kits_of / "admin"}
+    argv = flags(fed_clients=names, output_dir=output, **common, **remote)
+    rig.commands["driver"] = ["fed.train", *argv]
+    for name in ("server", *SITES, "driver"):
+        rig.start(name)
+    return output
+
+
+def rounds_of(output: Path) -> int:
+    file = output / "rounds.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def is_at_work(spool: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,14 @@ import pytest
 from fed.remote import flare
 from fed.remote.courier import RemoteFlags
 from llava.errors import InputError
-from tests.fed.remote.rig import ROOT, free_port
+from tests.fed.remote.rig import ROOT, free_port, listen_at
 from tests.fed.remote.sites import wait_for
 
-SPEAKS_FLARE = {"flare_job.py", "flare_watch.py"}
+SPEAKS_FLARE = {"flare_gate.py", "flare_job.py", "flare_watch.py"}
 
 
-def test_two_modules_import_flare():
-    """Each version of FLARE speaks differently: it is met in one place."""
+def test_three_modules_import_flare():
+    """Each version of FLARE speaks differently: it is met in a few places."""
     found = {
         path.name
         for folder in ("fed", "llava")
@@ -45,14 +46,11 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, tmp_path):
         flare.DriverSide(tmp_path, ["a"], RemoteFlags(fed_remote_kit="x"))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
-    from fed.remote import kits
-
-    output = tmp_path_factory.mktemp("sides") / "kits"
-    kits.make_kits(f"localhost:{free_port()}", ["a", "b"], output)
-    return output
+@pytest.fixture
+def made(all_kits, tmp_path) -> Path:
+    shutil.copytree(all_kits, tmp_path / "kits")
+    listen_at(tmp_path / "kits", free_port())
+    return tmp_path / "kits"
 
 
 def test_a_driver_needs_the_admins_kit(made, tmp_path):
@@ -75,6 +73,13 @@ def test_a_site_needs_its_own_kit(made, tmp_path):
         flare.SiteSide(config(kit=made / "b"))
     with pytest.raises(InputError, match="not a kit"):
         flare.SiteSide(config(kit=tmp_path))
+    first = flare.SiteSide(config())
+    try:
+        with pytest.raises(InputError, match=f"site.yaml: another process uses {made / 'a'} "):
+            flare.SiteSide(config(work=tmp_path / "other"))
+    finally:
+        first.close()
+    flare.SiteSide(config()).close()
 
 
 def test_a_server_that_does_not_answer_is_said_by_both_sides(made, tmp_path, capsys):
