@@ -6,9 +6,8 @@ choosing settings (`skew-dev`) and once for reporting (`skew`). Mixed: four clie
 of the topics in half of the styles. Common: a random tenth of all pictures, for a brief alignment
 that several parties begin with. Noisy and crawl: the clients by topic with wrong captions: three
 of the eight have all of theirs shuffled, or each has a share of 0 to 60 % of them shuffled, once
-for choosing settings (`-dev`) and once for reporting. Sentences: the clients by topic, whose
-pictures are asked about and answered in sentences. Brief: every fourth picture of the clients by
-topic. `unpack_data.py` calls `cut`.
+for choosing settings (`-dev`) and once for reporting. Brief: every fourth picture of the
+clients by topic. Sentences: these pictures, asked about and answered in sentences. `unpack_data.py` calls `cut`.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def cut(folder: Path, keywords: dict[str, list[str]]) -> None:
         for i, shard in enumerate(shards):
             _write(folder / f"clients/{name}/{i + 1:02d}.json", [private[j] for j in shard])
     for name, records in topics.items():
-        _write(folder / f"clients/sentences/{name}.json", in_sentences(records))
+        _write(folder / f"clients/sentences/{name}.json", in_sentences(records[::4]))
         _write(folder / f"clients/brief/{name}.json", records[::4])
     for end, seed in NOISE.items():
         for cut_name, share_of in (("noisy", noisy_shares), ("crawl", crawl_shares)):
