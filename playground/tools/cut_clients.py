@@ -6,8 +6,9 @@ choosing settings (`skew-dev`) and once for reporting (`skew`). Mixed: four clie
 of the topics in half of the styles. Common: a random tenth of all pictures, for a brief alignment
 that several parties begin with. Noisy and crawl: the clients by topic with wrong captions: three
 of the eight have all of theirs shuffled, or each has a share of 0 to 60 % of them shuffled, once
-for choosing settings (`-dev`) and once for reporting. Brief: every fourth picture of the
-clients by topic. Sentences: these pictures, asked about and answered in sentences. `unpack_data.py` calls `cut`.
+for choosing settings (`-dev`) and once for reporting. Brief: every fourth picture of the clients by
+topic. Sentences: these pictures, asked about and answered in sentences. `unpack_data.py` calls
+`cut`.
 """
 
 from __future__ import annotations
