@@ -123,3 +123,5 @@ def test_jobs_are_renewed_in_the_middle_of_a_run(rig, flags, tiny):
     assert weights(there) == weights(here) != {}
     for site in SITES:  # FLARE has kept a folder of each job; a file went down and up each round
         assert len([*(rig.folder / "kits" / site).glob("*-*-*-*-*")]) >= 4
+        (own,) = (rig.folder / f"work-{site}" / "runs").iterdir()  # the last file is taken, too
+        assert weights(own) == weights(here)
