@@ -32,7 +32,7 @@ from fed.drivers.driver import Driver, Participant, Run, driver
 from fed.drivers.start import as_one_process, starting_point
 from fed.methods.interface.checks import check_not_zero
 from fed.remote.board import Board
-from fed.remote.courier import CONNECTED, RemoteFlags, make_courier
+from fed.remote.courier import AWAY, RemoteFlags, make_courier
 from fed.remote.hello import Hello, model_fingerprint, read_hello, versions
 from fed.remote.lock import Lock
 from fed.remote.spool import Answer, Spool
@@ -45,7 +45,7 @@ from llava.json_files import read_json
 PAUSE = 0.2  # seconds between two looks at the spools
 FAREWELL = 60.0  # seconds that sites have to take the run's last state
 PROGRESS = ("step", "steps", "total", "loss")  # what a site tells of a task
-GONE = 5.0  # seconds after which one that is not connected is not waited for at the end
+GONE = 5.0  # seconds after which one that is away is not waited for at the end
 
 
 @dataclass
@@ -438,7 +438,7 @@ class RemoteDriver(Driver):
             self.courier.keep_up()
             self._show(left, {})
             status, waited = self.courier.status(), time.monotonic() - began
-            away = all(status[one.client.name] != CONNECTED for one in left)
+            away = all(status[one.client.name].startswith(AWAY) for one in left)
             if waited > max(FAREWELL, self.timeout) or (away and waited > GONE):
                 names = ", ".join(one.client.name for one in left)
                 print(f"the last state is still to be taken by {names}", flush=True)

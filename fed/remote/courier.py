@@ -20,7 +20,7 @@ from llava.suggest import did_you_mean
 if TYPE_CHECKING:
     from fed.remote.site_yaml import SiteConfig
 
-CONNECTED, AWAY = "connected", "away"
+CONNECTED, CONNECTING, AWAY = "connected", "connecting", "away"
 
 # The modules, each with its `DriverSide` and `SiteSide`; imported when chosen.
 _KINDS = {"folder": "fed.remote.folder", "flare": "fed.remote.flare"}
@@ -71,7 +71,8 @@ class Courier(ABC):
 
     @abstractmethod
     def status(self) -> dict[str, str]:
-        """For each site `CONNECTED`, or `AWAY` and perhaps why: "away: no such host"."""
+        """For each site `CONNECTED`, `AWAY` and perhaps why ("away: no such host"), or
+        `CONNECTING` while neither is known yet."""
 
     @abstractmethod
     def close(self) -> None:

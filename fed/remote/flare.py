@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from fed.remote.certificate import INSTALL
-from fed.remote.courier import AWAY, CONNECTED, Courier, RemoteFlags, SiteCourier
+from fed.remote.courier import AWAY, CONNECTED, CONNECTING, Courier, RemoteFlags, SiteCourier
 from fed.remote.lock import Lock, is_held
 from fed.remote.policy import Kit, check_kit
 from fed.remote.spool import Spool
@@ -43,6 +43,7 @@ SPOOL_VARIABLE = "FEDLLAVA_SPOOL"
 """Tells the job at a site where the site's spools are; the server has no say in it."""
 
 HEARD, WATCH, END, REPORT = ".heard", ".watch.json", ".end", ".courier.json"
+STARTING = "its job is starting"  # what the watch says of a site whose job it has sent
 SILENCE = 10.0  # seconds after which a site that says nothing is away
 RUN = re.compile("[0-9a-f]{32}")
 
@@ -100,7 +101,9 @@ class DriverSide(Courier):
         def of(site: str) -> str:
             if heard(self.spool / site):
                 return CONNECTED
-            return f"{AWAY}: {told[site]}" if site in told else AWAY
+            if told.get(site, STARTING) == STARTING:
+                return CONNECTING
+            return f"{AWAY}: {told[site]}"
 
         return {site: of(site) for site in self.sites}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-from fed.remote.flare import END, HEARD, WATCH, changed, heard, no_answer, run_of
+from fed.remote.flare import END, HEARD, STARTING, WATCH, changed, heard, no_answer, run_of
 from fed.remote.flare_process import end_with_parent
 from fed.remote.lock import is_held
 from fed.remote.policy import SERVER_CLASS, SITE_CLASS, check_kit
@@ -73,7 +73,7 @@ class Watch:
     def _look_at(self, site: str) -> str:
         sent = self._sent.get(site, 0.0)
         if changed(self.spool / site / HEARD) < sent and time.time() - sent < _STARTING:
-            return "its job is starting"
+            return STARTING
         if is_held(self.spool / site):
             return "it has not been heard for a while"  # the job finds out, and ends
         if self._session is None:
@@ -85,7 +85,7 @@ class Watch:
         self._clear(folder.name)
         self._session.submit_job(str(folder))
         self._sent[site] = time.time()
-        return "its job is starting"
+        return STARTING
 
     def _clear(self, name: str) -> None:
         """Take jobs of this name out of the server's store: none of them is at work."""

@@ -22,6 +22,7 @@ from fed.remote import flare
 
 ROOT = Path(__file__).parents[3]
 SITES = ("a", "b")
+SECONDS = 600.0  # that anything may take before a test gives up
 
 
 def free_port() -> int:
@@ -77,14 +78,14 @@ class Rig:
     def done(self) -> bool:
         return self.processes["driver"].poll() == 0
 
-    def wait(self, happened: Callable[[], object], seconds: float, what: str) -> None:
-        deadline = time.monotonic() + seconds
+    def wait(self, happened: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + SECONDS
         while not happened():
             for name, process in self.processes.items():
                 if process.poll() not in (None, 0):
                     raise AssertionError(f"{name} has ended\n{self.logs()}")
             if time.monotonic() > deadline:
-                raise AssertionError(f"not in {seconds} s: {what}\n{self.logs()}")
+                raise AssertionError(f"not in {SECONDS} s: {what}\n{self.logs()}")
             time.sleep(0.1)
 
     def logs(self) -> str:

@@ -21,9 +21,7 @@ from fed.remote.spool import DONE, FAILED, PROGRESS, REQUEST, UPDATE, Spool
 from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket, run_flags
 from llava.errors import InputError
-from tests.fed.remote.rig import ROOT, SITES, Rig
-
-SECONDS = 600.0  # that anything may take before a test gives up
+from tests.fed.remote.rig import ROOT, SECONDS, SITES, Rig
 
 
 def wait_for(what: Callable[[], object], pause: float = 0.01):

@@ -25,13 +25,13 @@ def test_sites_end_in_the_bits_of_a_resident_run_through_kills(rig, flags, tiny,
 
     there = start_run(rig, flags, tiny, **common)
     spool = there / "fed" / "spool"
-    rig.wait(lambda: is_at_work(spool / "a"), 90, "site a is at work")
+    rig.wait(lambda: is_at_work(spool / "a"), "site a is at work")
     rig.kill("a")
     rig.start("a")
-    rig.wait(lambda: rounds_of(there) == 1, 90, "the first round")
+    rig.wait(lambda: rounds_of(there) == 1, "the first round")
     rig.kill("server")
     rig.start("server")
-    rig.wait(rig.done, 90, "the end of the run")
+    rig.wait(rig.done, "the end of the run")
     assert weights(there) == weights(here) != {}
     # Nothing of the records or their pictures has come to the server.
     for folder in (tmp_path / "kits/localhost", spool):
@@ -51,7 +51,7 @@ def test_a_running_server_refuses_second_processes_and_withdrawn_sites(rig, tmp_
 
     for name in ("server", *SITES):
         rig.start(name)
-    rig.wait(lambda: all(map(registered, SITES)), 60, "both sites are connected")
+    rig.wait(lambda: all(map(registered, SITES)), "both sites are connected")
     shutil.copytree(tmp_path / "kits/a", tmp_path / "two/kits/a")  # as on another machine
     rig.launch("second", "tests.fed.remote.rig", "a", str(tmp_path / "two"))
     withdraw = ["-m", "fed.remote.kits", "--withdraw", "b", "--output", str(tmp_path / "kits")]
@@ -62,7 +62,7 @@ def test_a_running_server_refuses_second_processes_and_withdrawn_sites(rig, tmp_
 
     def says(name: str, text: str) -> None:
         log = tmp_path / f"{name}.log"
-        rig.wait(lambda: text in log.read_text(), 60, f"{name} says: {text}")
+        rig.wait(lambda: text in log.read_text(), f"{name} says: {text}")
 
     says("second", "site a: another process with this kit is, or was just now, at the server")
     says("b", "site b: the coordinator has withdrawn this site; the server refuses it")

@@ -89,6 +89,7 @@ def test_a_server_that_does_not_answer_is_said_by_both_sides(made, tmp_path, cap
     config = SimpleNamespace(name="a", kit=made / "a", work=tmp_path, source=Path("site.yaml"))
     site = flare.SiteSide(config)
     try:
+        assert driver.status() == {"a": "connecting", "b": "connecting"}  # nobody has looked yet
 
         def status() -> bool:
             driver.keep_up()

@@ -96,7 +96,7 @@ def test_a_strict_site_refuses_other_jobs_whatever_the_server_allows(loose_serve
     rig = loose_server
     admin, site = tmp_path / "kits/admin", tmp_path / "kits/a"
     user = policy.check_kit(admin).name
-    rig.wait(lambda: "a" in ask(admin, user).get("clients", []), 40, "a is connected")
+    rig.wait(lambda: "a" in ask(admin, user).get("clients", []), "a is connected")
     marker = tmp_path / "marker"
     code = f"open({str(marker)!r}, 'w').close()\n"
 
@@ -134,7 +134,7 @@ def test_a_loose_site_would_have_run_that_code(loose_server, tmp_path):
     )
     client = flare("client", site, tmp_path / "loose.log", uid="a", org="a")
     try:
-        rig.wait(lambda: "a" in ask(admin, user).get("clients", []), 60, "a is there")
+        rig.wait(lambda: "a" in ask(admin, user).get("clients", []), "a is there")
         marker = tmp_path / "marker"
         code = f"open({str(marker)!r}, 'w').close()\n"
         ask(admin, user, job(tmp_path / "with-code", "evil.Evil", code))
@@ -154,7 +154,7 @@ def test_a_certificate_is_good_for_its_own_name_alone(rig, tmp_path):
     rig.start("server")
     admin, site = tmp_path / "kits/admin", tmp_path / "kits/a"
     user = policy.check_kit(admin).name
-    rig.wait(lambda: "clients" in ask(admin, user), 30, "the server is up")
+    rig.wait(lambda: "clients" in ask(admin, user), "the server is up")
 
     # None at all, and one of another authority: TLS ends there.
     root = site / "startup/rootCA.pem"
@@ -178,7 +178,7 @@ def test_a_certificate_is_good_for_its_own_name_alone(rig, tmp_path):
     assert policy.check_kit(site).name == "b"
     client = flare("client", site, tmp_path / "false.log", uid="a", org="a")
     try:
-        rig.wait(lambda: "failed to verify client identity" in server_log(rig), 30, "a refusal")
+        rig.wait(lambda: "failed to verify client identity" in server_log(rig), "a refusal")
         assert ask(admin, user) == {"clients": []}
     finally:
         client.kill()
