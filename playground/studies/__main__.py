@@ -18,7 +18,7 @@ from playground import ROOT
 from playground.studies.registry import read_plan, write_report
 from playground.studies.results import UnfinishedError
 from playground.studies.rows import read_rows
-from playground.studies.runner import run_study
+from playground.studies.runner import Workers, run_study
 
 
 def main() -> None:
@@ -35,7 +35,8 @@ def main() -> None:
         plan = read_plan(args.plan)
         file = args.results or ROOT / f"playground/results/{args.plan.stem}.jsonl"
         file = file.resolve()
-        run_study(plan, file, args.workers, deadline)
+        with Workers(args.workers, deadline) as workers:
+            run_study(plan, file, workers)
         rows = read_rows(file)
         try:
             write_report(plan, rows, file.parent, file.stem)

@@ -14,52 +14,66 @@ from playground.studies.plan import Job, Plan, Task
 from playground.studies.rows import add_row, read_rows
 
 
-def run_study(plan: Plan, file: Path, workers: int, deadline: float) -> None:
-    """Prepare, tune, and measure with the chosen settings, as far as time goes.
+class Workers:
+    """Processes that run tasks, the working folder being the repository's root.
+
+    They last over all stages of a study, for a process needs seconds to import what trains.
 
     Args:
-        file: of the rows; a job that has one is not run again.
+        count: of processes.
         deadline: of `time.monotonic()`; nothing is begun after it.
     """
-    if not run_tasks(plan.preparation(), workers, deadline):
-        return
-    if not measure_all(plan, plan.tuning(), file, workers, deadline):
-        return
-    for jobs in plan.stages(plan.chosen(read_rows(file))):
-        if not measure_all(plan, jobs, file, workers, deadline):
-            return
 
+    def __init__(self, count: int, deadline: float):
+        self.count, self.deadline = count, deadline
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(count, spawn, initializer=_begin, max_tasks_per_child=12)
 
-def measure_all(plan: Plan, jobs: Iterable[Job], file: Path, workers: int, deadline: float) -> bool:
-    """Measure the jobs without a row; False if time ran out first."""
-    done = plan.by_job(read_rows(file))
-    missing = [job for job in dict.fromkeys(jobs) if job not in done]
-    tasks = [Task(str(batch[0]), _measure, (plan, batch, file)) for batch in plan.batches(missing)]
-    return run_tasks(tasks, workers, deadline)
+    def __enter__(self) -> Workers:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
 
-def run_tasks(tasks: Sequence[Task], workers: int, deadline: float) -> bool:
-    """Run tasks in `workers` processes, the working folder being the repository's root.
-
-    Returns:
-        False if some were not begun before the deadline of `time.monotonic()`.
-    """
-    waiting, running = list(tasks), dict[Future, Task]()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_begin, max_tasks_per_child=12) as pool:
+    def run(self, tasks: Sequence[Task]) -> bool:
+        """Run all tasks; False if some were not begun before the deadline."""
+        waiting, running = list(tasks), dict[Future, Task]()
         while waiting or running:
             for task in [task for task in waiting if task.ready]:
-                if len(running) == workers or time.monotonic() > deadline:
+                if len(running) == self.count or time.monotonic() > self.deadline:
                     break
                 waiting.remove(task)
                 print(f"{len(tasks) - len(waiting)}/{len(tasks)} {task.name}", flush=True)
-                running[pool.submit(task.call, *task.arguments)] = task
+                running[self.pool.submit(task.call, *task.arguments)] = task
             if not running:
                 return False
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[future]
                 future.result()
-    return True
+        return True
+
+
+def run_study(plan: Plan, file: Path, workers: Workers) -> None:
+    """Prepare, tune, and measure with the chosen settings, as far as time goes.
+
+    Args:
+        file: of the rows; a job that has one is not run again.
+    """
+    if not workers.run(plan.preparation()):
+        return
+    if not measure_all(plan, plan.tuning(), file, workers):
+        return
+    for jobs in plan.stages(plan.chosen(read_rows(file))):
+        if not measure_all(plan, jobs, file, workers):
+            return
+
+
+def measure_all(plan: Plan, jobs: Iterable[Job], file: Path, workers: Workers) -> bool:
+    """Measure the jobs without a row; False if time ran out first."""
+    done = plan.by_job(read_rows(file))
+    missing = [job for job in dict.fromkeys(jobs) if job not in done]
+    batches = plan.batches(missing)
+    return workers.run([Task(str(batch[0]), _measure, (plan, batch, file)) for batch in batches])
 
 
 def _begin() -> None:

@@ -94,17 +94,48 @@ def child(argv, at):
     assert killed or status == 0, status
     return killed, int(seen or 0)
 
-argv, folder, runs, seed = json.loads(sys.argv[1])
-_, total = child([*argv, "--output_dir", f"{folder}/whole"], at=-1)
-rng = random.Random(seed)
-kills = 0
-for run in range(runs):
-    command = [*argv, "--output_dir", f"{folder}/killed-{run}"]
-    for _ in range(2):
-        kills += child(command, at=rng.randint(1, total))[0]
-    assert child(command, at=-1)[0] is False
-print(json.dumps({"events": total, "kills": kills}))
+def runs(argv, folder, count, seed):
+    _, total = child([*argv, "--output_dir", f"{folder}/whole"], at=-1)
+    rng = random.Random(seed)
+    kills = 0
+    for run in range(count):
+        command = [*argv, "--output_dir", f"{folder}/killed-{run}"]
+        for _ in range(2):
+            kills += child(command, at=rng.randint(1, total))[0]
+        assert child(command, at=-1)[0] is False
+    return {"events": total, "kills": kills}
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what the runs print goes to the log
+for line in sys.stdin:
+    print(json.dumps(runs(*json.loads(line))), file=answers, flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`runs(argv, folder, count, seed)`: a whole run and `count` killed ones; what was counted."""
+    log = tmp_path_factory.mktemp("kill") / "log"
+    with (
+        open(log, "w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", RUNNER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as runner,
+    ):
+
+        def ask(*request):
+            runner.stdin.write(json.dumps(request) + "\n")
+            runner.stdin.flush()
+            answer = runner.stdout.readline()
+            assert answer, log.read_text()[-3000:]
+            return json.loads(answer)
+
+        yield ask
 
 
 @pytest.mark.slow
@@ -114,9 +145,9 @@ print(json.dumps({"events": total, "kills": kills}))
     [("fedcmp", ["beta=0.5", "rank=8", "tau=1"]), ("scaffold", ["server_lr=0.9"])],
 )
 def test_killed_anywhere_and_started_again_ends_in_the_same_bits(
-    flags, tiny, tmp_path, method, options, save_strategy
+    runs, flags, tiny, tmp_path, method, options, save_strategy
 ):
-    runs = 3
+    count = 3
     argv = flags(
         fed_clients=tiny / "clients.yaml",
         fed_rounds=3,
@@ -129,19 +160,12 @@ def test_killed_anywhere_and_started_again_ends_in_the_same_bits(
     )
     at = argv.index("--output_dir")
     del argv[at : at + 2]
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps([argv, str(tmp_path), runs, 0])],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    counted = json.loads(done.stdout.splitlines()[-1])
+    counted = runs(argv, str(tmp_path), count, 0)
     assert counted["events"] > 50
-    assert counted["kills"] >= runs
+    assert counted["kills"] >= count
 
     whole = (tmp_path / "whole" / "mm_projector.bin").read_bytes()
-    for run in range(runs):
+    for run in range(count):
         folder = tmp_path / f"killed-{run}"
         assert (folder / "mm_projector.bin").read_bytes() == whole
         assert heldout(folder) == heldout(tmp_path / "whole")

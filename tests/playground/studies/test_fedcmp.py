@@ -192,10 +192,10 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     file.write_text(yaml.safe_dump(document))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-    def run(hours):
+    def run(hours, workers="2"):
         command = [sys.executable, "-m", "playground.studies", file, "--results", results]
-        subprocess.run([*command, "--hours", hours, "--workers", "2"], cwd=ROOT, env=environment,
-                       check=True, capture_output=True)  # fmt: skip
+        subprocess.run([*command, "--hours", hours, "--workers", workers], cwd=ROOT,
+                       env=environment, check=True, capture_output=True)  # fmt: skip
         return read_rows(results)
 
     assert run("0") == []
@@ -204,7 +204,7 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     assert (parts.count("development"), parts.count("report"), parts.count("ablation")) == (4, 4, 1)
     kept, lost = rows[:3], rows[3:]
     results.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    again = run("1")
+    again = run("1", workers="1")
     assert again[:3] == kept
     assert len(again) == len(rows)
     measured = {json.dumps(r["job"]): (r["loss"], r["exact"], r["drift"]) for r in lost}

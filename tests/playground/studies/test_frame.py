@@ -15,7 +15,7 @@ from playground import ROOT, flags
 from playground.studies.plan import Task
 from playground.studies.registry import STUDIES, read_plan
 from playground.studies.rows import add_row, read_rows
-from playground.studies.runner import run_tasks
+from playground.studies.runner import Workers
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -70,11 +70,13 @@ def test_a_task_waits_for_what_it_needs_and_none_begins_too_late(tmp_path):
         Task("second", first.rename, (second,), needs=first),
         Task("first", first.touch, ()),
     ]
-    assert not run_tasks(tasks, workers=2, deadline=time.monotonic() - 1)
+    with Workers(2, deadline=time.monotonic() - 1) as workers:
+        assert not workers.run(tasks)
     assert list(tmp_path.iterdir()) == []
-    assert run_tasks(tasks, workers=2, deadline=time.monotonic() + 600)
-    assert list(tmp_path.iterdir()) == [second]
-    assert not run_tasks([Task("never", first.touch, (), needs=first)], 1, time.monotonic() + 600)
+    with Workers(2, deadline=time.monotonic() + 600) as workers:
+        assert workers.run(tasks)
+        assert list(tmp_path.iterdir()) == [second]
+        assert not workers.run([Task("never", first.touch, (), needs=first)])
 
 
 @pytest.mark.parametrize("section", flags.sections())
