@@ -15,7 +15,7 @@ from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 
 def ask(kit: str, user: str, job: str | None) -> dict:
-    session = new_secure_session(user, kit, timeout=10)
+    session = new_secure_session(user, kit, timeout=60)
     if job is None:
         return {"clients": [client.name for client in session.get_connected_client_list()]}
     number = session.submit_job(job)

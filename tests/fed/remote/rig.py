@@ -99,7 +99,7 @@ class Rig:
             self.processes[name].terminate()
         for name in list(self.processes):
             try:
-                self.processes.pop(name).wait(15)
+                self.processes.pop(name).wait(120)
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"{name} does not end\n{self.logs()}") from None
         deadline = time.monotonic() + 5

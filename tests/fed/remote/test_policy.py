@@ -36,7 +36,7 @@ def flare(kind: str, kit: Path, log: Path, **values: str) -> subprocess.Popen:
 def ask(kit: Path, user: str, *job: Path) -> dict:
     words = ["-m", "tests.fed.remote.flare_admin", str(kit), user, *map(str, job)]
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=90
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=600
     )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -296,7 +296,7 @@ def test_processes_of_one_name_and_ctrl_c(tmp_path, tiny, flags):
         wait_for(lambda: "site a: 12 samples" in logs["run"].read_text())
         for name, file in (("two", two), ("same", one)):
             others.append(start("fed.site", str(file), log=logs[name]))
-        assert [process.wait(60) for process in others] == [2, 2]
+        assert [process.wait(600) for process in others] == [2, 2]
         said = logs["two"].read_text().splitlines()[-1]
         assert said.startswith(f"error: {spool / 'a'}: another site works there under the name a (")
         assert f".{first.pid}." in said
@@ -308,7 +308,7 @@ def test_processes_of_one_name_and_ctrl_c(tmp_path, tiny, flags):
         )
         for process, log in ((run, logs["run"]), (first, logs["one"])):
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 130
+            assert process.wait(600) == 130
             text = log.read_text()
             assert text.splitlines()[-1] == "interrupted; the same command goes on from here"
             assert "Traceback" not in text

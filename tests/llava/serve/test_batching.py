@@ -36,7 +36,7 @@ class Listener:
             self.news.append(news)
 
     def answer(self):
-        assert self.ended.wait(60), "no end was told"
+        assert self.ended.wait(300), "no end was told"
         return self.news[-1] if self.news else ""
 
 
@@ -95,14 +95,14 @@ def test_who_hangs_up_makes_room_at_once(engine, answerer, pictures, monkeypatch
 
     def hold(news):
         began.set()
-        held.wait(30)
+        held.wait(300)
 
     more = {"temperature": 5.0, "stop": "", "max_new_tokens": 150}
     tells = [Listener(order, "long"), Listener(order, "cancelled"), hold]
     questions = [asked(answerer, pictures, TEXTS[0], tell, **more) for tell in tells]
     for question in questions:
         engine.ask(question)
-    assert began.wait(30)  # the three rows are taken
+    assert began.wait(300)  # the three rows are taken
     waiting, gone = Listener(order, "waiting"), Listener(order, "gone")
     left = asked(answerer, pictures, TEXTS[1], gone)
     engine.ask(left)
@@ -266,10 +266,10 @@ def test_a_stopped_engine_says_so_to_all(answerer, pictures, monkeypatch):
 
     def told(news):
         running(news)
-        held.wait(30)
+        held.wait(300)
 
     engine.ask(asked(answerer, pictures, TEXTS[0], told, stop="@@", max_new_tokens=200))
-    assert running.began.wait(30)
+    assert running.began.wait(300)
     engine.ask(asked(answerer, pictures, TEXTS[0], waiting))
     called = [engine.call(int) for _ in range(3)]
     closing = threading.Thread(target=engine.close)

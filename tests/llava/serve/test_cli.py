@@ -47,7 +47,7 @@ def model(tiny, tmp_path_factory):
 
 def talk(flags: list[str], typed: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llava.serve.cli", *flags]
-    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, input=typed, capture_output=True, text=True, timeout=600)
 
 
 def test_two_turns_about_two_pictures_and_an_empty_line_ends(model):
@@ -72,7 +72,7 @@ def test_a_turn_that_goes_wrong_is_told_and_left_out(model):
              b"<image> and this?", b"Are you sure?", b"", b"not read"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "llava.serve.cli", *model, "--debug"],
-        input=b"\n".join(lines), capture_output=True, timeout=120,
+        input=b"\n".join(lines), capture_output=True, timeout=600,
     )  # fmt: skip
     out, err = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == 0, err

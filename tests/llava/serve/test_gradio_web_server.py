@@ -39,7 +39,7 @@ def page(folder, *flags: str) -> Iterator[str]:
             yield line.split()[1]
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate(timeout=600)
     spoken = re.findall("(?:connects to|looks up) (.*)", (folder / "stderr.txt").read_text())
     assert spoken, spoken
     assert set(spoken) <= {"127.0.0.1", "localhost", "::1", "None"}, spoken
