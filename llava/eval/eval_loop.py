@@ -208,13 +208,18 @@ def _settings(args: argparse.Namespace, rows: Sequence[dict], world: int) -> dic
     """All that the answers depend on: flags, questions, the model's files by size and time."""
     files = [
         (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for folder in (args.model_path, args.model_base)
-        if folder
-        for file in sorted(Path(folder).expanduser().glob("*"))
+        for model in (args.model_path, args.model_base)
+        if model
+        for file in _files(Path(model).expanduser())
     ]
     told = {name: value for name, value in vars(args).items() if name not in SAME_ANSWERS}
     digest = hashlib.sha256(json.dumps([rows, files]).encode()).hexdigest()
     return {**told, "world": world, "questions_and_model": digest}
+
+
+def _files(model: Path) -> list[Path]:
+    """The files of a folder, or the one that is a model by itself; none for a name on the hub."""
+    return [model] if model.is_file() else sorted(model.glob("*"))
 
 
 def _earlier(part: Path, settings: str) -> list[dict]:

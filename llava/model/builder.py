@@ -309,7 +309,7 @@ def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
     """The model, and which of the projector's tensors the weights lacked."""
     source: str | None = path
     if gguf := find_gguf(path):
-        source, kwargs["state_dict"] = None, gguf_weights(gguf)
+        source, kwargs["state_dict"] = None, gguf_weights(gguf, kwargs.get("dtype", torch.float32))
     elif Path(path).is_dir():
         _check_kind(Path(path))
         _check_weights(path, config)
@@ -321,6 +321,7 @@ def _from_pretrained(path: str, config, **kwargs) -> tuple[Any, list[str]]:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights do not load ({reason(error)})") from None
     model, found = loaded  # as `output_loading_info` asks
+    model.config.name_or_path = model.name_or_path = str(path)  # also where it came as tensors
     # A projector that is not there yet is no news; what else is missing is an error.
     missing = sorted(found["missing_keys"])
     own = [name for name in missing if name.startswith(PROJECTOR_PREFIX) or name == NEWLINE]

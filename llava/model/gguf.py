@@ -11,6 +11,8 @@ command writes an ordinary folder, once.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from llava.atomic import new_folder
 from llava.errors import InputError, one_clear_error, reason
 from llava.model.hf_logging import quiet
+from llava.transformers_private import without_zero3
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -90,6 +93,12 @@ def _read(file: Path, kind: Any, **options: Any) -> Any:
 
 def gguf_config(file: Path) -> Any:
     """The config of the language model in a GGUF, as of an ordinary one."""
+    stat = file.stat()
+    return copy.deepcopy(_config(file, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)  # its vocabulary is walked through each time, which takes seconds
+def _config(file: Path, size: int, time_ns: int) -> Any:
     from transformers import AutoConfig
 
     return _ordinary(_read(file, AutoConfig))
@@ -110,14 +119,27 @@ def gguf_tokenizer(file: Path, **options: Any) -> Any:
 
 
 def gguf_weights(file: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The weights of the language model in a GGUF, by transformers' names."""
-    return _model(file, dtype).state_dict()
+    """The weights of the language model in a GGUF, by transformers' names; whole on every rank.
+
+    Raises:
+        InputError: one is missing, is not finite, or cannot be read.
+    """
+    with without_zero3():
+        return _model(file, dtype).state_dict()
 
 
 def _model(file: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = _read(file, AutoModelForCausalLM, dtype=dtype)
+    model, found = _read(
+        file,
+        AutoModelForCausalLM,
+        config=gguf_config(file),
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise InputError(f"{file}: {len(missing)} tensors are missing, as {missing[0]}")
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(f"{file}: {name} holds values that are not finite")

@@ -39,6 +39,11 @@ DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 SHARD_BYTES = 2_000_000_000
 
 
+_GGUF_IS_NOT_READ = (
+    "a GGUF, which is not read tensor by tensor; python -m llava.model.gguf makes a folder of it"
+)
+
+
 class Shards(Mapping[str, torch.Tensor]):
     """The tensors of a folder by name, each read when asked for; iterates file by file.
 
@@ -72,6 +77,8 @@ class Shards(Mapping[str, torch.Tensor]):
                     f"{self.folder}: {shards[0].name} is a shard, and {stem + INDEX}, which says "
                     "what is in which, is not there; copy all files of the model"
                 )
+        if next(self.folder.glob("*.gguf"), None):
+            raise InputError(f"{self.folder}: {_GGUF_IS_NOT_READ}")
         raise InputError(f"{self.folder}: no weights there, neither {' nor '.join(self.stems)}")
 
     def _tensors(self, file: str) -> Mapping[str, torch.Tensor]:
@@ -229,6 +236,8 @@ def local_folder(path: str | os.PathLike) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise InputError(f"{path}: {_GGUF_IS_NOT_READ}")
     check_hub_name(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -174,6 +174,7 @@ def stopping(processes: Processes) -> Iterator[None]:
 def named(models: list[str]) -> dict[str, str]:
     """`[NAME=]PATH` each: name → path; without a name it is the folder's."""
     from llava.mm_utils import get_model_name_from_path
+    from llava.model.gguf import find_gguf
 
     found: dict[str, str] = {}
     for model in models:
@@ -184,7 +185,7 @@ def named(models: list[str]) -> dict[str, str]:
             raise InputError(f"{model!r}: MODEL or NAME=MODEL is expected")
         if name in found or name in ("controller", "page"):
             raise InputError(f"two parts are called {name!r}; name the model: NAME={path}")
-        if path.startswith((".", "/")) and not Path(path).is_dir():
+        if path.startswith((".", "/")) and not find_gguf(path) and not Path(path).is_dir():
             raise InputError(f"{path}: no such folder")
         found[name] = path
     return found
