@@ -37,7 +37,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Which GGUF file of the folder --model_name_or_path is the model."},
     )
-    version: str = field(default="v0", metadata={"help": "Conversation template, e.g. plain, v1."})
+    version: str | None = field(
+        default=None,
+        metadata={
+            "help": "Conversation template, e.g. plain, v1; else that of the tokenizer's own chat "
+            "template, else v0."
+        },
+    )
     freeze_backbone: bool = field(default=False)
     tune_mm_mlp_adapter: bool = field(
         default=False, metadata={"help": "Train the projector alone; everything else is frozen."}

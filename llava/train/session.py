@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from llava.conversation import SeparatorStyle, get_template, template_of
 from llava.errors import InputError
 from llava.json_files import read_json
 from llava.model.attention_impl import choose_attention
@@ -91,16 +92,16 @@ def load_session(
     )
     keep_trainable(model)
     model.config.use_cache = False
-    tokenizer = _training_tokenizer(model_args, training_args, model)
+    tokenizer, version = _training_tokenizer(model_args, training_args, model)
     sample_format = SampleFormat(
-        model_args.version,
+        version,
         image_aspect_ratio=data_args.image_aspect_ratio,
         mm_use_im_start_end=model_args.mm_use_im_start_end,
     )
     feature_cache = None
     if model_args.vision_tower:
         _attach_vision(model, tokenizer, model_args, training_args)
-        sample_format = SampleFormat.of_model(model, model_args.version)
+        sample_format = SampleFormat.of_model(model, version)
         # A tower that trains gives something else each time; the cache holds no tiles.
         if not (model_args.unfreeze_mm_vision_tower or sample_format.tiling):
             feature_cache = make_feature_cache(
@@ -193,14 +194,20 @@ def _check_projector_type(config, model_args: ModelArguments) -> None:
         )
 
 
-def _training_tokenizer(model_args, training_args, model):
+def _training_tokenizer(model_args, training_args, model) -> tuple[Any, str]:
+    """The tokenizer, and the conversation template that is trained."""
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
         cache_dir=training_args.cache_dir,
         model_max_length=training_args.model_max_length,
         padding_side="right",
     )
-    if model_args.version == "v0" and tokenizer.pad_token is None:
+    own = template_of(tokenizer)
+    version = model_args.version or own or "v0"
+    if own:  # the one to ask in; captions alone teach no talk
+        plain = get_template(version).sep_style is SeparatorStyle.PLAIN
+        model.config.conversation_template = own if plain else version
+    if version == "v0" and tokenizer.pad_token is None:
         smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
     elif tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
@@ -208,7 +215,7 @@ def _training_tokenizer(model_args, training_args, model):
         tokenizer.pad_token = tokenizer.eos_token
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
+    return tokenizer, version
 
 
 def smart_tokenizer_and_embedding_resize(special_tokens_dict: dict, tokenizer, model) -> None:

@@ -147,7 +147,8 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {training_args.eval_strategy} needs --eval_data_path")
     prepare_output(training_args)
-    get_template(model_args.version)
+    if model_args.version:
+        get_template(model_args.version)
     for flag in ("data_path", "eval_data_path"):
         file = getattr(data_args, flag)
         if file and not os.path.exists(file):

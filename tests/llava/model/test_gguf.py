@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fed.remote.hello import model_fingerprint
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates, template_of
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.gguf import convert, find_gguf, gguf_config, gguf_tokenizer, gguf_weights, main
+from llava.model.shards import Shards, local_folder
+from llava.serve.demo import base_of, named
 from llava.train.arguments import parse
+from llava.train.preprocess import render, tokenize
 from llava.train.train import train
 
 CHATML = (
@@ -172,8 +175,15 @@ def test_its_own_chat_template_is_the_one_that_is_used(plain):
             chat.append_message(role, text)
             said.append({"role": name, "content": text})
     assert chat.get_prompt() == tokenizer.apply_chat_template(said, tokenize=False)
-    learnt = [text for text, answer in chat.segments() if answer]
-    assert learnt == ["A circle.<|im_end|>\n", "It is round.<|im_end|>\n"]
+    turns = [f"<image>\n{said[0]['content']}", *(turn["content"] for turn in said[1:])]
+    ids, labels = tokenize(render(turns, conv_templates["smollm2"]), tokenizer)
+    learnt = tokenizer.decode(labels[labels != -100])
+    assert learnt == "A circle.<|im_end|>\nIt is round.<|im_end|>\n"
+    wanted = tokenizer(chat.get_prompt()).input_ids
+    whole = tokenizer(chat.get_prompt().replace("What", "\nWhat", 1)).input_ids
+    assert [token for token in ids.tolist() if token != IMAGE_TOKEN_INDEX] == whole
+    assert wanted == tokenizer.apply_chat_template(said, return_dict=False)
+    assert tokenizer.eos_token == "<|im_end|>"
     _, model, _, _ = load_pretrained_model(str(plain), None, "", device="cpu")
     assert model.config.conversation_template == "smollm2"
 
@@ -188,12 +198,14 @@ def test_a_projector_trains_on_it_and_loads_on_it(flags, plain, tiny, tmp_path):
     assert {"mm_projector.bin", "config.json"} <= {file.name for file in out.iterdir()}
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
+    assert config["conversation_template"] == "smollm2"  # to ask in; it trained with `plain`
+    assert base_of(str(out)) == str(plain)
     for base in (plain, plain / "model.gguf"):
         tokenizer, model, processor, _ = load_pretrained_model(
             str(out), str(base), "", device="cpu"
         )
         assert processor is not None
-        assert math.isfinite(float(model.get_model().mm_projector[0].weight.sum()))
+        assert model.get_model().mm_projector[0].weight.isfinite().all()
     assert model.config.conversation_template == "smollm2"
     # A copy with another GGUF beside it: which one, is to be said.
     both = tmp_path / "both"
@@ -209,7 +221,10 @@ def test_a_projector_trains_on_it_and_loads_on_it(flags, plain, tiny, tmp_path):
 def test_all_of_it_trains_and_is_an_ordinary_folder_afterwards(flags, plain, tiny, tmp_path):
     out = tmp_path / "full"
     train(argv=flags_for(flags, plain, data_path=tiny / "a.json", output_dir=out,
-                         tune_mm_mlp_adapter=False, version="smollm2"))  # fmt: skip
+                         tune_mm_mlp_adapter=False, version=None))  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["conversation_template"] == "smollm2"
+    assert not {"quantization_config", "gguf_file"} & config.keys()
     assert (out / "model.safetensors").is_file()
     assert not list(out.glob("*.gguf"))
     tokenizer, model, processor, _ = load_pretrained_model(str(out), None, "", device="cpu")
@@ -218,8 +233,8 @@ def test_all_of_it_trains_and_is_an_ordinary_folder_afterwards(flags, plain, tin
     lora = tmp_path / "lora"
     train(argv=flags_for(flags, plain, data_path=tiny / "a.json", output_dir=lora,
                          tune_mm_mlp_adapter=False, lora_enable=True, lora_r=4,
-                         version="smollm2"))  # fmt: skip
-    load_pretrained_model(str(lora), str(plain), "", device="cpu")
+                         version=None))  # fmt: skip
+    load_pretrained_model(str(lora), None, "", device="cpu")  # it names its base
 
 
 def test_the_command_writes_an_ordinary_folder(source, plain, tmp_path, capsys):
@@ -256,6 +271,45 @@ def test_one_that_is_cut_short_is_refused(plain, tmp_path, share):
         convert(file, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def flipped(file: Path, out: Path, at: bytes, bit: int = 1, skip: int = 0) -> Path:
+    """A copy in which one bit differs, of the byte `skip` after the first `at`."""
+    data = bytearray(file.read_bytes())
+    data[data.index(at) + skip] ^= bit
+    out.write_bytes(data)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("at", "skip"),
+    [
+        (b"GGUF", 0),
+        (b"GGUF", 4),  # the version
+        (b"GGUF", 8),  # how many tensors
+        (b"GGUF", 22),  # how many values
+        (b"general.architecture", 2),
+        (b"llama.block_count", 6),
+        (b"tokenizer.ggml.tokens", 21),  # an array's kind
+        (b"blk.1.ffn_up.weight", 6),  # a tensor of another name, which the model then lacks
+        (b"blk.1.attn_norm.weight", 23),  # how many dimensions it has
+        (b"output_norm.weight", 32),  # its kind: one that nobody knows
+    ],
+)
+def test_a_damaged_header_is_refused(plain, tmp_path, at, skip):
+    file = flipped(plain / "model.gguf", tmp_path / "bad.gguf", at, bit=64, skip=skip)
+    with pytest.raises(InputError, match=r"bad\.gguf: ") as error:
+        convert(file, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_programs_find_it_or_say_what_to_do(plain):
+    file = plain / "model.gguf"
+    assert named([f"chat={file}"]) == {"chat": str(file)}
+    for read in (local_folder, Shards):
+        with pytest.raises(InputError, match=r"python -m llava\.model\.gguf makes a folder"):
+            read(plain if read is Shards else file)
 
 
 def test_what_is_none_or_of_no_known_kind_is_refused(source, plain, tmp_path):
