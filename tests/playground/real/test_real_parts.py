@@ -47,8 +47,9 @@ def test_the_script_from_the_parts_to_an_answer(tiny, tmp_path, brief):
         : 2 if brief else 3
     ]
     for row in rows:
-        assert row["heldout"]["unseen"]["candidates"] == 76
-        assert row["heldout"]["unseen"]["explained"] is not None
+        assert row["measures"]["unseen_ranked"]["samples"] == 76
+        assert row["measures"]["unseen_ranked"]["candidates"] == 76
+        assert row["measures"]["unseen_ranked"]["explained"] is not None
     if not brief:
         assert "--query What\\ is\\ this\\?" in done.stdout
 
