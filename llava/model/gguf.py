@@ -105,9 +105,10 @@ def _config(file: Path, size: int, time_ns: int) -> Any:
 
 
 def _ordinary(config: Any) -> Any:
-    for key in ("quantization_config", "_model_name_or_path", "architectures"):
+    for key in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, key):
             delattr(config, key)
+    config.architectures = None
     return config
 
 
