@@ -25,7 +25,7 @@ from llava.constants import (
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.errors import InputError
 
-OTHERS = ("vicuna_v1", "llava_v0", "chatml_direct", "llava_llama_2", "mistral_instruct")
+OTHERS = ("vicuna_v1", "llava_v0", "chatml_direct", "llava_llama_2", "mistral_instruct", "smollm2")
 """One template of each form, for prompts of a page that chose another than the worker."""
 
 _CHATML_SYSTEM = "<|im_start|>system\n"

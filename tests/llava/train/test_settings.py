@@ -37,10 +37,11 @@ OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments, *CONNECTO
 NOT_DECIDING = set(
     "eval_data_path is_multimodal feature_cache feature_cache_gb output_dir cache_dir report_to "
     "mpt_attn_impl attn_implementation remove_unused_columns "
+    "gguf_file "  # it becomes part of the path of the model
     "fed_clients fed_options "  # by what is in them
     "fed_eval_data_path fed_eval_image_folder fed_eval_domain fed_eval_every fed_driver "
     "fed_client_timeout fed_client_retries fed_parallel_clients fed_min_clients "
-    "fed_courier fed_remote_kit".split()
+    "fed_courier fed_remote_kit fed_eval_explained fed_job_gb".split()
 )
 # Those of transformers, as patterns: the pinned release has no field beside these and DECIDING.
 NOT_DECIDING_THERE = re.compile(
