@@ -339,9 +339,10 @@ def main() -> None:
             for a, b in zip(row["losses"], reference["losses"], strict=True)
         )
         print(f"\n{mode}: the losses of five steps differ by at most {apart:.1e}\n", flush=True)
-        first = max(abs(row["losses"][0] - reference["losses"][0]) for row in rows.values())
-        if not args.bf16 and first > 1e-4:
-            raise SystemExit("the first losses differ: these are not the same steps")
+        if args.language_model:  # in a deep one rounding grows from step to step
+            apart = max(abs(row["losses"][0] - reference["losses"][0]) for row in rows.values())
+        if not args.bf16 and apart > 1e-4:
+            raise SystemExit("the losses differ: these are not the same steps")
     return None
 
 
