@@ -247,8 +247,8 @@ def _with_pictures(
         )
         loaded = model.load_vision_tower(dtype, weight.device, weights=tower)
         image_processor = loaded.image_processor
-    if not getattr(model.config, "conversation_template", None):
-        model.config.conversation_template = template_of(tokenizer)
+    if not getattr(model.config, "conversation_template", None) and (own := template_of(tokenizer)):
+        model.config.conversation_template = own
     context_len = getattr(model.config, "max_sequence_length", None) or 2048
     return tokenizer, model, image_processor, context_len
 
