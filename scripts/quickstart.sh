@@ -41,12 +41,6 @@ thrown away. unseen: pictures of concepts that neither a client nor the frozen p
     --model_base playground/backbones/llm --data $data/heldout_test.json --image_folder $data/images \
     --output $out/gallery.png
 
-ask() { # print the command that asks the model, then run it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
 echo
 echo "== ask the federated model about a held-out picture: a strawberry"
 ask .venv/bin/python -m llava.eval.run_llava --model-path $out/fedcmp \

@@ -1,5 +1,6 @@
 # Sourced by the other scripts: a virtual environment in .venv with the pinned versions, made once.
-# Sets PYTHON to its interpreter. Set EXTRAS (e.g. dev) before sourcing to install an extra too.
+# Sets PYTHON to its interpreter; `ask` prints a command and runs it.
+# Set EXTRAS (e.g. dev) before sourcing to install an extra too.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
@@ -35,3 +36,10 @@ elif [ -z "${FEDLLAVA_READY:-}" ]; then
 fi
 PYTHON="$ROOT/.venv/bin/python"
 export PYTHON PATH="$ROOT/.venv/bin:$PATH" FEDLLAVA_READY=1
+
+ask() { # print a command as one would type it, then run it
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+}

@@ -17,7 +17,7 @@ out=${OUT:-runs/real}
 parts=${PARTS:-runs/real/parts}
 data=playground/data/emoji
 started=$SECONDS
-# What each step takes on two quiet cores, in seconds.
+# How the steps share the time: a guess in seconds, from runs by hand; the pace so far corrects it.
 if [ -n "$brief" ]; then
     out=${OUT:-runs/real-brief}
     steps=(60 220 100 30)
@@ -89,12 +89,6 @@ json.dump([row for row in rows if row['style'] == 'openmoji'], open(sys.argv[2],
 "$PYTHON" -m fed.gallery --models "${runs[@]}" --model_base "$parts/llm" \
     --data $data/unseen.json --image_folder $data/images --output $out/gallery.png
 
-ask() { # print the command that asks the model, then run it
-    printf '\n$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
 model=$out/fedcmp
 if [ -z "$brief" ]; then
     step "sentences: LoRA, by the same clients"
