@@ -6,6 +6,7 @@
 #   --brief     a quarter of the pictures, and alignment alone
 # Other flags at the end go to every run of alignment. PARTS and OUT name other folders.
 set -euo pipefail
+EXTRAS=gguf
 . "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 brief=
 if [ "${1:-}" = --brief ]; then
