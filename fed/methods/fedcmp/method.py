@@ -9,7 +9,13 @@ reliability-weighted fusion".
   1. X_k = A_k - A^t (`space` updates) or A_k (weights)                                        [R]
   2. U: the leading eigenvectors of S = sum_k p_k X_k X_k^T, as many as `energy`, `rank` say   [R]
   3. C_k = U^T X_k, rows c_ki                                                                  [R]
-  4. a_ki = cos(c_ki, sum_{j != k} p_j c_ji);  rho_ki = softmax over k of log p_k + a_ki / tau [R]
+  4. How reliable a client is (`reliability`):
+     explained: p_k = n_k r_k / sum_j n_j r_j throughout, r_k the share of its captions that its
+       pictures explain (`fed.server.reliability`), and rho_ki = p_k. A client measures itself: no
+       defence against one that lies                                                             [R]
+     agreement: rho_ki = softmax over k of log p_k + a_ki / tau with
+       a_ki = cos(c_ki, sum_{j != k} p_j c_ji)                                                  [R]
+     none: rho_ki = p_k
   5. c_i = g_i sum_k rho_ki c_ki,  g_i = kappa_i^(-1/2), at most `rescale`, where kappa_i =
      |sum_k rho_ki c_ki|^2 / sum_k rho_ki |c_ki|^2: the mean of rows that have little in common
      is short; g_i gives it the clients' (root mean square) length back                        [R]
@@ -19,14 +25,17 @@ What lies outside U is kept as one block with one gain (`rest` keep), or left ou
 
 Orthogonality-Preserved Momentum [P]: "applies momentum to the shared alignment basis via orthogonal
 projection, accumulating historical optimization directions while preserving geometric structure".
-  7. B^{t-1} aligned to U (`align`), B^t = polar(beta B^{t-1} + (1 - beta) U), X = B^t C        [R]
+  7. `momentum`, with `beta` above 0:
+     projected: H_t = beta U U^T H_{t-1} + X_t takes X_t's place: of the steps so far, what lies in
+       this round's shared basis goes on                                                        [R]
+     polar: B^{t-1} aligned to U (`align`), B^t = polar(beta B^{t-1} + (1 - beta) U), X = B^t C [R]
   8. A^{t+1} = A^t + X (updates) or X (weights)
 
-tau = inf, rescale = 1, flatten = 0, beta = 0 is FedAvg, if the basis is whole or the rest is kept.
-With beta = 0 there is no memory. Where the basis is square and the alignment procrustes, B^t = U
-whatever beta is: momentum needs r < out. Aligning U to B^{t-1} and turning C with it gives the same
-X; this way round, the memory of another rank is no special case: directions without history stand
-as they are.
+Reliability none, rescale = 1, flatten = 0, beta = 0 is FedAvg, if the basis is whole or the rest is
+kept; so is agreement with tau = inf. With beta = 0 there is no memory. Where the basis is square
+and the alignment procrustes, B^t = U whatever beta is: polar needs r < out. Aligning U to B^{t-1}
+and turning C with it gives the same X; this way round, the memory of another rank is no special
+case: directions without history stand as they are.
 
 Up to 1024 rows every direction is found, in float64; above, the leading 64 by a range finder, in
 float32, and the others are the rest. Norms, scales and other tensors that are no layer are averaged
@@ -36,53 +45,72 @@ by samples. fusion.py has the sums over clients that the server needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
 from fed.methods.fedcmp.facts import describe
 from fed.methods.fedcmp.fusion import fuse
-from fed.methods.fedcmp.momentum import check_history, turn
+from fed.methods.fedcmp.momentum import carry, check_history, turn
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Count, Range, Unit
 from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.joint_basis import joint_basis
-from fed.numerics.layers import Parts, layers, write_matrix
+from fed.numerics.layers import Layer, Parts, layers, write_matrix
 from fed.numerics.weighted_mean import shares
 from fed.state import State
+from llava.errors import InputError
 
 MIN_TAU = 0.01  # exp(-2 / tau) must stay a float
 
 
-@method("fedcmp")
+@method("fedcmp", explained_by=("reliability", "explained"))
 def fedcmp(
     states: list[State],
     *,
     weights: list[float],
     base: State,
     memory: dict[str, Tensor],
+    explained: Sequence[float],
     space: Literal["updates", "weights"] = "updates",
     energy: Annotated[float, Range("(0, 1]")] = 1.0,
     rank: Count | None = None,
     basis: Literal["auto", "exact", "randomised"] = "auto",
     rest: Literal["keep", "drop"] = "keep",
-    tau: Annotated[float, Range("[0.01, inf]", "at least 0.01")] = math.inf,
+    reliability: Literal["explained", "agreement", "none"] = "explained",
+    tau: Annotated[float, Range("[0.01, inf]", "at least 0.01")] | None = None,
     rescale: Annotated[float, Range("[1, inf)", "at least 1 and finite")] = 4.0,
     flatten: Unit = 0.3,
+    momentum: Literal["projected", "polar"] = "projected",
     beta: Annotated[float, Range("[0, 1)")] = 0.0,
     align: Literal["procrustes", "signs"] = "procrustes",
 ) -> Outcome:
     """One round of Fed-CMP.
 
-    A `rank` above a layer's rows is all of them. Memory holds B^t as `<layer>.basis`, (out, r),
-    while beta > 0. Facts hold what `describe` and `turn` say of each layer, and the
-    names of the tensors that were averaged.
+    A `rank` above a layer's rows is all of them. `tau` is 1 where `agreement` has none. Memory
+    holds, while beta > 0, H_t as `<layer>.step`, (out, in + 1), or B^t as `<layer>.basis`, (out,
+    r). Facts hold what `describe`, `carry` or `turn` say of each layer, and the names of the
+    tensors that were averaged.
+
+    Raises:
+        InputError: a `tau` where reliability is not agreement; projected momentum of weights.
     """
+    projected = momentum == "projected"
+    if tau is not None and reliability != "agreement":
+        raise InputError(f"fedcmp option tau is for reliability=agreement, not {reliability}")
+    if projected and beta > 0 and space == "weights":
+        raise InputError(
+            "fedcmp option momentum=projected adds up steps, of which space=weights knows none; "
+            "momentum=polar has a meaning there"
+        )
+    tau = (tau or 1.0) if reliability == "agreement" else math.inf
+    if reliability == "explained":
+        weights = [n * r for n, r in zip(weights, explained, strict=True)]
     p = shares(weights)
     affine, others = layers(base)
-    sides = {f"{layer.name}.basis": len(base[layer.weight]) for layer in affine}
-    check_history(memory, sides)
+    check_history(memory, _memory_shapes(affine, base, projected))
 
     result = empty(base)
     for block in blocks(states, {name: base[name] for name in others}):
@@ -95,13 +123,33 @@ def fedcmp(
         fused = fuse(
             mats, p, shared, tau=tau, rescale=rescale, flatten=flatten, keep_rest=rest == "keep"
         )
-        key = f"{layer.name}.basis"
-        turned, history = turn(shared, memory.get(key), beta, align)
-        facts["layers"][layer.name] = {**describe(shared, fused, p), "momentum": history}
+        key = _memory_key(layer, projected)
+        turned = shared.vectors
+        if not projected:
+            turned, history = turn(shared, memory.get(key), beta, align)
         moved = fused.matrix(turned, None if turned is shared.vectors else shared.vectors)
+        if projected:
+            moved, history = carry(moved, shared, memory.get(key), beta)
+        facts["layers"][layer.name] = {**describe(shared, fused, p), "momentum": history}
         write_matrix(moved, layer, result, mats.origin)
         if beta > 0 and shared.total > 0:
-            kept[key] = turned.float()
+            kept[key] = (moved if projected else turned).float()
         elif beta > 0 and key in memory:  # nobody moved: U means nothing, the history stays
             kept[key] = memory[key]
     return Outcome(result, kept, facts)
+
+
+def _memory_key(layer: Layer, projected: bool) -> str:
+    return f"{layer.name}.{'step' if projected else 'basis'}"
+
+
+def _memory_shapes(
+    affine: Sequence[Layer], base: State, projected: bool
+) -> dict[str, tuple[int, int]]:
+    """By key the rows and the most columns of what memory may hold."""
+    shapes = {}
+    for layer in affine:
+        side, width = base[layer.weight].flatten(1).shape
+        columns = width + bool(layer.bias) if projected else side
+        shapes[_memory_key(layer, projected)] = side, columns
+    return shapes

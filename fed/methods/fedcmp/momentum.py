@@ -1,4 +1,4 @@
-"""Momentum on a basis: directions of earlier rounds turn those of this one towards themselves."""
+"""Momentum: earlier rounds' steps within this round's basis, or earlier bases that turn it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fed.numerics.joint_basis import Basis, align, polar
@@ -35,20 +36,45 @@ def turn(
     return turned, {"overlap": min(overlap, 1.0), "turned": moved}
 
 
-def check_history(memory: Mapping[str, Tensor], sides: Mapping[str, int]) -> None:
-    """Refuse a memory of Fed-CMP that is not of bases of these layers, by name with their rows.
+def carry(
+    step: Tensor, shared: Basis, previous: Tensor | None, beta: float
+) -> tuple[Tensor, dict[str, float] | None]:
+    """H_t = beta U U^T H_{t-1} + X_t, (out, in), and what the history did. Overwrites X_t, `step`.
+
+    X_t and None where there is no history, or nobody moved. `overlap` is the share of H_{t-1} that
+    lies in the span of U, `length` that of what is added, relative to X_t's.
+    """
+    if beta == 0 or previous is None or shared.total == 0:
+        return step, None
+    previous = previous.to(step)
+    rows = shared.vectors.T @ previous
+    norms = [float(torch.linalg.vector_norm(t)) for t in (rows, previous, step)]
+    inside, whole, own = norms
+    step.addmm_(shared.vectors, rows, alpha=beta)
+    return step, {
+        "overlap": min((inside / whole) ** 2, 1.0) if whole else 0.0,
+        "length": beta * inside / own if own else 0.0,
+    }
+
+
+def check_history(memory: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a memory of Fed-CMP that is not of these layers.
+
+    Args:
+        shapes: of a layer's `.step`, (out, in), and of its largest `.basis`, (out, out), by name.
 
     Raises:
         StateError: naming the tensor.
     """
     for name, tensor in memory.items():
-        if name not in sides:
-            raise StateError(f"fedcmp memory: {name} is no layer of the base ({', '.join(sides)})")
+        if name not in shapes:
+            raise StateError(f"fedcmp memory: {name} is no layer of the base ({', '.join(shapes)})")
         rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
-        if rows != sides[name] or not 1 <= columns <= rows:
+        side, most = shapes[name]
+        if rows != side or not (1 if name.endswith(".basis") else most) <= columns <= most:
+            wanted = f"r) with r from 1 to {most}" if name.endswith(".basis") else f"{most})"
             raise StateError(
-                f"fedcmp memory: {name} has shape {tuple(tensor.shape)}, expected "
-                f"({sides[name]}, r) with r from 1 to {sides[name]}"
+                f"fedcmp memory: {name} has shape {tuple(tensor.shape)}, expected ({side}, {wanted}"
             )
         if not is_finite(tensor):
             raise StateError(f"fedcmp memory: {name} holds NaN or infinity")

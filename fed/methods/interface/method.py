@@ -51,13 +51,16 @@ class Method:
             were checked, no client of weight 0 unless `personal`, and may return any floating type.
             It declares what it uses: `memory` between rounds, a dict; `clients`, the names;
             `tasks`, the clients' tasks; `extras`, the tensors that each client's rule sent;
-            `total`, the number of clients in the run; `calibration`, one a client, required where
-            it has no default. All other keyword arguments are its options.
+            `total`, the number of clients in the run; `explained`, the clients' reliabilities
+            (`fed.server.reliability`); `calibration`, one a client, required where it has no
+            default. All other keyword arguments are its options.
         personal: whether one state per client comes back.
         cross_layer: whether a layer's result depends on more than its own weight and bias. A merge
             of whole models goes layer by layer where it does not.
         calibrated_by: the option and its value with which calibration data are looked at, where
             that is not always so.
+        explained_by: the option and its value with which clients measure what their pictures
+            explain.
         client_rule: a rule for the clients' steps, made anew for each task; None: they just train.
         send: what a client is sent, where that is not its own state or the shared one.
         exchanges: --fed_rounds -> the number of times that clients send something back.
@@ -75,6 +78,7 @@ class Method:
     personal: bool = False
     cross_layer: bool = False
     calibrated_by: tuple[str, Any] | None = None
+    explained_by: tuple[str, Any] | None = None
     client_rule: type[ClientRule] | None = None
     send: Send | None = None
     exchanges: Callable[[int], int] = lambda rounds: rounds
@@ -109,6 +113,13 @@ class Method:
         """Whether it cannot do without."""
         calibration = self.arguments.get("calibration")
         return calibration is not None and calibration.default is calibration.empty
+
+    def asks_explained(self, given: Mapping[str, Any]) -> bool:
+        """Whether, with these options, it has a use for what the clients' pictures explain."""
+        if self.explained_by is None:
+            return False
+        option, value = self.explained_by
+        return {**self.defaults, **given}[option] == value
 
     @property
     def merges(self) -> bool:
@@ -152,6 +163,7 @@ class Method:
         total: int | None = None,
         calibration: Sequence[Calibration] | None = None,
         tasks: Sequence[str] | None = None,
+        explained: Sequence[float] | None = None,
         **given: Any,
     ) -> Outcome:
         """One state out of several, or one for each; none of the arguments is changed.
@@ -162,6 +174,7 @@ class Method:
             total: how many clients there are; as many as states when not given.
             calibration: one a client.
             tasks: the name of each client's; all have one, "", when not given.
+            explained: the reliability of each client, in (0, 1]; all have 1 when not given.
 
         Raises:
             InputError: weights that are not sample counts, an option that it has not or that does
@@ -176,6 +189,7 @@ class Method:
             "clients": names,
             "extras": self._check_extras(extras, base, names),
             "tasks": _check_tasks(tasks, len(states)),
+            "explained": _check_explained(explained, names),
             "calibration": self._check_calibration(calibration),
         }
         counted = [k for k, weight in enumerate(counts) if self.personal or weight > 0]
@@ -243,6 +257,16 @@ def _check_tasks(tasks: Sequence[str] | None, count: int) -> Sequence[str]:
     if len(tasks) != count:
         raise InputError(f"{len(tasks)} tasks, expected one of each of {count} clients")
     return tasks
+
+
+def _check_explained(explained: Sequence[float] | None, names: list[str]) -> Sequence[float]:
+    explained = [1.0] * len(names) if explained is None else explained
+    if len(explained) != len(names):
+        raise InputError(f"{len(explained)} explained shares of {len(names)} clients")
+    for client, share in zip(names, explained, strict=True):
+        if not 0 < share <= 1:
+            raise InputError(f"client {client} has reliability {share}, expected one in (0, 1]")
+    return explained
 
 
 def _check_total(total: int | None, count: int) -> int:

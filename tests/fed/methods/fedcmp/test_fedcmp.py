@@ -26,11 +26,14 @@ SETTINGS = [
     dict(tau=0.5, rescale=3.0, space="weights"),
     dict(tau=1.0, basis="randomised"),
     dict(rank=2, flatten=0.7),
+    dict(reliability="none", beta=0.5),
 ]
 
 
 def fedcmp(states, weights=None, base=None, **options):
     weights = weights or [1] * len(states)
+    if "tau" in options:
+        options = {"reliability": "agreement", **options}
     return methods.get("fedcmp")(states, weights=weights, base=base, **options)
 
 
@@ -128,10 +131,13 @@ def test_order_scale_and_clients_without_samples(seed, options):
     assert len(found.facts["layers"][LAYERS[0]]["reliability"]) == 4
 
 
-@pytest.mark.parametrize("align", ["procrustes", "signs"])
-@pytest.mark.parametrize("space", ["updates", "weights"])
+@pytest.mark.parametrize(
+    ("space", "momentum", "align"),
+    [(space, "polar", align) for space in ("updates", "weights")
+     for align in ("procrustes", "signs")] + [("updates", "projected", "signs")],
+)  # fmt: skip
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_rotation_of_the_outputs_rotates_the_result(seed, space, align):
+def test_a_rotation_of_the_outputs_rotates_the_result(seed, space, momentum, align):
     base, states = draw(seed, 4, torch.float64)
     base2, states2 = draw(seed + 10, 4, torch.float64)
     turns = {layer: orthonormal(seed, SHAPES[f"{layer}.weight"][0], SHAPES[f"{layer}.weight"][0])
@@ -141,7 +147,7 @@ def test_a_rotation_of_the_outputs_rotates_the_result(seed, space, align):
         by = {n: turns.get(n.rsplit(".", 1)[0]) for n in state}
         return {n: t if by[n] is None else by[n] @ t for n, t in state.items()}
 
-    options = dict(space=space, align=align, tau=0.3, energy=0.8, beta=0.4)
+    options = dict(space=space, momentum=momentum, align=align, tau=0.3, energy=0.8, beta=0.4)
     first = fedcmp(states, None, base, **options)
     there = fedcmp([turn(s) for s in states], None, turn(base), **options)
     assert_same(there.state, turn(first.state), rtol=1e-6, atol=1e-8)
@@ -199,6 +205,32 @@ def test_a_low_tau_follows_those_who_agree():
     assert mean.facts["layers"]["a"]["reliability"] == pytest.approx([1 / 3] * 3)
 
 
+@pytest.mark.parametrize("options", [{}, dict(rank=2), dict(beta=0.4), dict(space="weights")])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_reliable_clients_are_larger_ones(seed, options):
+    base, states = draw(seed, 3)
+    explained = [0.5, 0.002, 0.8]
+    found = fedcmp(states, [4, 6, 5], base, explained=explained, **options)
+    larger = fedcmp(states, [2, 0.012, 4], base, reliability="none", **options)
+    assert_same(found.state, larger.state, rtol=1e-6, atol=1e-7)
+    shares = found.facts["layers"][LAYERS[0]]["reliability"]
+    assert shares == pytest.approx([2 / 6.012, 0.012 / 6.012, 4 / 6.012])
+    equal = fedcmp(states, [4, 6, 5], base, explained=[0.3] * 3, **options)
+    none = fedcmp(states, [4, 6, 5], base, reliability="none", **options)
+    assert_same(equal.state, none.state, rtol=1e-5, atol=1e-6)
+
+
+def test_reliability_that_is_none():
+    base, states = draw(0, 2)
+    with pytest.raises(InputError, match="1 explained shares of 2 clients"):
+        fedcmp(states, None, base, explained=[0.5])
+    for wrong in (0.0, 1.5, math.nan):
+        with pytest.raises(InputError, match="client 1 has reliability"):
+            fedcmp(states, None, base, explained=[0.5, wrong])
+    with pytest.raises(InputError, match="tau is for reliability=agreement, not none"):
+        fedcmp(states, None, base, reliability="none", tau=0.5)
+
+
 def test_agreement_is_with_the_others_only():
     c = [torch.tensor([[1.0, 0], [2, 0], [0, 0]]), torch.tensor([[0.0, 3], [1, 1], [1, 1]])]
     mean = 0.3 * c[0] + 0.7 * c[1]  # float32: what is left of row 2 without client 1 is rounding
@@ -217,7 +249,9 @@ def test_reliability_is_the_softmax_of_the_definition():
         torch.testing.assert_close(rho / rho.sum(0), expected)
 
 
-@pytest.mark.parametrize("options", [{}, dict(tau=0.01), dict(tau=0.3, energy=0.5, beta=0.5)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(tau=0.01), dict(tau=0.3, energy=0.5, beta=0.5, momentum="polar")]
+)
 def test_opposite_clients_cancel(options):
     base, states = one_layer([[1, 2], [3, -1], [0.5, 1]], [[-1, -2], [-3, 1], [-0.5, -1]])
     found = fedcmp(states, None, base, **options)
@@ -371,7 +405,10 @@ def test_lora_and_other_connectors_are_layers_too():
 # Clients that misbehave, or are not there.
 
 
-@pytest.mark.parametrize("options", [{}, dict(tau=0.3), dict(rank=3, beta=0.5)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(tau=0.3), dict(rank=3, beta=0.5), dict(rank=3, beta=0.5, momentum="polar")],
+)
 def test_a_client_scaled_by_a_million_is_defined_and_finite(options):
     base, states = draw(0, 5)
     states[2] = {n: base[n] + 1e6 * (t - base[n]) for n, t in states[2].items()}
@@ -399,8 +436,9 @@ def test_a_client_that_sends_its_start_takes_its_share_of_nothing():
     assert_same(found, fedavg([*states, base], [1, 1, 2], base), rtol=1e-6, atol=1e-7)
 
 
-def test_clients_come_and_go_over_rounds_with_momentum():
-    options = dict(rank=4, beta=0.5, tau=0.5)
+@pytest.mark.parametrize("momentum", ["projected", "polar"])
+def test_clients_come_and_go_over_rounds_with_momentum(momentum):
+    options = dict(rank=4, momentum=momentum, beta=0.5, tau=0.5)
     base, states = draw(0, 5)
     memory = None
     for there in ([0, 1, 2], [3], [0, 4], [1, 2, 3, 4, 0]):
@@ -410,9 +448,53 @@ def test_clients_come_and_go_over_rounds_with_momentum():
         assert len(found.facts["layers"][LAYERS[0]]["agreement"]) == len(there)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_projected_momentum_as_defined(seed):
+    base, states = draw(seed, 4, torch.float64, {"a.weight": (9, 7), "a.bias": (9,)})
+    torch.manual_seed(seed)
+    old = torch.randn(9, 8)
+    options = dict(rank=3, beta=0.6)
+    found = fedcmp(states, None, base, memory={"a.step": old}, **options)
+    alone = fedcmp(states, None, base, rank=3)
+
+    x = [torch.cat([s[n] - base[n] if s[n].ndim > 1 else (s[n] - base[n])[:, None] for n in s], 1)
+         for s in states]  # fmt: skip
+    u = torch.linalg.svd(torch.cat(x, 1), full_matrices=False).U[:, :3]
+    carried = 0.6 * u @ u.T @ old.double()
+    for name, part in (("a.weight", carried[:, :7]), ("a.bias", carried[:, 7])):
+        torch.testing.assert_close(found.state[name], alone.state[name] + part)
+    step = torch.cat([(found.state[n] - base[n]).reshape(9, -1) for n in base], 1)
+    torch.testing.assert_close(found.memory["a.step"], step.float(), rtol=1e-5, atol=1e-6)
+    said = found.facts["layers"]["a"]["momentum"]
+    assert said["overlap"] == pytest.approx(float((u.T @ old.double()).norm() / old.norm()) ** 2)
+
+
+def test_projected_momentum_of_the_whole_space_is_that_of_fedavgm():
+    states = draw(0, 4, torch.float64)[1]
+    base = start = draw(0, 4, torch.float64)[0]
+    memory, velocity = None, None
+    for _ in range(4):
+        found = fedcmp(states, None, base, memory=memory, **{**PLAIN, "beta": 0.5})
+        plain = methods.get("fedavgm")(
+            states, weights=[1] * 4, base=start, memory=velocity, momentum=0.5
+        )
+        base, memory = found.state, found.memory
+        start, velocity = plain.state, plain.memory
+        for layer in LAYERS:  # the norm between them is averaged
+            name = f"{layer}.weight"
+            torch.testing.assert_close(base[name], start[name], rtol=1e-5, atol=1e-5)
+
+
+def test_momentum_that_has_no_meaning_or_no_use():
+    base, states = draw(0)
+    with pytest.raises(InputError, match="momentum=polar has a meaning there"):
+        fedcmp(states, None, base, space="weights", beta=0.5)
+    fedcmp(states, None, base, space="weights", beta=0.0)
+
+
 def test_memory_of_another_round_is_a_history_as_good_as_any():
     base, states = draw(0)
-    options = dict(rank=3, beta=0.5, align="signs")
+    options = dict(rank=3, momentum="polar", beta=0.5, align="signs")
     old = fedcmp(states, None, base, **options).memory
     other, moved = draw(5)
     found = fedcmp(moved, None, other, memory=old, **options)
@@ -431,7 +513,8 @@ def test_the_basis_stays_orthonormal_over_rounds_of_any_rank(seed, align):
     memory = None
     for round, energy in enumerate([0.6, 0.95, 1.0, 0.4]):
         base, states = draw(10 * seed + round)
-        found = fedcmp(states, None, base, memory=memory, energy=energy, beta=0.7, align=align)
+        options = dict(energy=energy, momentum="polar", beta=0.7, align=align)
+        found = fedcmp(states, None, base, memory=memory, **options)
         memory = found.memory
         assert sorted(memory) == [f"{layer}.basis" for layer in LAYERS]
         for layer in LAYERS:
@@ -445,7 +528,7 @@ def test_the_basis_stays_orthonormal_over_rounds_of_any_rank(seed, align):
 def test_beta_zero_is_the_aggregation_alone_whatever_the_memory():
     base, states = draw(0)
     memory = {f"{LAYERS[0]}.basis": orthonormal(1, 10, 3, torch.float32)}
-    options = dict(energy=0.8, tau=0.3)
+    options = dict(energy=0.8, tau=0.3, momentum="polar")
     alone = fedcmp(states, None, base, **options)
     found = fedcmp(states, None, base, memory=memory, beta=0.0, **options)
     assert_same(found.state, alone.state, rtol=0, atol=0)
@@ -458,7 +541,7 @@ def test_momentum_as_defined_turning_the_new_basis_to_the_old(seed):
     base, states = draw(seed, 4, torch.float64, {"a.weight": (9, 7)})
     old = orthonormal(seed, 9, 3).float()
     beta = 0.6
-    options = dict(rank=3, rescale=1.0, flatten=0.0, rest="drop")
+    options = dict(rank=3, rescale=1.0, flatten=0.0, rest="drop", momentum="polar")
     found = fedcmp(states, None, base, memory={"a.basis": old}, beta=beta, **options)
 
     # In a space of rank 3 and without gains, U C is the projection of the mean update on U.
@@ -475,11 +558,12 @@ def test_momentum_as_defined_turning_the_new_basis_to_the_old(seed):
 def test_momentum_brings_the_basis_nearer_to_its_history(align):
     base, states = draw(0, 4, torch.float64, {"a.weight": (9, 7)})
     old = orthonormal(0, 9, 3)
-    plain = fedcmp(states, None, base, rank=3, beta=1e-9, align=align)
+    options = dict(rank=3, momentum="polar", align=align)
+    plain = fedcmp(states, None, base, beta=1e-9, **options)
     overlaps = []
     for beta in (0.0, 0.3, 0.6, 0.9):
         memory = {"a.basis": old.float()}
-        found = fedcmp(states, None, base, memory=memory, rank=3, beta=beta, align=align)
+        found = fedcmp(states, None, base, memory=memory, beta=beta, **options)
         basis = (found.memory or plain.memory)["a.basis"].double()
         overlaps.append(float((old.T @ basis).square().sum() / 3))
         said = found.facts["layers"]["a"]["momentum"]
@@ -491,36 +575,41 @@ def test_momentum_brings_the_basis_nearer_to_its_history(align):
 
 def test_a_square_basis_has_nothing_to_turn():
     base, states = draw(0, 6)
-    first = fedcmp(states, None, base, beta=0.9)
+    first = fedcmp(states, None, base, beta=0.9, momentum="polar")
     base, states = draw(1, 6)
-    second = fedcmp(states, None, base, beta=0.9, memory=first.memory)
+    second = fedcmp(states, None, base, beta=0.9, momentum="polar", memory=first.memory)
     assert_same(second.state, fedcmp(states, None, base).state, rtol=0, atol=0)
     said = second.facts["layers"][LAYERS[0]]["momentum"]
     assert said == {"overlap": pytest.approx(1), "turned": 0.0}
 
 
-def test_a_round_in_which_nobody_moved_keeps_the_history():
+@pytest.mark.parametrize("momentum", ["projected", "polar"])
+def test_a_round_in_which_nobody_moved_keeps_the_history(momentum):
     base, states = draw(0)
-    memory = fedcmp(states, None, base, beta=0.5, energy=0.7).memory
-    found = fedcmp([base, base], None, base, beta=0.5, energy=0.7, memory=memory)
+    options = dict(momentum=momentum, beta=0.5, energy=0.7)
+    memory = fedcmp(states, None, base, **options).memory
+    found = fedcmp([base, base], None, base, memory=memory, **options)
     assert_same(found.memory, memory, rtol=0, atol=0)
     assert_same(found.state, base, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("memory", "said"),
+    ("momentum", "memory", "said"),
     [
-        ({"b.basis": torch.eye(3)}, "b.basis is no layer"),
-        ({"a.basis": torch.ones(4, 2)}, r"a.basis has shape \(4, 2\), expected \(3, r\)"),
-        ({"a.basis": torch.ones(3, 4)}, r"\(3, 4\)"),
-        ({"a.basis": torch.ones(3)}, r"\(3,\)"),
-        ({"a.basis": torch.eye(3) / 0}, "NaN"),
+        ("polar", {"b.basis": torch.eye(3)}, "b.basis is no layer"),
+        ("polar", {"a.basis": torch.ones(4, 2)}, r"shape \(4, 2\), expected \(3, r\)"),
+        ("polar", {"a.basis": torch.ones(3, 4)}, r"\(3, 4\)"),
+        ("polar", {"a.basis": torch.ones(3)}, r"\(3,\)"),
+        ("polar", {"a.basis": torch.eye(3) / 0}, "NaN"),
+        ("projected", {"a.basis": torch.eye(3)}, "a.basis is no layer"),
+        ("projected", {"a.step": torch.ones(3, 4)}, r"shape \(3, 4\), expected \(3, 5\)"),
+        ("projected", {"a.step": torch.ones(3, 5) / 0}, "NaN"),
     ],
 )
-def test_memory_that_does_not_fit(memory, said):
+def test_memory_that_does_not_fit(momentum, memory, said):
     base, states = draw(0, shapes={"a.weight": (3, 5)})
     with pytest.raises(StateError, match=said):
-        fedcmp(states, None, base, memory=memory, beta=0.5)
+        fedcmp(states, None, base, memory=memory, momentum=momentum, beta=0.5)
 
 
 @pytest.mark.parametrize(
