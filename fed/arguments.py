@@ -57,7 +57,7 @@ class FedArguments:
     }
     DECIDING: ClassVar = frozenset(
         "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool "
-        "fed_wire".split()
+        "fed_wire fed_weighting".split()
     )
 
     fed_clients: str | None = field(
@@ -121,6 +121,13 @@ class FedArguments:
         metadata={
             "help": "What a client sends: its state in `float32`, or what it changed in `bf16`, "
             "half as long."
+        },
+    )
+    fed_weighting: str = field(
+        default="samples",
+        metadata={
+            "help": "What a client weighs: its `samples`, or these times the share of its captions "
+            "that its pictures explain, `explained`."
         },
     )
     fed_min_clients: int = field(

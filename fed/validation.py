@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -86,6 +86,12 @@ def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
     _check_others(fed_args, kind, method)
     options = method.parse(_options(method.name, fed_args.fed_options))
     _check_method(method, kind, arguments._replace(fed=fed_args))
+    if fed_args.fed_weighting == "explained" and method.asks_explained(options):
+        option, value = cast(tuple, method.explained_by)
+        raise InputError(
+            f"--fed_weighting explained would weigh twice: {method.name} does with "
+            f"{option}={value}; leave it out, or add --fed_options {option}=none"
+        )
     return arguments._replace(fed=fed_args), options
 
 
@@ -94,7 +100,11 @@ def _check_numbers(fed_args: FedArguments) -> None:
         for name, least in bounds.items():
             if not (value := getattr(fed_args, name)) >= least:
                 raise InputError(f"--{name} is {value}, {least} or more is expected")
-    for name, known in (("fed_lr_schedule", ("run", "round")), ("fed_wire", WIRES)):
+    for name, known in (
+        ("fed_lr_schedule", ("run", "round")),
+        ("fed_wire", WIRES),
+        ("fed_weighting", ("samples", "explained")),
+    ):
         if (value := getattr(fed_args, name)) not in known:
             raise InputError(f"--{name} is {value!r}; known are {', '.join(known)}")
 

@@ -63,6 +63,13 @@ class Run:
         """The number of times that clients send something back."""
         return self.method.exchanges(self.arguments.fed.fed_rounds)
 
+    @property
+    def explains(self) -> bool:
+        """Whether clients measure, after a task, what their pictures explain of their captions."""
+        fed = self.arguments.fed
+        asked = fed.fed_weighting == "explained" or self.method.asks_explained(self.options)
+        return asked and not fed.fed_pool
+
     def flags(self, kind: type[Flags]) -> Flags:
         """The flags of a driver or a method, from the command line."""
         names = [field.name for field in dataclasses.fields(cast(Any, kind))]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fed import state as states
+from fed.clients import reliability
 from fed.clients.clients_yaml import ClientSpec
 from fed.clients.slices import cut
 from fed.clients.store import ClientStore, FinishedRun, Sent
@@ -364,11 +365,15 @@ class RemoteDriver(Driver):
         states.check(update.extras, like=extras, who="what it sent beside its state")
         metrics = update.metrics
         numbers = [metrics.get(key) for key in ("loss", "steps", "seconds")]
-        beyond = metrics.keys() - {"loss", "steps", "seconds", "parameters"}
+        beyond = metrics.keys() - {"loss", "steps", "seconds", "parameters", "explained"}
         counts = metrics.get("parameters", {})
         numbers += counts.values() if isinstance(counts, dict) else [None]
         if beyond or not all(_is_number(number) for number in numbers):
             raise InputError(f"its measures are {str(metrics):.200}")
+        try:
+            reliability.read(metrics.get("explained"))
+        except ValueError as error:
+            raise InputError(f"in what its pictures explain: {error}") from None
 
     # Waiting.
 

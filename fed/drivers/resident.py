@@ -22,7 +22,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
+from fed.clients import reliability
 from fed.clients.clients_yaml import ClientSpec
+from fed.clients.measures import explained_share
 from fed.clients.slices import cut, seed_of
 from fed.clients.store import ClientStore
 from fed.clients.task import ClientTask, Log
@@ -36,6 +38,7 @@ from fed.drivers.worker_group import WorkerGroup, join
 from fed.state import State
 from llava.errors import InputError
 from llava.json_files import read_json
+from llava.model.checkpoint import gathered
 from llava.model.trainable_part import trained_part
 from llava.train.arguments import TrainingArguments, check_deepspeed, modernise
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
@@ -96,6 +99,7 @@ class ResidentDriver(Driver):
         self.clients = self._clients(run)
         self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
         self.schedule, self.wire = args.fed.fed_lr_schedule, args.fed.fed_wire
+        self.explains = run.explains
         self.log_of = run.log_of
         self._lines: list[tuple[int, dict[str, float]]] = []
         self.rule = run.method.rule(run.options)
@@ -191,8 +195,8 @@ class ResidentDriver(Driver):
 
         Returns:
             The update; `metrics` has `loss` (mean over the steps), `steps`, `seconds` between the
-            first and the last step, and `parameters`: how many numbers were trained, sent to the
-            client (`received`) and sent by it.
+            first and the last step, `parameters`: how many numbers were trained, sent to the client
+            (`received`) and sent by it, and, where it is asked for, `explained`.
         """
         client, model = task.client, self.session.model
         start = dict(self.store.enter(task) or {})
@@ -232,7 +236,26 @@ class ResidentDriver(Driver):
             "received": _numbers(task.state) + _numbers(task.extras),
             "sent": _numbers(update.state) + _numbers(update.extras),
         }
+        if self.explains:
+            metrics["explained"] = self._explained(task)
         return update
+
+    def _explained(self, task: ClientTask) -> dict[str, float]:
+        """What the pictures of the slice explain to the model as the task has left it."""
+        client, model = task.client, self.session.model
+        seed = seed_of(client.args.seed, "explained", client.name, task.round)
+        indices = reliability.drawn(client.slices[task.round - 1], seed)
+        model.eval()
+        with gathered(model.parameters()):  # the trainer's engine is gone
+            found = explained_share(
+                model,
+                client.dataset,
+                self.collator,
+                client.args.per_device_train_batch_size,
+                client.args.device,
+                indices,
+            )
+        return found._asdict()
 
     def _log_of(self, name: str) -> Log:
         """The run's taker of a client's logs; of a process that only trains, a list to be sent."""

@@ -38,7 +38,8 @@ _OF_RUN = tuple(
     "full_determinism neftune_noise_alpha activation_checkpointing "
     "auto_find_batch_size average_tokens_across_devices train_sampling_strategy "
     # the federation
-    "fed_rounds fed_method fed_options fed_one_pass fed_lr_schedule fed_wire".split()
+    "fed_rounds fed_method fed_options fed_one_pass fed_lr_schedule fed_wire "
+    "fed_weighting".split()
 )
 # What a site may say of itself in site.yaml: how it computes, and how its clients step.
 OWN_FLAGS = (

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fed import state as states
+from fed.clients import reliability
 from fed.clients.slices import seed_of
 from fed.clients.task import (
     ClientError,
@@ -36,6 +37,7 @@ from fed.methods.interface.each import Each
 from fed.server.client_states import ClientStates
 from fed.server.free_memory import give_back
 from fed.server.records import Records
+from fed.server.reliability import gathered_sums, reliabilities, weighed
 from fed.server.round_metrics import (
     Stopwatch,
     curves,
@@ -62,6 +64,8 @@ class RoundLoop:
         settings: those that must be the same when a run is continued.
         rounds: the number of times that clients send something back.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
+        weighting: what a client weighs, as --fed_weighting has it.
+        explains: whether clients are asked what their pictures explain.
         task_of: the task of each client, where clients have tasks.
         evaluate: `evaluate(client, state, extras, round) -> dict` of the state that a client is
             sent after a round, or None; the client is "global" where all have one state.
@@ -81,6 +85,8 @@ class RoundLoop:
     seed: int
     clients_per_round: int = 0
     min_clients: int = 0
+    weighting: str = "samples"
+    explains: bool = False
     task_of: Mapping[str, str] = field(default_factory=dict)
     evaluate: Callable[[str, State, State, int], dict] | None = None
     evaluate_every: int = 1
@@ -168,6 +174,8 @@ class RoundLoop:
         with self._watch.part("comparison"):
             record = round_record(round, tasks, updates, failed, method=self.method.name)
         record |= {"heldout": heldout, "facts": facts}
+        if self.explains:
+            record["reliability"] = self._reliabilities(next_state, updates)
         record["seconds"] = self._watch.lap()  # the writing of this round's state is of the next
         self._records.add(record, write=self.main)
         next_state.records = self._records.mark
@@ -265,6 +273,10 @@ class RoundLoop:
         who = f"client {task.name}"
         states.check(update.state, like=task.state, who=who)
         check_not_zero(update.state, task.state, who)
+        try:
+            reliability.read(update.metrics.get("explained"))
+        except ValueError as error:
+            raise InputError(f"{who}, in what its pictures explain: {error}") from None
         rule = self.method.client_rule
         if rule is not None and update.num_samples:
             sent = task.state if rule.sends else {}
@@ -280,15 +292,22 @@ class RoundLoop:
         trained = {name: update for name, update in updates.items() if update.num_samples > 0}
         if not trained:
             return next_state, {"skipped": "no client had a sample in this round"}
+        weights = [float(update.num_samples) for update in trained.values()]
+        told = {n: reliability.read(u.metrics.get("explained")) for n, u in trained.items()}
+        next_state.explained = gathered_sums(state.explained, told)
+        explained = list(self._reliabilities(next_state, trained).values())
+        if self.weighting == "explained":
+            weights = weighed(weights, explained)
         outcome = self.method(
             [update.state for update in trained.values()],
-            weights=[update.num_samples for update in trained.values()],
+            weights=weights,
             base=state.shared,
             memory=state.memory or None,
             clients=list(trained),
             extras=[update.extras for update in trained.values()],
             total=len(self.driver.clients),
             tasks=[self.task_of.get(name, "") for name in trained],
+            explained=explained,
             **self.options,
         )
         round = next_state.round
@@ -303,6 +322,12 @@ class RoundLoop:
         next_state.last = {**state.last, **dict.fromkeys(trained, round)}
         next_state.memory = outcome.memory or {}
         return next_state, outcome.facts
+
+    @staticmethod
+    def _reliabilities(state: RoundState, updates: Mapping[str, Update]) -> dict[str, float]:
+        """Those of the clients that had samples in the round that `state` is of."""
+        samples = {name: u.num_samples for name, u in updates.items() if u.num_samples > 0}
+        return reliabilities(state.explained, samples)
 
     def _measure(self, state: RoundState) -> dict:
         due = self.evaluate_every and (

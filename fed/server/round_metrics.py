@@ -6,9 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from fed.clients import reliability
 from fed.clients.task import ClientTask
 from fed.clients.update import Update
 from fed.server.comparison import compare
+from fed.server.reliability import doubtful
 
 OUTLIER_RATIO = 20.0  # times the median length: nobody trains so much more than the others
 
@@ -73,6 +75,22 @@ def suspicions(record: dict) -> Iterator[str]:
     names = list(samples)
     for i, j in record["copies"]:
         yield f"clients {names[i]} and {names[j]} sent the same update"
+    yield from _doubts_of_pictures(record)
+
+
+def _doubts_of_pictures(record: dict) -> Iterator[str]:
+    """Warnings: clients whose pictures explain nothing, and those that do not say."""
+    shares = record.get("reliability", {})
+    silent = [name for name in shares if not record["clients"][name].get("explained")]
+    told = {name: share for name, share in shares.items() if name not in silent}
+    for name, share, typical in doubtful(told):
+        yield (
+            f"the pictures of client {name} explain {100 * share:.0f} % of its captions, those of "
+            f"the others {100 * typical:.0f} %: do they belong together?"
+        )
+    if silent:
+        instead = f"{shares[silent[0]]:.2f}, the others' mean" if told else "1 for all"
+        yield f"{', '.join(silent)} did not say what pictures explain; reliability: {instead}"
 
 
 def curves(record: dict) -> dict[str, float]:
@@ -82,6 +100,8 @@ def curves(record: dict) -> dict[str, float]:
         for name, m in sets.items():
             for key in ("loss", "exact", "explained"):
                 values[f"heldout/{model}/{name}/{key}"] = m.get(key)
+    for name, share in record.get("reliability", {}).items():
+        values[f"clients/{name}/reliability"] = share
     if record["drift"] is not None:
         values["clients/drift"] = record["drift"]
     values |= {f"seconds/{name}": s for name, s in record["seconds"].items()}
@@ -95,9 +115,12 @@ def line_of_task(task: ClientTask, rounds: int, update: Update) -> str:
     else:
         loss = "no sample in this round"
     seconds = update.metrics.get("seconds", 0.0)
+    explained = reliability.read(update.metrics.get("explained"))
+    share = None if explained is None else explained.share
     return (
-        f"round {task.round}/{rounds}  {task.name:<20} {update.num_samples:>6} samples  "
-        f"{loss}  {seconds:.1f} s"
+        f"round {task.round}/{rounds}  {task.name:<20} {update.num_samples:>6} samples  {loss}  "
+        + ("" if share is None else f"explained {100 * share:.0f} %  ")
+        + f"{seconds:.1f} s"
     )
 
 

@@ -27,6 +27,7 @@ class RoundState:
 
     Attributes:
         last: by client the last round in which its update counted.
+        explained: by client the sums of `fed.server.reliability`.
         records: the mark of `fed.server.records`.
     """
 
@@ -37,6 +38,7 @@ class RoundState:
     memory: State = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
+    explained: dict[str, list[float]] = field(default_factory=dict)
     records: Mapping[str, int | str] = field(default_factory=dict)
 
     @classmethod
@@ -59,6 +61,7 @@ class RoundState:
             "round": self.round,
             "settings": self.settings,
             "last": self.last,
+            "explained": self.explained,
             "records": dict(self.records),
             "personal": self.personal.rounds,
             "kept": self.kept.rounds,

@@ -154,7 +154,7 @@ class Site:
         raise RefusalError("it is not the site that took part in the run so far")
 
 
-_MEASURES = ("loss", "steps", "seconds", "parameters")
+_MEASURES = ("loss", "steps", "seconds", "parameters", "explained")
 
 
 def _teller(spool: Spool, key: str):

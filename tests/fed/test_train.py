@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fed import state, validation
+from fed.server.reliability import DECAY, LEAST
 from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
@@ -121,6 +122,39 @@ def initial_projector(flags, tmp_path) -> state.State:
 
     session = load_session(*parse(flags(output_dir=tmp_path / "unused")))
     return projector_state(session.model)
+
+
+def test_clients_are_weighed_by_what_their_pictures_explain(flags, tiny, tmp_path, capsys):
+    clients = tiny / "clients.yaml"
+    both = {"fed_weighting": "explained", "fed_options": ["reliability=none"]}
+    runs = {
+        "method": {"fed_method": "fedcmp"},
+        "run": {"fed_method": "fedcmp", **both},
+        "neither": {"fed_method": "fedcmp", "fed_options": ["reliability=none"]},
+    }
+    found = {
+        name: run(flags, tmp_path / name, clients, fed_rounds=2, learning_rate=5e-2, **changes)
+        for name, changes in runs.items()
+    }
+    first, last = found["method"]
+    assert [r["reliability"] for r in found["run"]][0] == first["reliability"]
+    assert "reliability" not in found["neither"][0]
+    for name, client in last["clients"].items():
+        told = client["explained"]
+        assert told["samples"] == client["samples"]  # so few are all measured
+        before = first["clients"][name]["explained"]
+        own, other = (told[key] + DECAY * before[key] for key in ("own", "other"))
+        expected = min(max(1 - own / other, LEAST), 1)
+        assert last["reliability"][name] == pytest.approx(expected)
+    assert len(set(last["reliability"].values())) == 2
+    ends = {name: state.load(tmp_path / name / "mm_projector.bin") for name in runs}
+    for name, tensor in ends["method"].items():
+        torch.testing.assert_close(ends["run"][name], tensor, rtol=1e-4, atol=1e-5)
+    apart = [float((ends["neither"][n] - t).abs().max()) for n, t in ends["method"].items()]
+    assert max(apart) > 1e-3
+    assert "explained" in capsys.readouterr().out
+    pooled = run(flags, tmp_path / "pool", clients, fed_pool=True, fed_weighting="explained")
+    assert "reliability" not in pooled[0]  # one client weighs all
 
 
 def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkeypatch):
@@ -526,7 +560,7 @@ def test_the_pool_goes_by_the_command_line_not_by_the_first_client(flags, tiny, 
 def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(
-        "fedcmp: {tau: 0.5, rank: none, rescale: 2}\nfedavg: {server_lr: 1.5, paper_compat: true}\n"
+        "fedcmp: {reliability: agreement, tau: 0.5, rank: none, rescale: 2}\nfedavg: {server_lr: 1.5, paper_compat: true}\n"
     )
 
     def options(method, *more):
@@ -535,7 +569,8 @@ def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
         )
         return validation.check_flags(validation.parse_arguments(argv))[1]
 
-    assert options("fedcmp") == {"tau": 0.5, "rank": None, "rescale": 2.0}
+    expected = {"reliability": "agreement", "tau": 0.5, "rank": None, "rescale": 2.0}
+    assert options("fedcmp") == expected
     assert options("fedavg", "server_lr=2") == {"server_lr": 2.0, "paper_compat": True}
 
 
@@ -543,6 +578,15 @@ def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
     ("changes", "message"),
     [
         ({"fed_method": "fedcmp", "fed_options": ["energy=7"]}, "energy.*7"),
+        ({"fed_method": "fedcmp", "fed_options": ["tau=1"]}, "tau is for reliability=agreement"),
+        (
+            {"fed_weighting": "explain"},
+            "--fed_weighting is 'explain'; known are samples, explained",
+        ),
+        (
+            {"fed_method": "fedcmp", "fed_weighting": "explained"},
+            "--fed_weighting explained would weigh twice: fedcmp does with reliability=explained",
+        ),
         ({"fed_method": "fedcmp", "fed_options": ["rank"]}, "name=value"),
         ({"fed_options": ["server_lr=-1"]}, "server_lr"),
         ({"fed_options": ["none.yaml"]}, "none.yaml: No such file"),

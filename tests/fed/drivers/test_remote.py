@@ -77,6 +77,8 @@ LORA = {"tune_mm_mlp_adapter": False, "lora_enable": True, "lora_r": 2}
 RUNS = {
     "bf16": {"fed_wire": "bf16"},
     "fedavg": {},
+    "fedcmp": {"fed_method": "fedcmp", "fed_options": ["beta=0.5"]},
+    "explained": {"fed_weighting": "explained"},
     "scaffold": {"fed_method": "scaffold", "fed_options": ["server_lr=0.9"]},
     "lora": LORA,
     "pilot": {
@@ -256,6 +258,12 @@ def measures(stand_in, spool, key, ticket):
     stand_in.give(spool, key, update)
 
 
+def explains(stand_in, spool, key, ticket):
+    update = stand_in.update(spool, key, ticket)
+    update.metrics["explained"] = {"own": 1.0, "other": -2.0, "tokens": 3, "samples": 1}
+    stand_in.give(spool, key, update)
+
+
 def other_tensors(stand_in, spool, key, ticket):
     spool.give(
         key, {}, Path(shutil.copy(stand_in.tiny / "llm" / "config.json", spool.folder / "x"))
@@ -321,6 +329,7 @@ BAD = {
     "keeps": (keeps, "it has tensors that the site should keep"),
     "extras": (extras, "what it sent beside its state: tensor .* is not expected"),
     "measures": (measures, "its measures are .*patients"),
+    "explained": (explains, "in what its pictures explain: numbers from 0 to .* are expected"),
     "no tensors": (other_tensors, "not a file of this run"),
     "no update": (nothing, "the answer has no update"),
     "failed": (reason, r"site b says: it came to nothing \(OutOfMemoryError\)"),

@@ -33,6 +33,21 @@ def test_who_should_be_looked_at():
     assert list(suspicions(absent)) == []
 
 
+def test_pictures_that_do_not_belong_to_their_captions_are_named():
+    record = record_of(a=[1.0, 0, 0], b=[0, 1.1, 0], c=[0, 0.3, 0.8], d=[0, 0.5, 0.1])
+    record["reliability"] = {"a": 0.5, "b": 0.6, "c": 0.1, "d": 0.4}
+    own = {"own": 1.0, "other": 2.0, "tokens": 9, "samples": 3}
+    for name in "abc":
+        record["clients"][name]["explained"] = own
+    assert list(suspicions(record)) == [
+        "the pictures of client c explain 10 % of its captions, those of the others 55 %: do they "
+        "belong together?",
+        "d did not say what pictures explain; reliability: 0.40, the others' mean",
+    ]
+    drawn = curves({**record, "heldout": {}, "seconds": {}})
+    assert drawn["clients/c/reliability"] == 0.1
+
+
 def test_a_driver_that_gives_no_metrics(tmp_path):
     tasks, updates = [], {}
     for name, end, metrics in (("a", 1.0, {}), ("b", 2.0, {"loss": 0.5, "seconds": 3.0})):

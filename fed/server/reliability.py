@@ -1,0 +1,65 @@
+"""The reliability of clients: what share of its captions a client's pictures explain.
+
+r = I / (I + H): H nats of a client's captions with their own pictures, H + I with those of others,
+both over the samples that the client has measured so far, earlier rounds at `DECAY` a round. It is
+0 where captions do not belong to their pictures, as a part of every crawl's do not, and lies well
+above where they do, whatever the model has learnt. A client of n samples weighs n r in place of n
+(`--fed_weighting explained`, and `reliability` of Fed-CMP). Reading and name are ours [R].
+
+A client measures itself. This tells honest clients with bad data from those with good data, and is
+no defence against one that lies: for that there are the robust means.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from fed.clients.measures import Explained
+
+LEAST = 0.001  # of r: nobody is left out
+DECAY = 0.5
+DOUBTFUL = 0.35  # of the median of the others: pictures that explain so little are warned of
+ENOUGH = 0.2  # of that median: before, nobody's pictures explain anything yet
+
+Sums = Mapping[str, Sequence[float]]
+
+
+def gathered_sums(earlier: Sums, told: Mapping[str, Explained | None]) -> dict[str, list[float]]:
+    """[H, H + I] by client: what was known, and what this round's clients have told."""
+    sums = {name: list(of) for name, of in earlier.items()}
+    for name, new in told.items():
+        if new is not None and new.samples:
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = [DECAY * before[0] + new.own, DECAY * before[1] + new.other]
+    return sums
+
+
+def reliabilities(sums: Sums, samples: Mapping[str, int]) -> dict[str, float]:
+    """r of each client of `samples`; one of whom nothing is known has the others' mean, by samples.
+
+    All have 1 where nothing is known of anybody.
+    """
+    known = {name: _share(*sums[name]) for name in samples if name in sums}
+    total = sum(samples[name] for name in known)
+    mean = sum(samples[name] * r for name, r in known.items()) / total if known else 1.0
+    return {name: known.get(name, mean) for name in samples}
+
+
+def weighed(samples: Sequence[float], reliable: Sequence[float]) -> list[float]:
+    """n_k r_k, as shares of the same number of samples."""
+    products = [n * r for n, r in zip(samples, reliable, strict=True)]
+    return [sum(samples) * product / sum(products) for product in products]
+
+
+def doubtful(shares: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
+    """Clients whose pictures explain far less than the others': name, share, the others' median."""
+    for name, share in shares.items():
+        others = [other for n, other in shares.items() if n != name]
+        typical = statistics.median(others) if len(others) > 1 else 0.0
+        if typical >= ENOUGH and share < DOUBTFUL * typical:
+            yield name, share, typical
+
+
+def _share(own: float, other: float) -> float:
+    return min(max(1 - own / other, LEAST), 1.0) if other > 0 else LEAST

@@ -1,0 +1,52 @@
+import pytest
+
+from fed.clients.measures import Explained
+from fed.server.reliability import (
+    DECAY,
+    LEAST,
+    doubtful,
+    gathered_sums,
+    reliabilities,
+    weighed,
+)
+
+
+def told(own, other, samples=4):
+    return Explained(own, other, 10, samples)
+
+
+def test_the_share_is_of_all_that_was_told_and_earlier_rounds_fade():
+    first = gathered_sums({}, {"a": told(6.0, 8.0), "b": None, "c": told(0.0, 0.0, samples=0)})
+    assert first == {"a": [6.0, 8.0]}
+    second = gathered_sums(first, {"a": told(2.0, 8.0), "b": told(1.0, 4.0)})
+    assert first == {"a": [6.0, 8.0]}
+    assert second == {"a": [6 * DECAY + 2, 8 * DECAY + 8], "b": [1.0, 4.0]}
+    shares = reliabilities(second, {"a": 10, "b": 5})
+    assert shares == {"a": pytest.approx(1 - 5 / 12), "b": pytest.approx(0.75)}
+    # A client that is away keeps what is known of it.
+    assert gathered_sums(second, {"b": told(1.0, 4.0)})["a"] == second["a"]
+
+
+def test_shares_stay_in_range():
+    sums = {"misled": [9.0, 3.0], "perfect": [0.0, 5.0], "nothing": [0.0, 0.0]}
+    shares = reliabilities(sums, dict.fromkeys(sums, 1))
+    assert shares == {"misled": LEAST, "perfect": 1.0, "nothing": LEAST}
+
+
+def test_who_says_nothing_has_the_others_mean_by_samples():
+    sums = {"a": [2.0, 10.0], "b": [6.0, 10.0], "away": [0.0, 1.0]}
+    shares = reliabilities(sums, {"a": 3, "b": 1, "silent": 50})
+    assert shares == pytest.approx({"a": 0.8, "b": 0.4, "silent": 0.7})
+    assert reliabilities({}, {"a": 3, "b": 1}) == {"a": 1.0, "b": 1.0}
+
+
+def test_weights_keep_their_sum():
+    assert weighed([10, 30], [0.5, 0.5]) == pytest.approx([10, 30])
+    assert weighed([10, 30], [0.9, 0.1]) == pytest.approx([30, 10])
+
+
+def test_whose_pictures_are_doubted():
+    shares = {"a": 0.5, "b": 0.6, "c": 0.1, "d": 0.4}
+    assert list(doubtful(shares)) == [("c", 0.1, 0.5)]
+    assert list(doubtful({name: share / 10 for name, share in shares.items()})) == []  # too early
+    assert list(doubtful({"a": 0.5, "b": 0.01})) == []  # who of the two?
