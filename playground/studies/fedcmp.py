@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from playground.flags import flags
 from playground.studies.plan import Job
 from playground.studies.training import FederatedPlan
 
 DATA = "playground/data/emoji"
+LEFT_OUT = "left_out"  # the part of a plan, and of its jobs
 
 
 class FedCMPPlan(FederatedPlan):
+    """A plan, which may have the part `left_out`: our method without some of the clients."""
+
+    def stages(self, chosen: Mapping[str, str]) -> list[Iterator[Job]]:
+        reporting, ablating = super().stages(chosen)
+        return [reporting, self.leaving_out(chosen), ablating]
+
+    def leaving_out(self, chosen: Mapping[str, str]) -> Iterator[Job]:
+        """Our method without the clients that the plan leaves out."""
+        for place in self.places(LEFT_OUT) if LEFT_OUT in self.document else ():
+            yield Job(LEFT_OUT, self.ours, chosen[self.ours], *place)
+
     def score(self, row: Mapping) -> float:
         return row["loss"][-1]
 
     def values(self, job: Job) -> dict:
-        scenario = self.data(job.scenario)
+        scenario, reported = self.data(job.scenario), job.part in ("report", LEFT_OUT)
         clients = scenario["clients"]
-        if job.part != "report" and clients == "skew":
-            clients = "skew-dev"
+        if job.part == LEFT_OUT:
+            clients = self.document[LEFT_OUT]["clients"]
+        elif not reported:
+            clients = scenario.get("development", clients)
         return {
             **flags("pretrain"),
             "fed_clients": f"playground/fed/{clients}.yaml",
@@ -28,7 +42,7 @@ class FedCMPPlan(FederatedPlan):
             "fed_eval_data_path": f"{DATA}/{self.heldout(job)}.json",
             "fed_eval_domain": scenario.get("domain", "topic"),
             # Settings are chosen by the end alone.
-            "fed_eval_every": 1 if job.part == "report" else 1000,
+            "fed_eval_every": 1 if reported else 1000,
             "seed": job.seed,
             **self.document["flags"],
             **scenario.get("flags", {}),

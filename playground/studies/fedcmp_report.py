@@ -11,7 +11,8 @@ from pathlib import Path
 from fed.markdown import markdown_table
 from fed.report import PALETTE, write_figure
 from llava.atomic import write_text
-from playground.studies.fedcmp import FedCMPPlan
+from playground.studies.fedcmp import LEFT_OUT, FedCMPPlan
+from playground.studies.plan import Job
 from playground.studies.plots import GREY, Bars, draw_bars, draw_curves, panels
 from playground.studies.results import Results
 from playground.studies.tables import (
@@ -114,6 +115,30 @@ def ablation_table(results: Results) -> str:
     return markdown_table(["variant", *heads, "mean loss", "seeds"], body)
 
 
+def left_out_section(results: Results) -> str:
+    """Our method beside the same run without the clients that the plan leaves out."""
+    plan, body = results.plan, []
+    if LEFT_OUT not in plan.document:
+        return ""
+    for scenario, seed in plan.places(LEFT_OUT):
+        job = Job(LEFT_OUT, plan.ours, results.chosen[plan.ours], scenario, seed)
+        if job in results.by_job and (scenario, seed) in results.places:
+            ends = [results.row(t, scenario, seed) for t in (plan.reference, plan.ours)]
+            body.append([final_loss(row) for row in (*ends, results.by_job[job])])
+    if not body:
+        return ""
+    cells = [spread(column, 3) for column in zip(*body, strict=True)]
+    share = spread([100 * (ours / without - 1) for _, ours, without in body], 1)
+    heads = [plan.reference, plan.ours, f"{plan.ours} without them", "more than without them, %"]
+    return f"""## What the left-out clients cost
+
+`{plan.document[LEFT_OUT]["clients"]}.yaml` is `noisy.yaml` without the clients whose captions are
+shuffled. Final loss over {len(body)} seeds; the last column is pair by pair.
+
+{markdown_table(heads, [[*cells, share]])}
+"""
+
+
 def draw_gains(results: Results, path: Path) -> None:
     """Each method's final loss less the reference's, a dot a seed, a bar the mean."""
     plan = results.plan
@@ -169,7 +194,7 @@ Best by the mean loss over scenarios, on these very runs: the comparison favours
 {paired_table(results, best, [LOSS, EXACT], "scenario")}
 ![each method less FedAvg]({name}-gains.png)
 
-## On the way
+{left_out_section(results)}## On the way
 
 `rounds`: after how many {plan.reference}'s final loss is reached (the same seed). `rises`: by how
 much the held-out loss rose, added up over the rounds in which it did, the mean over seeds: what

@@ -560,7 +560,8 @@ def test_the_pool_goes_by_the_command_line_not_by_the_first_client(flags, tiny, 
 def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
     file = tmp_path / "options.yaml"
     file.write_text(
-        "fedcmp: {reliability: agreement, tau: 0.5, rank: none, rescale: 2}\nfedavg: {server_lr: 1.5, paper_compat: true}\n"
+        "fedcmp: {reliability: agreement, tau: 0.5, rank: none, rescale: 2}\n"
+        "fedavg: {server_lr: 1.5, paper_compat: true}\n"
     )
 
     def options(method, *more):

@@ -11,6 +11,7 @@ import sys
 import pytest
 import yaml
 
+from fed.clients.clients_yaml import load_clients
 from llava.errors import InputError
 from playground import ROOT
 from playground.studies import fedcmp_report, tables
@@ -18,6 +19,7 @@ from playground.studies.fedcmp_report import LOSS, final_loss
 from playground.studies.registry import read_plan
 from playground.studies.results import Results
 from playground.studies.rows import read_rows
+from playground.tools.cut_clients import KINDS, NOISE, noisy_shares
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +27,52 @@ def plan():
     return read_plan(ROOT / "playground/studies/fedcmp.yaml")
 
 
-def test_every_method_has_as_many_settings(plan):
+@pytest.fixture(scope="module")
+def whole():
+    return read_plan(ROOT / "playground/studies/fedcmp_whole.yaml")
+
+
+@pytest.mark.parametrize("which", ["plan", "whole"])
+def test_every_method_has_as_many_settings(which, request):
+    plan = request.getfixturevalue(which)
     assert len({len(plan.settings(title)) for title in plan.methods}) == 1
     for title in plan.methods:
         assert len(set(plan.settings(title))) == len(plan.settings(title))
 
 
-def test_development_and_report_have_nothing_in_common_but_the_private_pictures(plan):
+@pytest.mark.parametrize("which", ["plan", "whole"])
+def test_development_and_report_have_nothing_in_common_but_the_private_pictures(which, request):
+    plan = request.getfixturevalue(which)
     assert not set(plan.seeds("development")) & set(plan.seeds("report"))
     assert len(plan.seeds("report")) >= 5
     for job in plan.tuning():
         assert plan.heldout(job).startswith("heldout_dev")
     chosen = {title: plan.settings(title)[0] for title in plan.methods}
     reports = list(plan.reporting(chosen))
-    assert len(reports) == len(plan.methods) * 4 * len(plan.seeds("report"))
-    for job in reports:
+    places = len(plan.scenarios("report")) * len(plan.seeds("report"))
+    assert len(reports) == len(plan.methods) * places
+    for job in [*reports, *plan.leaving_out(chosen)]:
         assert plan.heldout(job).startswith("heldout_test")
-        assert "skew-dev" not in shlex.join(plan.argv(job))
+        assert "-dev.yaml" not in shlex.join(plan.argv(job))
+    for job in [*plan.tuning(), *plan.ablating(chosen)]:
+        for cut in ("skew", "noisy", "crawl"):
+            assert f"/{cut}.yaml" not in shlex.join(plan.argv(job))
 
 
-def test_every_run_has_flags_that_fed_train_knows(plan):
+def test_what_is_left_out_is_what_is_wrong(whole):
+    chosen = {title: whole.settings(title)[0] for title in whole.methods}
+    jobs = list(whole.leaving_out(chosen))
+    assert [job.seed for job in jobs] == whole.seeds("report")
+    argv = whole.argv(jobs[0])
+    assert argv[argv.index("--fed_clients") + 1] == "playground/fed/noisy-sound.yaml"
+    left = {spec.name for spec in load_clients(ROOT / "playground/fed/noisy.yaml", ())}
+    left -= {spec.name for spec in load_clients(ROOT / "playground/fed/noisy-sound.yaml", ())}
+    assert left == {name for name, share in noisy_shares(TOPICS, NOISE[""]).items() if share}
+
+
+@pytest.mark.parametrize("which", ["plan", "whole"])
+def test_every_run_has_flags_that_fed_train_knows(which, request):
+    plan = request.getfixturevalue(which)
     from fed import validation
 
     chosen = {title: plan.settings(title)[-1] for title in plan.methods}
@@ -59,6 +87,8 @@ def test_every_run_has_flags_that_fed_train_knows(plan):
         arguments, options = validation.check_flags(validation.parse_arguments(flags))
         setting = json.loads(job.setting)
         assert arguments[2].learning_rate == setting.pop("learning_rate"), shown
+        assert arguments[2].optim == setting.pop("optim", arguments[2].optim), shown
+        assert ("sgd" in job.setting) == (arguments[2].optim == "sgd")
         assert options == setting
         assert (ROOT / arguments[3].fed_clients).is_file()
 
@@ -77,6 +107,9 @@ def test_a_runs_names_are_ranked_when_the_plan_asks(plan, tiny, flags, tmp_path,
     train(flags(fed_clients=tiny / "clients.yaml", fed_method="local"))
     found = plan.ranks(next(iter(plan.tuning())), tmp_path / "out")
     assert 0 <= found["first"] <= found["among_five"] == 1  # of three names
+
+
+TOPICS = sorted(KINDS)
 
 
 def row(plan, job, losses, exact=0.5):
@@ -184,8 +217,9 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
             "FedAvg": {"flags": {"fed_method": "fedavg"},
                        "settings": [{"learning_rate": 0.01}, {"learning_rate": 0.02}]},
             "Fed-CMP": {"flags": {"fed_method": "fedcmp"},
-                        "settings": [{"learning_rate": 0.01}, {"learning_rate": 0.02, "tau": 0.5}]},
+                        "settings": [{"learning_rate": 0.01}, {"learning_rate": 0.02, "rank": 8}]},
         },
+        "left_out": {**part, "seeds": [2], "clients": "y"},
         "ablation": {**part, "seeds": [1], "variants": {"no gain": {"rescale": 1.0}}},
     }  # fmt: skip
     file, results = tmp_path / "plan.yaml", tmp_path / "found.jsonl"
@@ -201,7 +235,8 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
     assert run("0") == []
     rows = run("1")
     parts = [r["job"]["part"] for r in rows]
-    assert (parts.count("development"), parts.count("report"), parts.count("ablation")) == (4, 4, 1)
+    expected = {"development": 4, "report": 4, "left_out": 1, "ablation": 1}
+    assert {part: parts.count(part) for part in parts} == expected
     kept, lost = rows[:3], rows[3:]
     results.write_text("".join(json.dumps(r) + "\n" for r in kept))
     again = run("1", workers="1")
@@ -212,6 +247,8 @@ def test_a_study_stopped_on_the_way_goes_on_and_makes_no_run_twice(tiny, tmp_pat
         assert measured[json.dumps(r["job"])] == (r["loss"], r["exact"], r["drift"])
     for r in rows:
         assert len(r["explained"]) == len(r["loss"])
-    assert "Fed-CMP against FedAvg" in (tmp_path / "found.md").read_text()
+    page = (tmp_path / "found.md").read_text()
+    assert "Fed-CMP against FedAvg" in page
+    assert "## What the left-out clients cost" in page
     for picture in ("found-curves.png", "found-gains.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
