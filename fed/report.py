@@ -22,6 +22,8 @@ from llava.flags import FlagParser, pairs
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+MOST_CLIENTS = 12  # in a table; those with the lowest shares
+
 COLUMNS = {
     "loss": "loss",
     "exact": "exact",
@@ -110,6 +112,29 @@ def _cell(measures: dict | None, what: str) -> str:
     return f"{measures[what]:.3f}" if what == "loss" else f"{100 * measures[what]:.1f} %"
 
 
+def reliability_table(runs: Sequence[RunRecords]) -> str:
+    """What each client's pictures explain of its captions, in the runs that weigh by it."""
+    shown = [(run, r) for run in runs for r in (run.records[0], run.records[-1])[: len(run.records)]
+             if "reliability" in r]  # fmt: skip
+    every = list(dict.fromkeys(name for _, record in shown for name in record["reliability"]))
+    if not every:
+        return ""
+    names = sorted(every, key=lambda name: _last_share(shown, name))[:MOST_CLIENTS]
+    body = [
+        [f"{run.name}, round {record['round']}",
+         *(f"{100 * record['reliability'][n]:.0f} %" if n in record["reliability"] else "–"
+           for n in names)]
+        for run, record in shown
+    ]  # fmt: skip
+    few = f", the {MOST_CLIENTS} lowest" if len(every) > MOST_CLIENTS else ""
+    lines = markdown_table(["reliability", *names], body)
+    return f"\nWhat the clients' pictures explain of their captions{few}:\n\n{lines}"
+
+
+def _last_share(shown: Sequence[tuple[RunRecords, dict]], name: str) -> float:
+    return [r["reliability"][name] for _, r in shown if name in r["reliability"]][-1]
+
+
 def draw_loss(runs: Sequence[RunRecords], data: str, path: Path) -> None:
     """Held-out loss over rounds: a line per run of several rounds, a dashed level per other one."""
     import matplotlib
@@ -191,7 +216,8 @@ def report(runs: Sequence[RunRecords], output: Path, title: str, note: str = "")
     """Write all files of the report into `output`; returns the Markdown."""
     rows = rows_of(runs)
     sets = list(dict.fromkeys(name for row in rows for name in row["measures"]))
-    text = f"# {title}\n\n" + (f"{note}\n\n" if note else "") + table(rows, sets)
+    text = f"# {title}\n\n" + (f"{note}\n\n" if note else "")
+    text += table(rows, sets) + reliability_table(runs)
     write_text(output / "report.json", json.dumps({"title": title, "rows": rows}, indent=1))
     write_text(output / "report.md", text)
     if sets:

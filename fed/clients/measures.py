@@ -45,10 +45,15 @@ class EvaluationSet:
 
 
 class Explained(NamedTuple):
-    """Captions with their own pictures and with others': nats over all of `tokens`."""
+    """Captions with their own pictures and with others': nats over all of `tokens`.
+
+    `spread` is sum_i (own_i - own / other other_i)^2 over samples: spread / other^2 is the variance
+    of the share, which is a ratio of two sums.
+    """
 
     own: float
     other: float
+    spread: float
     tokens: int
     samples: int
 
@@ -187,7 +192,9 @@ def _rows(forward: Forward, batch: dict, device: torch.device | str) -> list[lis
 def _explained(samples: Iterable[_Sample]) -> Explained:
     compared = [(s.nats, s.other, s.tokens) for s in samples if s.other is not None]
     own, other, tokens = zip(*compared, strict=True) if compared else ((), (), ())
-    return Explained(sum(own), sum(other), sum(tokens), len(compared))
+    ratio = sum(own) / sum(other) if sum(other) else 0.0
+    spread = sum((a - ratio * b) ** 2 for a, b in zip(own, other, strict=True))
+    return Explained(sum(own), sum(other), spread, sum(tokens), len(compared))
 
 
 def _summary(samples: Sequence[_Sample], explained: bool) -> dict:

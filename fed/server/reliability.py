@@ -6,6 +6,11 @@ both over the samples that the client has measured so far, earlier rounds at `DE
 above where they do, whatever the model has learnt. A client of n samples weighs n r in place of n
 (`--fed_weighting explained`, and `reliability` of Fed-CMP). Reading and name are ours [R].
 
+On few samples r is uncertain, and early in a run it is near 0 for everybody: quotients of such
+numbers are noise. So r is drawn towards the clients' mean as far as errors of measurement explain
+that clients differ (the estimate of James and Stein, with each client's own error): where nothing
+can be told apart, samples alone decide.
+
 A client measures itself. This tells honest clients with bad data from those with good data, and is
 no defence against one that lies: for that there are the robust means.
 """
@@ -19,19 +24,23 @@ from fed.clients.measures import Explained
 
 LEAST = 0.001  # of r: nobody is left out
 DECAY = 0.5
-DOUBTFUL = 0.35  # of the median of the others: pictures that explain so little are warned of
+DOUBTFUL = 1 / 3  # of the median of the others: pictures that explain so little are warned of
 ENOUGH = 0.2  # of that median: before, nobody's pictures explain anything yet
 
 Sums = Mapping[str, Sequence[float]]
 
 
 def gathered_sums(earlier: Sums, told: Mapping[str, Explained | None]) -> dict[str, list[float]]:
-    """[H, H + I] by client: what was known, and what this round's clients have told."""
+    """[H, H + I, spread] by client: what was known, and what this round's clients have told."""
     sums = {name: list(of) for name, of in earlier.items()}
     for name, new in told.items():
         if new is not None and new.samples:
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = [DECAY * before[0] + new.own, DECAY * before[1] + new.other]
+            own, other, spread = sums.get(name, (0.0, 0.0, 0.0))
+            sums[name] = [
+                DECAY * own + new.own,
+                DECAY * other + new.other,
+                DECAY**2 * spread + new.spread,
+            ]
     return sums
 
 
@@ -40,10 +49,23 @@ def reliabilities(sums: Sums, samples: Mapping[str, int]) -> dict[str, float]:
 
     All have 1 where nothing is known of anybody.
     """
-    known = {name: _share(*sums[name]) for name in samples if name in sums}
+    known = {name: sums[name] for name in samples if name in sums}
+    if not known:
+        return dict.fromkeys(samples, 1.0)
+    shares, errors = {}, {}
+    for name, (own, other, spread) in known.items():
+        shares[name] = 1 - own / other if other > 0 else 0.0
+        errors[name] = spread / other**2 if other > 0 else 0.0
     total = sum(samples[name] for name in known)
-    mean = sum(samples[name] * r for name, r in known.items()) / total if known else 1.0
-    return {name: known.get(name, mean) for name in samples}
+    mean = sum(samples[name] * share for name, share in shares.items()) / total
+    differ = -statistics.mean(errors.values())
+    if len(known) > 1:
+        differ += statistics.variance(shares.values())
+    drawn = dict.fromkeys(samples, mean)
+    if differ > 0:
+        for name, share in shares.items():
+            drawn[name] += differ / (differ + errors[name]) * (share - mean)
+    return {name: min(max(share, LEAST), 1.0) for name, share in drawn.items()}
 
 
 def weighed(samples: Sequence[float], reliable: Sequence[float]) -> list[float]:
@@ -59,7 +81,3 @@ def doubtful(shares: Mapping[str, float]) -> Iterator[tuple[str, float, float]]:
         typical = statistics.median(others) if len(others) > 1 else 0.0
         if typical >= ENOUGH and share < DOUBTFUL * typical:
             yield name, share, typical
-
-
-def _share(own: float, other: float) -> float:
-    return min(max(1 - own / other, LEAST), 1.0) if other > 0 else LEAST

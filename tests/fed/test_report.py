@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from fed.report import RunRecords, main, rows_of, table
+from fed.report import RunRecords, main, reliability_table, rows_of, table
 from llava.errors import InputError
 
 
@@ -83,3 +83,23 @@ def test_folders_that_hold_no_run(tmp_path, content):
         (tmp_path / "rounds.jsonl").write_text(content)
     with pytest.raises(InputError, match="rounds.jsonl"):
         RunRecords.load("x", tmp_path)
+
+
+def test_what_clients_pictures_explain_is_a_table(tmp_path):
+    told = [{"a": 0.5, "b": 0.1}, {"a": 0.75, "c": 1.0}]
+    write_run(tmp_path / "fed", [{"global": {"test": measures(2.0, 0.5)}}] * 2)
+    file = tmp_path / "fed" / "rounds.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert "reliability" not in reliability_table([RunRecords("Fed", records)])
+    records = [{**record, "reliability": told[i]} for i, record in enumerate(records)]
+    text = reliability_table([RunRecords("Fed", records)])
+    assert "| reliability  |    b |    a |     c |" in text
+    assert "| Fed, round 1 | 10 % | 50 % |     – |" in text
+    assert "| Fed, round 2 |    – | 75 % | 100 % |" in text
+    once = reliability_table([RunRecords("Fed", records[:1])])
+    assert once.count("Fed, round") == 1
+    many = {f"c{i:02}": i / 100 for i in range(1, 40)}
+    text = reliability_table([RunRecords("Fed", [{**records[0], "reliability": many}])])
+    assert "the 12 lowest" in text
+    assert "c12" in text
+    assert "c13" not in text

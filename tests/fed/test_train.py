@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fed import state, validation
-from fed.server.reliability import DECAY, LEAST
+from fed.clients.measures import Explained
+from fed.server.reliability import gathered_sums, reliabilities
 from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
@@ -124,37 +125,57 @@ def initial_projector(flags, tmp_path) -> state.State:
     return projector_state(session.model)
 
 
-def test_clients_are_weighed_by_what_their_pictures_explain(flags, tiny, tmp_path, capsys):
+def test_clients_measure_what_their_pictures_explain(flags, tiny, tmp_path, capsys):
     clients = tiny / "clients.yaml"
-    both = {"fed_weighting": "explained", "fed_options": ["reliability=none"]}
+    records = run(flags, tmp_path / "run", clients, fed_rounds=2, fed_method="fedcmp")
+    sums: dict = {}
+    for record in records:
+        told = {n: Explained(**c["explained"]) for n, c in record["clients"].items()}
+        samples = {n: c["samples"] for n, c in record["clients"].items()}
+        assert {n: e.samples for n, e in told.items()} == samples  # so few are all measured
+        assert all(e.own > 0 < e.spread for e in told.values())
+        sums = gathered_sums(sums, told)
+        assert record["reliability"] == reliabilities(sums, samples)
+    assert RoundState.load(tmp_path / "run" / "fed").explained == sums
+    assert "explained" in capsys.readouterr().out
+    pooled = run(flags, tmp_path / "pool", clients, fed_pool=True, fed_weighting="explained")
+    assert "reliability" not in pooled[0]  # one client weighs all
+
+
+def test_clients_weigh_what_their_pictures_explain(flags, tiny, tmp_path, monkeypatch):
+    def share(model, data, *args):
+        return Explained(1.0 if len(data) == 12 else 9.0, 10.0, 0.0, 5, 5)
+
+    monkeypatch.setattr("fed.drivers.resident.explained_share", share)
     runs = {
         "method": {"fed_method": "fedcmp"},
-        "run": {"fed_method": "fedcmp", **both},
+        "run": {
+            "fed_method": "fedcmp",
+            "fed_options": ["reliability=none"],
+            "fed_weighting": "explained",
+        },
         "neither": {"fed_method": "fedcmp", "fed_options": ["reliability=none"]},
+        "mean": {"fed_weighting": "explained"},
     }
-    found = {
-        name: run(flags, tmp_path / name, clients, fed_rounds=2, learning_rate=5e-2, **changes)
-        for name, changes in runs.items()
-    }
-    first, last = found["method"]
-    assert [r["reliability"] for r in found["run"]][0] == first["reliability"]
-    assert "reliability" not in found["neither"][0]
-    for name, client in last["clients"].items():
-        told = client["explained"]
-        assert told["samples"] == client["samples"]  # so few are all measured
-        before = first["clients"][name]["explained"]
-        own, other = (told[key] + DECAY * before[key] for key in ("own", "other"))
-        expected = min(max(1 - own / other, LEAST), 1)
-        assert last["reliability"][name] == pytest.approx(expected)
-    assert len(set(last["reliability"].values())) == 2
+    for name, changes in runs.items():
+        found = run(flags, tmp_path / name, tiny / "clients.yaml", learning_rate=5e-2, **changes)
+        expected = None if name == "neither" else pytest.approx({"a": 0.9, "b": 0.1})
+        assert found[0].get("reliability") == expected
     ends = {name: state.load(tmp_path / name / "mm_projector.bin") for name in runs}
     for name, tensor in ends["method"].items():
         torch.testing.assert_close(ends["run"][name], tensor, rtol=1e-4, atol=1e-5)
     apart = [float((ends["neither"][n] - t).abs().max()) for n, t in ends["method"].items()]
     assert max(apart) > 1e-3
-    assert "explained" in capsys.readouterr().out
-    pooled = run(flags, tmp_path / "pool", clients, fed_pool=True, fed_weighting="explained")
-    assert "reliability" not in pooled[0]  # one client weighs all
+    alone = {}
+    for name in "ab":
+        entry = f"{{name: {name}, data_path: DIR/{name}.json, image_folder: DIR/images}}"
+        one = clients_yaml(tmp_path / "one.yaml", tiny, entry)
+        run(flags, tmp_path / name, one, learning_rate=5e-2)
+        alone[name] = state.load(tmp_path / name / "mm_projector.bin")
+    shares = {"a": 12 * 0.9 / (12 * 0.9 + 9 * 0.1), "b": 9 * 0.1 / (12 * 0.9 + 9 * 0.1)}
+    for name, tensor in ends["mean"].items():
+        mean = sum(shares[client] * alone[client][name].float() for client in "ab")
+        torch.testing.assert_close(tensor, mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_schedule_spans_the_run_or_starts_anew(flags, tiny, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ PLOTS = (
     ("round", "loss", "line", "Held-out loss of each model", "nats a token"),
     ("round", "explained share", "line", "What the pictures explain", "share of the captions"),
     ("round", "loss", "line", "Training loss of each client", "nats a token"),
+    ("round", "reliability", "line", "What clients' pictures explain", "share of the captions"),
     ("round", "cosine", "line", "Agreement of the clients", "mean cosine with the others"),
     ("direction", "share", "line", "Spectrum of the shared space", "share of the energy"),
     ("layer", "weight", "bar", "Weight of each expert", "weight"),
@@ -29,6 +30,7 @@ RANGE: dict[str, list[float | None]] = {
     "cosine": [-1, 1],
     "share": [0, 1],
     "explained share": [None, 1],
+    "reliability": [0, 1],
     "weight": [0, None],
 }
 
@@ -122,6 +124,7 @@ def _plotted(rounds: list[dict], merge: dict | None) -> list:
         run_data.heldout_losses,
         run_data.explained_shares,
         run_data.client_losses,
+        run_data.reliabilities,
         run_data.agreements,
         run_data.spectrum,
     ]

@@ -127,6 +127,15 @@ def _heldout(rounds: list[dict], key: str, column: str) -> Rows:
     ]
 
 
+def reliabilities(rounds: list[dict]) -> Rows:
+    """What each client's pictures explain of its captions, where clients are weighed by it."""
+    return [
+        {"round": record["round"], "reliability": share, "of": name}
+        for record in rounds
+        for name, share in record.get("reliability", {}).items()
+    ]
+
+
 def agreements(rounds: list[dict]) -> Rows:
     """Agreement of each client with the others in each round.
 

@@ -131,6 +131,15 @@ def test_explained_share_is_what_other_pictures_cost(trained):
         found = explained_share(session.model, dataset, collator, batch_size)
         assert found.share == pytest.approx((other - own) / other, rel=1e-3)
     assert (found.samples, found.own / found.tokens) == (6, pytest.approx(own, rel=1e-4))
+
+    def nats(row):
+        batch = collator([row])
+        return float(session.model(**batch).loss) * batch["label_positions"].numel()
+
+    singles = [(nats(a), nats(b)) for a, b in zip(items, swapped, strict=True)]
+    ratio = 1 - found.share
+    spread = sum((a - ratio * b) ** 2 for a, b in singles)
+    assert found.spread == pytest.approx(spread, rel=1e-3)
     assert found.share > 0.1, "the model learnt nothing of pictures, so this would test little"
     measured = evaluate(session.model, EvaluationSet("x", dataset), collator, 4, explained=True)
     assert measured["explained"] == pytest.approx(found.share, rel=1e-3)
@@ -158,7 +167,7 @@ def test_a_part_of_the_samples_borrows_within_itself(trained):
     alone = explained_share(session.model, dataset.select([4, 0, 3]), collator, 2)
     assert part == alone
     assert part.samples == 3
-    assert explained_share(session.model, dataset, collator, indices=[2]) == (0, 0, 0, 0)
+    assert explained_share(session.model, dataset, collator, indices=[2]) == (0, 0, 0, 0, 0)
 
 
 def test_text_alone_and_several_turns(trained):

@@ -19,7 +19,7 @@ def test_few_samples_of_a_slice_the_same_every_time():
 
 
 def test_what_was_told_is_read():
-    told = Explained(1.5, 4.0, 12, 5)
+    told = Explained(1.5, 4.0, 0.7, 12, 5)
     assert reliability.read(told._asdict()) == told
     assert reliability.read(None) is None
 
@@ -27,14 +27,29 @@ def test_what_was_told_is_read():
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        (0.5, "own, other, tokens, samples are expected, found 0.5"),
+        (0.5, "own, other, spread, tokens, samples are expected, found 0.5"),
         ({"own": 1.0}, "are expected"),
-        ({"own": "1", "other": 2.0, "tokens": 3, "samples": 1}, "numbers from 0 to"),
-        ({"own": True, "other": 2.0, "tokens": 3, "samples": 1}, "numbers from 0 to"),
-        ({"own": -1.0, "other": 2.0, "tokens": 3, "samples": 1}, "numbers from 0 to"),
-        ({"own": 1.0, "other": math.nan, "tokens": 3, "samples": 1}, "numbers from 0 to"),
-        ({"own": 1.0, "other": math.inf, "tokens": 3, "samples": 1}, "numbers from 0 to"),
-        ({"own": 1.0, "other": 1e300, "tokens": 3, "samples": 1}, "numbers from 0 to"),
+        ({"own": "1", "other": 2.0, "spread": 0.1, "tokens": 3, "samples": 1}, "numbers from 0 to"),
+        (
+            {"own": True, "other": 2.0, "spread": 0.1, "tokens": 3, "samples": 1},
+            "numbers from 0 to",
+        ),
+        (
+            {"own": -1.0, "other": 2.0, "spread": 0.1, "tokens": 3, "samples": 1},
+            "numbers from 0 to",
+        ),
+        (
+            {"own": 1.0, "other": math.nan, "spread": 0.1, "tokens": 3, "samples": 1},
+            "numbers from 0 to",
+        ),
+        (
+            {"own": 1.0, "other": math.inf, "spread": 0.1, "tokens": 3, "samples": 1},
+            "numbers from 0 to",
+        ),
+        (
+            {"own": 1.0, "other": 1e300, "spread": 0.1, "tokens": 3, "samples": 1},
+            "numbers from 0 to",
+        ),
     ],
 )
 def test_nonsense_is_refused(told, said):

@@ -260,7 +260,13 @@ def measures(stand_in, spool, key, ticket):
 
 def explains(stand_in, spool, key, ticket):
     update = stand_in.update(spool, key, ticket)
-    update.metrics["explained"] = {"own": 1.0, "other": -2.0, "tokens": 3, "samples": 1}
+    update.metrics["explained"] = {
+        "own": 1.0,
+        "other": -2.0,
+        "spread": 0.1,
+        "tokens": 3,
+        "samples": 1,
+    }
     stand_in.give(spool, key, update)
 
 

@@ -36,7 +36,7 @@ def test_who_should_be_looked_at():
 def test_pictures_that_do_not_belong_to_their_captions_are_named():
     record = record_of(a=[1.0, 0, 0], b=[0, 1.1, 0], c=[0, 0.3, 0.8], d=[0, 0.5, 0.1])
     record["reliability"] = {"a": 0.5, "b": 0.6, "c": 0.1, "d": 0.4}
-    own = {"own": 1.0, "other": 2.0, "tokens": 9, "samples": 3}
+    own = {"own": 1.0, "other": 2.0, "spread": 0.0, "tokens": 9, "samples": 3}
     for name in "abc":
         record["clients"][name]["explained"] = own
     assert list(suspicions(record)) == [

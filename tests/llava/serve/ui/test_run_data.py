@@ -25,6 +25,9 @@ def test_a_runs_records_become_plots(recorded):
     assert [row["explained share"] for row in explained] == [
         record["heldout"]["global"]["heldout"]["explained"] for record in rounds
     ]
+    reliable = run_data.reliabilities(rounds)
+    assert [row["of"] for row in reliable] == ["a", "b"] * 2
+    assert reliable[3]["reliability"] == rounds[1]["reliability"]["b"]
     agreed = run_data.agreements(rounds)
     assert agreed[0]["cosine"] == rounds[0]["cosines"][0][1]
     assert len(agreed) == 4
