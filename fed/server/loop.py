@@ -326,8 +326,8 @@ class RoundLoop:
     @staticmethod
     def _reliabilities(state: RoundState, updates: Mapping[str, Update]) -> dict[str, float]:
         """Those of the clients that had samples in the round that `state` is of."""
-        samples = {name: u.num_samples for name, u in updates.items() if u.num_samples > 0}
-        return reliabilities(state.explained, samples)
+        names = [name for name, update in updates.items() if update.num_samples > 0]
+        return reliabilities(state.explained, names)
 
     def _measure(self, state: RoundState) -> dict:
         due = self.evaluate_every and (

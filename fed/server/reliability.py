@@ -18,12 +18,12 @@ no defence against one that lies: for that there are the robust means.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fed.clients.measures import Explained
 
 LEAST = 0.001  # of r: nobody is left out
-DECAY = 0.5
+DECAY = 0.8
 DOUBTFUL = 1 / 3  # of the median of the others: pictures that explain so little are warned of
 ENOUGH = 0.2  # of that median: before, nobody's pictures explain anything yet
 
@@ -44,27 +44,24 @@ def gathered_sums(earlier: Sums, told: Mapping[str, Explained | None]) -> dict[s
     return sums
 
 
-def reliabilities(sums: Sums, samples: Mapping[str, int]) -> dict[str, float]:
-    """r of each client of `samples`; one of whom nothing is known has the others' mean, by samples.
+def reliabilities(sums: Sums, names: Iterable[str]) -> dict[str, float]:
+    """r of each client; one of whom nothing is known has the mean of all that are known.
 
     All have 1 where nothing is known of anybody.
     """
-    known = {name: sums[name] for name in samples if name in sums}
-    if not known:
-        return dict.fromkeys(samples, 1.0)
+    if not sums:
+        return dict.fromkeys(names, 1.0)
     shares, errors = {}, {}
-    for name, (own, other, spread) in known.items():
+    for name, (own, other, spread) in sums.items():
         shares[name] = 1 - own / other if other > 0 else 0.0
         errors[name] = spread / other**2 if other > 0 else 0.0
-    total = sum(samples[name] for name in known)
-    mean = sum(samples[name] * share for name, share in shares.items()) / total
+    mean = statistics.mean(shares.values())
     differ = -statistics.mean(errors.values())
-    if len(known) > 1:
+    if len(sums) > 1:
         differ += statistics.variance(shares.values())
-    drawn = dict.fromkeys(samples, mean)
-    if differ > 0:
-        for name, share in shares.items():
-            drawn[name] += differ / (differ + errors[name]) * (share - mean)
+    drawn = dict.fromkeys(names, mean)
+    for name in drawn.keys() & shares.keys() if differ > 0 else ():
+        drawn[name] += differ / (differ + errors[name]) * (shares[name] - mean)
     return {name: min(max(share, LEAST), 1.0) for name, share in drawn.items()}
 
 

@@ -18,14 +18,14 @@ out=${OUT:-runs/real}
 parts=${PARTS:-runs/real/parts}
 data=playground/data/emoji
 started=$SECONDS
-# How the steps share the time: a guess in seconds, from runs by hand; the pace so far corrects it.
+# Seconds of each step on two cores of a processor with bfloat16; the pace so far corrects them.
 if [ -n "$brief" ]; then
     out=${OUT:-runs/real-brief}
     steps=(60 220 100 30)
     every=6
 else
     every=2
-    steps=(60 620 390 390 200 460 60)
+    steps=(30 385 295 265 170 340 30)
 fi
 total=0
 for seconds in "${steps[@]}"; do total=$((total + seconds)); done

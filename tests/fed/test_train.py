@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fed import state, validation
+from fed.clients import reliability
 from fed.clients.measures import Explained
 from fed.server.reliability import gathered_sums, reliabilities
 from fed.server.round_state import RoundState
@@ -132,7 +133,7 @@ def test_clients_measure_what_their_pictures_explain(flags, tiny, tmp_path, caps
     for record in records:
         told = {n: Explained(**c["explained"]) for n, c in record["clients"].items()}
         samples = {n: c["samples"] for n, c in record["clients"].items()}
-        assert {n: e.samples for n, e in told.items()} == samples  # so few are all measured
+        assert all(e.samples == reliability.LEAST for e in told.values())
         assert all(e.own > 0 < e.spread for e in told.values())
         sums = gathered_sums(sums, told)
         assert record["reliability"] == reliabilities(sums, samples)
