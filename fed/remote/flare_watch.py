@@ -88,12 +88,15 @@ class Watch:
         return STARTING
 
     def _clear(self, name: str) -> None:
-        """Take jobs of this name out of the server's store: none of them is at work."""
+        """End the jobs of this name, none of which is at work, and delete those that had ended.
+
+        FLARE does not expect that a job goes which it has not seen end.
+        """
         for job in self._session.list_jobs(name_prefix=name):
+            ended = str(job.get("status", "")).startswith("FINISHED")
             # One that FLARE calls running may be dead since its server was.
-            for remove in (self._session.abort_job, self._session.delete_job):
-                with contextlib.suppress(Exception):
-                    remove(job["job_id"])
+            with contextlib.suppress(Exception):
+                (self._session.delete_job if ended else self._session.abort_job)(job["job_id"])
 
     def _close(self) -> None:
         if self._session is not None:

@@ -22,6 +22,7 @@ from llava.json_files import read_json
 SITE_CLASS = "fed.remote.flare_job.SiteJob"
 SERVER_CLASS = "fed.remote.flare_job.ServerJob"
 GATE_CLASS = "fed.remote.flare_gate.Gate"
+JOBS_CLASS = "fed.remote.flare_store.Jobs"
 WITHDRAWN = "disabled_clients.json"
 """In the server's kit, FLARE's own name and form: the sites that were withdrawn."""
 MANY = 10_000  # sites, and jobs at once: a job carries one site's files
@@ -146,7 +147,7 @@ def server_resources(folder: Path) -> dict[str, Any]:
             },
             {
                 "id": "job_manager",
-                "path": "nvflare.apis.impl.job_def_manager.SimpleJobDefManager",
+                "path": JOBS_CLASS,
                 "args": {"uri_root": str(root / "jobs"), "job_store_id": "job_store"},
             },
             {

@@ -19,10 +19,10 @@ from llava.errors import InputError
 from tests.fed.remote.rig import ROOT, free_port, listen_at
 from tests.fed.remote.sites import wait_for
 
-SPEAKS_FLARE = {"flare_gate.py", "flare_job.py", "flare_watch.py"}
+SPEAKS_FLARE = {"flare_gate.py", "flare_job.py", "flare_store.py", "flare_watch.py"}
 
 
-def test_three_modules_import_flare():
+def test_few_modules_import_flare():
     """Each version of FLARE speaks differently: it is met in a few places."""
     found = {
         path.name
