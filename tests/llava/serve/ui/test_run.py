@@ -30,9 +30,9 @@ def test_a_run_of_one_round_has_bars_in_place_of_lines(recorded):
             u["visible"] for u in updates[len(lines) :]
         ]
 
-    assert visible(rounds) == (lines, [False] * 5)
+    assert visible(rounds) == (lines, [False] * 6)
     only_spectrum = [plot[0] == "direction" for plot in run.PLOTS]
-    assert visible(rounds[:1]) == (only_spectrum, [True, True, True, True, False])
+    assert visible(rounds[:1]) == (only_spectrum, [True] * 5 + [False])
 
 
 def test_a_clients_name_is_text_on_the_page(recorded):
