@@ -21,7 +21,7 @@ started=$SECONDS
 # Seconds of each step on two cores of a processor with bfloat16; the pace so far corrects them.
 if [ -n "$brief" ]; then
     out=${OUT:-runs/real-brief}
-    steps=(60 220 100 30)
+    steps=(27 115 90 55)
     every=6
 else
     every=2
