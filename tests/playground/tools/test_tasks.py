@@ -22,7 +22,7 @@ def script(name: str):
     return importlib.import_module(f"playground.tools.{name}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as its folder: a worker may come back to this file
 def unpacked(emoji) -> tuple[Path, Path]:
     """The folders of the emoji and of the tasks."""
     folder, unpack = emoji.parent, script("unpack_data")
