@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fed.clients.measures import Explained
+from llava.errors import InputError
 
 LEAST, MOST = 4, 128  # samples
 LARGEST = 1e15  # nats, or a count: their sums stay finite
@@ -25,17 +26,19 @@ def drawn(indices: Sequence[int], seed: int) -> list[int]:
     return [index for place, index in enumerate(indices) if place in picked]
 
 
-def read(told: Any) -> Explained | None:
+def read(told: Any, who: str = "") -> Explained | None:
     """What a client has told of itself; None if nothing.
 
     Raises:
-        ValueError: it is not what `Explained._asdict()` has, or not possible.
+        InputError: it is not what `Explained._asdict()` has, or not possible; `who` opens the
+            message.
     """
     if told is None:
         return None
+    what = f"{who}in what its pictures explain"
     if not isinstance(told, dict) or told.keys() != set(Explained._fields):
-        raise ValueError(f"{', '.join(Explained._fields)} are expected, found {told!r:.200}")
-    numbers = list(told.values())
-    if not all(type(n) in (int, float) and 0 <= n <= LARGEST for n in numbers):
-        raise ValueError(f"numbers from 0 to {LARGEST:g} are expected, found {told!r:.200}")
+        fields = ", ".join(Explained._fields)
+        raise InputError(f"{what}: {fields} are expected, found {told!r:.200}")
+    if not all(type(n) in (int, float) and 0 <= n <= LARGEST for n in told.values()):
+        raise InputError(f"{what}: numbers from 0 to {LARGEST:g} are expected, found {told!r:.200}")
     return Explained(**told)

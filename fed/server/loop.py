@@ -273,10 +273,7 @@ class RoundLoop:
         who = f"client {task.name}"
         states.check(update.state, like=task.state, who=who)
         check_not_zero(update.state, task.state, who)
-        try:
-            reliability.read(update.metrics.get("explained"))
-        except ValueError as error:
-            raise InputError(f"{who}, in what its pictures explain: {error}") from None
+        reliability.read(update.metrics.get("explained"), f"{who}, ")
         rule = self.method.client_rule
         if rule is not None and update.num_samples:
             sent = task.state if rule.sends else {}
