@@ -80,7 +80,6 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
         seed=arguments.training.seed,
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
-        weighting=fed_args.fed_weighting,
         explains=run.explains,
         task_of={spec.name: spec.task for spec in run.specs if spec.task is not None},
         evaluate=_measurer(driver, arguments) if group.main else None,

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -86,12 +86,6 @@ def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
     _check_others(fed_args, kind, method)
     options = method.parse(_options(method.name, fed_args.fed_options))
     _check_method(method, kind, arguments._replace(fed=fed_args))
-    if fed_args.fed_weighting == "explained" and method.asks_explained(options):
-        option, value = cast(tuple, method.explained_by)
-        raise InputError(
-            f"--fed_weighting explained would weigh twice: {method.name} does with "
-            f"{option}={value}; leave it out, or add --fed_options {option}=none"
-        )
     return arguments._replace(fed=fed_args), options
 
 

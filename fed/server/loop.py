@@ -64,8 +64,7 @@ class RoundLoop:
         settings: those that must be the same when a run is continued.
         rounds: the number of times that clients send something back.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
-        weighting: what a client weighs, as --fed_weighting has it.
-        explains: whether clients are asked what their pictures explain.
+        explains: whether clients are asked what their pictures explain, and weigh by it.
         task_of: the task of each client, where clients have tasks.
         evaluate: `evaluate(client, state, extras, round) -> dict` of the state that a client is
             sent after a round, or None; the client is "global" where all have one state.
@@ -85,7 +84,6 @@ class RoundLoop:
     seed: int
     clients_per_round: int = 0
     min_clients: int = 0
-    weighting: str = "samples"
     explains: bool = False
     task_of: Mapping[str, str] = field(default_factory=dict)
     evaluate: Callable[[str, State, State, int], dict] | None = None
@@ -292,9 +290,8 @@ class RoundLoop:
         weights = [float(update.num_samples) for update in trained.values()]
         told = {n: reliability.read(u.metrics.get("explained")) for n, u in trained.items()}
         next_state.explained = gathered_sums(state.explained, told)
-        explained = list(self._reliabilities(next_state, trained).values())
-        if self.weighting == "explained":
-            weights = weighed(weights, explained)
+        if self.explains:
+            weights = weighed(weights, list(self._reliabilities(next_state, trained).values()))
         outcome = self.method(
             [update.state for update in trained.values()],
             weights=weights,
@@ -304,7 +301,6 @@ class RoundLoop:
             extras=[update.extras for update in trained.values()],
             total=len(self.driver.clients),
             tasks=[self.task_of.get(name, "") for name in trained],
-            explained=explained,
             **self.options,
         )
         round = next_state.round

@@ -150,6 +150,7 @@ def test_clients_weigh_what_their_pictures_explain(flags, tiny, tmp_path, monkey
     monkeypatch.setattr("fed.drivers.resident.explained_share", share)
     runs = {
         "method": {"fed_method": "fedcmp"},
+        "both": {"fed_method": "fedcmp", "fed_weighting": "explained"},
         "run": {
             "fed_method": "fedcmp",
             "fed_options": ["reliability=none"],
@@ -164,7 +165,8 @@ def test_clients_weigh_what_their_pictures_explain(flags, tiny, tmp_path, monkey
         assert found[0].get("reliability") == expected
     ends = {name: state.load(tmp_path / name / "mm_projector.bin") for name in runs}
     for name, tensor in ends["method"].items():
-        torch.testing.assert_close(ends["run"][name], tensor, rtol=1e-4, atol=1e-5)
+        for same in ("both", "run"):
+            torch.testing.assert_close(ends[same][name], tensor, rtol=1e-4, atol=1e-5)
     apart = [float((ends["neither"][n] - t).abs().max()) for n, t in ends["method"].items()]
     assert max(apart) > 1e-3
     alone = {}
@@ -605,10 +607,6 @@ def test_one_options_file_serves_all_methods(flags, tiny, tmp_path):
         (
             {"fed_weighting": "explain"},
             "--fed_weighting is 'explain'; known are samples, explained",
-        ),
-        (
-            {"fed_method": "fedcmp", "fed_weighting": "explained"},
-            "--fed_weighting explained would weigh twice: fedcmp does with reliability=explained",
         ),
         ({"fed_method": "fedcmp", "fed_options": ["rank"]}, "name=value"),
         ({"fed_options": ["server_lr=-1"]}, "server_lr"),

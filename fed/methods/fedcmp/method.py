@@ -11,8 +11,8 @@ reliability-weighted fusion".
   3. C_k = U^T X_k, rows c_ki                                                                  [R]
   4. How reliable a client is (`reliability`):
      explained: p_k = n_k r_k / sum_j n_j r_j throughout, r_k the share of its captions that its
-       pictures explain (`fed.server.reliability`), and rho_ki = p_k. A client measures itself: no
-       defence against one that lies                                                             [R]
+       pictures explain, and rho_ki = p_k. The server multiplies (`fed.server.reliability`), and
+       `weights` come as n_k r_k. A client measures itself: no defence against one that lies     [R]
      agreement: rho_ki = softmax over k of log p_k + a_ki / tau with
        a_ki = cos(c_ki, sum_{j != k} p_j c_ji)                                                  [R]
      none: rho_ki = p_k
@@ -73,7 +73,6 @@ def fedcmp(
     weights: list[float],
     base: State,
     memory: dict[str, Tensor],
-    explained: Sequence[float],
     space: Literal["updates", "weights"] = "updates",
     energy: Annotated[float, Range("(0, 1]")] = 1.0,
     rank: Count | None = None,
@@ -106,8 +105,6 @@ def fedcmp(
             "momentum=polar has a meaning there"
         )
     tau = (tau or 1.0) if reliability == "agreement" else math.inf
-    if reliability == "explained":
-        weights = [n * r for n, r in zip(weights, explained, strict=True)]
     p = shares(weights)
     affine, others = layers(base)
     check_history(memory, _memory_shapes(affine, base, projected))

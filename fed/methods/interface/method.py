@@ -51,16 +51,15 @@ class Method:
             were checked, no client of weight 0 unless `personal`, and may return any floating type.
             It declares what it uses: `memory` between rounds, a dict; `clients`, the names;
             `tasks`, the clients' tasks; `extras`, the tensors that each client's rule sent;
-            `total`, the number of clients in the run; `explained`, the clients' reliabilities
-            (`fed.server.reliability`); `calibration`, one a client, required where it has no
-            default. All other keyword arguments are its options.
+            `total`, the number of clients in the run; `calibration`, one a client, required where
+            it has no default. All other keyword arguments are its options.
         personal: whether one state per client comes back.
         cross_layer: whether a layer's result depends on more than its own weight and bias. A merge
             of whole models goes layer by layer where it does not.
         calibrated_by: the option and its value with which calibration data are looked at, where
             that is not always so.
-        explained_by: the option and its value with which clients measure what their pictures
-            explain.
+        explained_by: the option and its value with which clients weigh by what their pictures
+            explain (`fed.server.reliability`), as with --fed_weighting explained.
         client_rule: a rule for the clients' steps, made anew for each task; None: they just train.
         send: what a client is sent, where that is not its own state or the shared one.
         exchanges: --fed_rounds -> the number of times that clients send something back.
@@ -115,7 +114,7 @@ class Method:
         return calibration is not None and calibration.default is calibration.empty
 
     def asks_explained(self, given: Mapping[str, Any]) -> bool:
-        """Whether, with these options, it has a use for what the clients' pictures explain."""
+        """Whether, with these options, clients weigh by what their pictures explain."""
         if self.explained_by is None:
             return False
         option, value = self.explained_by
@@ -163,7 +162,6 @@ class Method:
         total: int | None = None,
         calibration: Sequence[Calibration] | None = None,
         tasks: Sequence[str] | None = None,
-        explained: Sequence[float] | None = None,
         **given: Any,
     ) -> Outcome:
         """One state out of several, or one for each; none of the arguments is changed.
@@ -174,7 +172,6 @@ class Method:
             total: how many clients there are; as many as states when not given.
             calibration: one a client.
             tasks: the name of each client's; all have one, "", when not given.
-            explained: the reliability of each client, in (0, 1]; all have 1 when not given.
 
         Raises:
             InputError: weights that are not sample counts, an option that it has not or that does
@@ -189,7 +186,6 @@ class Method:
             "clients": names,
             "extras": self._check_extras(extras, base, names),
             "tasks": _check_tasks(tasks, len(states)),
-            "explained": _check_explained(explained, names),
             "calibration": self._check_calibration(calibration),
         }
         counted = [k for k, weight in enumerate(counts) if self.personal or weight > 0]
@@ -257,16 +253,6 @@ def _check_tasks(tasks: Sequence[str] | None, count: int) -> Sequence[str]:
     if len(tasks) != count:
         raise InputError(f"{len(tasks)} tasks, expected one of each of {count} clients")
     return tasks
-
-
-def _check_explained(explained: Sequence[float] | None, names: list[str]) -> Sequence[float]:
-    explained = [1.0] * len(names) if explained is None else explained
-    if len(explained) != len(names):
-        raise InputError(f"{len(explained)} explained shares of {len(names)} clients")
-    for client, share in zip(names, explained, strict=True):
-        if not 0 < share <= 1:
-            raise InputError(f"client {client} has reliability {share}, expected one in (0, 1]")
-    return explained
 
 
 def _check_total(total: int | None, count: int) -> int:

@@ -16,7 +16,7 @@ from llava.suggest import did_you_mean
 # Every method has the first three; the others are for those that ask for them. All else is options.
 ARGUMENTS = (
     *("states", "weights", "base"),
-    *("memory", "extras", "total", "calibration", "clients", "tasks", "explained"),
+    *("memory", "extras", "total", "calibration", "clients", "tasks"),
 )
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 

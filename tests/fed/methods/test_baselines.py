@@ -425,7 +425,7 @@ def test_fedcmp_makes_as_much_for_many_clients_as_for_few():
     for clients in (3, 12):
         with Made() as found, torch.no_grad():
             raw, ones = methods.get("fedcmp").function, [1.0] * clients
-            outcome = raw(states[:clients], weights=ones, explained=ones, base=base, memory={})
+            outcome = raw(states[:clients], weights=ones, base=base, memory={})
         assert outcome.facts["layers"]["a"]["basis"] == "randomised"
         assert torch.float64 not in found.large
         made.append(sum(found.large.values()))

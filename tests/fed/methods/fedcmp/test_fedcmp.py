@@ -205,28 +205,8 @@ def test_a_low_tau_follows_those_who_agree():
     assert mean.facts["layers"]["a"]["reliability"] == pytest.approx([1 / 3] * 3)
 
 
-@pytest.mark.parametrize("options", [{}, dict(rank=2), dict(beta=0.4), dict(space="weights")])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_reliable_clients_are_larger_ones(seed, options):
-    base, states = draw(seed, 3)
-    explained = [0.5, 0.002, 0.8]
-    found = fedcmp(states, [4, 6, 5], base, explained=explained, **options)
-    larger = fedcmp(states, [2, 0.012, 4], base, reliability="none", **options)
-    assert_same(found.state, larger.state, rtol=1e-6, atol=1e-7)
-    shares = found.facts["layers"][LAYERS[0]]["reliability"]
-    assert shares == pytest.approx([2 / 6.012, 0.012 / 6.012, 4 / 6.012])
-    equal = fedcmp(states, [4, 6, 5], base, explained=[0.3] * 3, **options)
-    none = fedcmp(states, [4, 6, 5], base, reliability="none", **options)
-    assert_same(equal.state, none.state, rtol=1e-5, atol=1e-6)
-
-
-def test_reliability_that_is_none():
+def test_agreement_has_tau():
     base, states = draw(0, 2)
-    with pytest.raises(InputError, match="1 explained shares of 2 clients"):
-        fedcmp(states, None, base, explained=[0.5])
-    for wrong in (0.0, 1.5, math.nan):
-        with pytest.raises(InputError, match="client 1 has reliability"):
-            fedcmp(states, None, base, explained=[0.5, wrong])
     with pytest.raises(InputError, match="tau is for reliability=agreement, not none"):
         fedcmp(states, None, base, reliability="none", tau=0.5)
 
