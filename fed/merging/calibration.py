@@ -123,8 +123,7 @@ def load_calibration(
         if cache is not None:
             cache.prefetch(dataset.pictures())
         dataset.check()
-        items = [dataset[i] for i in range(len(dataset))]
-        found.append(ModelCalibration(llava, items, collate, batch_size, path))
+        found.append(ModelCalibration(llava, dataset, collate, batch_size, path))
     return found
 
 

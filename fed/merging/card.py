@@ -8,6 +8,7 @@ from typing import Any
 
 from fed.markdown import markdown_table
 from fed.merging.config import MergeConfig
+from fed.server.reliability import doubtful
 
 LIBRARIES = {"transformers": "transformers", "lora": "peft"}
 MANY = 32  # layers; above it kinds of layers are listed
@@ -36,6 +37,7 @@ def render(facts: dict[str, Any]) -> str:
         rows.append((name, "", base["kind"], base["dtype"], fingerprint))
     parts.append("## Experts\n\n" + _table(["", "weight", "form", "type", "fingerprint"], rows))
     parts.append(facts["fingerprints"])
+    parts += explained_lines(facts)
     if not base:
         parts.append("No base was given: the weighted mean of the experts stood in for it.")
     parts.append(facts["licence_note"])
@@ -98,7 +100,7 @@ def lines(facts: dict[str, Any], config: MergeConfig) -> list[str]:
     if not config.dry_run:
         everything = _layer_lines("all layers", facts["all"], {})
         done = f"merged with {facts['method']} {options}".rstrip()
-        return [*everything, done, f"-> {where}", facts["written"]]
+        return [*everything, *explained_lines(facts), done, f"-> {where}", facts["written"]]
     said = [
         f"expert {i}: {e['path']} ({e['kind']}, {e['dtype']}, weight {e['weight']:g})"
         for i, e in enumerate(facts["experts"], 1)
@@ -113,6 +115,22 @@ def lines(facts: dict[str, Any], config: MergeConfig) -> list[str]:
         f"would write to {where}",
         facts["written"],
     ]
+    return said
+
+
+def explained_lines(facts: dict[str, Any]) -> list[str]:
+    """What experts' pictures explain, where that was measured, and of whom it is doubtful."""
+    told = facts["method_facts"].get("explained") if facts["method_facts"] else None
+    if told is None:
+        return []
+    shares = {str(i): share for i, share in enumerate(told, 1)}
+    listed = ", ".join(f"expert {i} {100 * share:.1f} %" for i, share in shares.items())
+    said = [f"Of the calibration captions their pictures explain: {listed}."]
+    for name, share, typical in doubtful(shares):
+        said.append(
+            f"The pictures of expert {name} explain {100 * share:.1f} % of the captions, those of "
+            f"the others {100 * typical:.1f} %: was it aligned on captions that belong to them?"
+        )
     return said
 
 

@@ -42,15 +42,7 @@ def check_method(config: MergeConfig) -> None:
 def rehearse(config: MergeConfig, options: Mapping[str, Any]) -> None:
     """The method on next to nothing: a value out of range is found before anything is read."""
     method = methods.get(config.method)
-    if config.calibration_data and method.calibrated_by:
-        option, value = method.calibrated_by
-        given = {**method.defaults, **options}[option]
-        if given != value:
-            raise InputError(
-                f"--calibration_data: {config.method} looks at it with --options "
-                f"{option}={value} only, {option} is {given}"
-            )
-    if method.needs_calibration or config.calibration_data:
+    if method.needs_calibration:
         return
     start = {"model.mm_projector.weight": torch.eye(2), "model.mm_projector.bias": torch.ones(2)}
     count = len(config.experts)

@@ -13,20 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fed.clients.measures import Explained, explained_share
 from fed.numerics.layers import LARGE, layers
 from fed.state import State
 from llava.errors import InputError
 from llava.model.checkpoint import load_projector, projector_parameters
-from llava.train.data import DataCollatorForSupervisedDataset
+from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 
 PREFIX = "model.mm_projector"
+
+
+class _Items(list[dict]):
+    """The samples of a data set, made once."""
+
+    def __init__(self, dataset: LazySupervisedDataset):
+        super().__init__(dataset[i] for i in range(len(dataset)))
+        self.paths = dataset.paths
 
 
 class ModelCalibration:
     """One data file on a model that other calibrations may share. `fed.methods.Calibration`.
 
     Args:
-        items: of a `LazySupervisedDataset`; pictures stay where they are and are not copied.
+        dataset: the samples; pictures stay where they are and are not copied.
         source: the file, for messages.
 
     Raises:
@@ -37,14 +46,15 @@ class ModelCalibration:
     def __init__(
         self,
         model: nn.Module,
-        items: Sequence[dict],
+        dataset: LazySupervisedDataset,
         collate: DataCollatorForSupervisedDataset,
         batch_size: int,
         source: str,
     ):
         self.model: Any = model  # its class is made by `llava_class`
         self.source = source
-        self._items, self._collate = items, collate
+        self._items, self._collate, self._batch_size = _Items(dataset), collate, batch_size
+        items = self._items
         starts = range(0, len(items), batch_size)
         self._batches = [self._batch(items[start : start + batch_size]) for start in starts]
         self.samples, self.tokens = len(items), sum(len(b["targets"]) for b in self._batches)
@@ -57,6 +67,13 @@ class ModelCalibration:
         with torch.no_grad():
             nats = sum(float(self._nats(batch).double().sum()) for batch in self._batches)
         return nats / self.tokens
+
+    def explained(self, state: State) -> Explained:
+        """Captions with their own pictures and with those of others, by `fed.clients.measures`."""
+        self._put(state)
+        return explained_share(
+            self.model, self._items, self._collate, self._batch_size, self.model.device
+        )
 
     def gram(self, state: State) -> dict[str, Tensor]:
         """The mean of x x^T over the picture tokens that enter each layer of the projector.

@@ -34,10 +34,11 @@ from fed.methods import Method
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import for_clients
 from fed.methods.interface.each import Each
+from fed.numerics.shrinkage import drawn_shares
 from fed.server.client_states import ClientStates
 from fed.server.free_memory import give_back
 from fed.server.records import Records
-from fed.server.reliability import gathered_sums, reliabilities, weighed
+from fed.server.reliability import gathered_sums, weighed
 from fed.server.round_metrics import (
     Stopwatch,
     curves,
@@ -320,7 +321,7 @@ class RoundLoop:
     def _reliabilities(state: RoundState, updates: Mapping[str, Update]) -> dict[str, float]:
         """Those of the clients that had samples in the round that `state` is of."""
         names = [name for name, update in updates.items() if update.num_samples > 0]
-        return reliabilities(state.explained, names)
+        return drawn_shares(state.explained, names)
 
     def _measure(self, state: RoundState) -> dict:
         due = self.evaluate_every and (

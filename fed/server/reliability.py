@@ -7,8 +7,7 @@ above where they do, whatever the model has learnt. A client of n samples weighs
 (`--fed_weighting explained`, and `reliability` of Fed-CMP). Reading and name are ours [R].
 
 On few samples r is uncertain, and early in a run it is near 0 for everybody: quotients of such
-numbers are noise. So r is drawn towards the clients' mean as far as errors of measurement explain
-that clients differ (the estimate of James and Stein, with each client's own error): where nothing
+numbers are noise. So r is drawn towards the clients' mean (`fed.numerics.shrinkage`): where nothing
 can be told apart, samples alone decide.
 
 A client measures itself. This tells honest clients with bad data from those with good data, and is
@@ -18,16 +17,14 @@ no defence against one that lies: for that there are the robust means.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fed.clients.measures import Explained
+from fed.numerics.shrinkage import Sums
 
-LEAST = 0.001  # of r: nobody is left out
 DECAY = 0.8
 DOUBTFUL = 1 / 3  # of the median of the others: pictures that explain so little are warned of
 ENOUGH = 0.2  # of that median: before, nobody's pictures explain anything yet
-
-Sums = Mapping[str, Sequence[float]]
 
 
 def gathered_sums(earlier: Sums, told: Mapping[str, Explained | None]) -> dict[str, list[float]]:
@@ -42,27 +39,6 @@ def gathered_sums(earlier: Sums, told: Mapping[str, Explained | None]) -> dict[s
                 DECAY**2 * spread + new.spread,
             ]
     return sums
-
-
-def reliabilities(sums: Sums, names: Iterable[str]) -> dict[str, float]:
-    """r of each client; one of whom nothing is known has the mean of all that are known.
-
-    All have 1 where nothing is known of anybody.
-    """
-    if not sums:
-        return dict.fromkeys(names, 1.0)
-    shares, errors = {}, {}
-    for name, (own, other, spread) in sums.items():
-        shares[name] = 1 - own / other if other > 0 else 0.0
-        errors[name] = spread / other**2 if other > 0 else 0.0
-    mean = statistics.mean(shares.values())
-    differ = -statistics.mean(errors.values())
-    if len(sums) > 1:
-        differ += statistics.variance(shares.values())
-    drawn = dict.fromkeys(names, mean)
-    for name in drawn.keys() & shares.keys() if differ > 0 else ():
-        drawn[name] += differ / (differ + errors[name]) * (shares[name] - mean)
-    return {name: min(max(share, LEAST), 1.0) for name, share in drawn.items()}
 
 
 def weighed(samples: Sequence[float], reliable: Sequence[float]) -> list[float]:

@@ -20,7 +20,7 @@ from playground.studies.training import logged, whole_folder
 PROJECTOR = "mm_projector.bin"
 JOINT = "joint training"
 BATCH = 12  # jobs of one place that a process measures one after another
-CALIBRATION = 256  # pairs for a place, shared out among the experts' own data
+CALIBRATION = 256  # pairs for a place; of the experts' own data so many together
 
 
 class PivotMergePlan(Plan):
@@ -141,6 +141,17 @@ class PivotMergePlan(Plan):
             )
             with logged(self.work, argv):
                 train(argv)
+
+    def files(self, job: Job, looks_at: str) -> str:
+        """The data that a job calibrates on, with {expert} where each expert has a file of its own.
+
+        `own`: what the experts were aligned on. `held out`: pictures of the part that settings are
+        chosen on, which nobody was aligned on.
+        """
+        if looks_at == "own":
+            return f"clients/{self.data(job.scenario)['clients']}/{{expert}}.json"
+        pictures = self.document["development"]["part"]
+        return f"{self.data(job.scenario)['heldout'].format(part=pictures)}.json"
 
     def experts(self, scenario: str, seed: int) -> str:
         """The folder of the experts."""

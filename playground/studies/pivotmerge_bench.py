@@ -97,26 +97,25 @@ def merged(plan: PivotMergePlan, job: Job, experts: Mapping[str, State]) -> Stat
         return experts[job.title.removeprefix("expert ")]
     title = plan.ours if job.title in plan.variants else job.title
     method, options = methods.get(plan.methods[title]["method"]), json.loads(job.setting)
-    if method.calibrated or options.get("mode") == "calibration":
-        options["calibration"] = _calibration(
-            str(plan.work / plan.experts(*place) / "clients"),
-            plan.data(job.scenario)["clients"],
-            tuple(experts),
-        )
+    if looks_at := plan.methods[title].get("calibration"):
+        folder = str(plan.work / plan.experts(*place) / "clients")
+        options["calibration"] = _calibration(folder, plan.files(job, looks_at), tuple(experts))
     base, weights = load(plan.start_file(*place)), [1] * len(experts)
     return method(list(experts.values()), weights=weights, base=base, **options).state
 
 
-@functools.lru_cache(maxsize=1)
-def _calibration(folder: str, clients: str, names: tuple[str, ...]) -> list:
-    """Pairs of each expert's own data, few where experts are many."""
-    return load_calibration(
+@functools.lru_cache(maxsize=2)
+def _calibration(folder: str, data: str, names: tuple[str, ...]) -> list:
+    """Pairs of one file for all experts, or of each expert's own, few where experts are many."""
+    files = list(dict.fromkeys(data.format(expert=name) for name in names))
+    loaded = load_calibration(
         f"{folder}/{names[0]}",
         str(ROOT / "playground/backbones/llm"),
-        [str(DATA / f"clients/{clients}/{name}.json") for name in names],
+        [str(DATA / file) for file in files],
         str(DATA / "images"),
-        samples=CALIBRATION // len(names),
+        samples=CALIBRATION // len(files),
     )
+    return loaded * (len(names) // len(files))
 
 
 def _rounded(measures: Mapping) -> dict[str, float]:

@@ -11,7 +11,8 @@ import torch
 from fed import state, validation
 from fed.clients import reliability
 from fed.clients.measures import Explained
-from fed.server.reliability import gathered_sums, reliabilities
+from fed.numerics.shrinkage import drawn_shares
+from fed.server.reliability import gathered_sums
 from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
@@ -136,7 +137,7 @@ def test_clients_measure_what_their_pictures_explain(flags, tiny, tmp_path, caps
         assert all(e.samples == reliability.LEAST for e in told.values())
         assert all(e.own > 0 < e.spread for e in told.values())
         sums = gathered_sums(sums, told)
-        assert record["reliability"] == reliabilities(sums, samples)
+        assert record["reliability"] == drawn_shares(sums, samples)
     assert RoundState.load(tmp_path / "run" / "fed").explained == sums
     assert "explained" in capsys.readouterr().out
     pooled = run(flags, tmp_path / "pool", clients, fed_pool=True, fed_weighting="explained")

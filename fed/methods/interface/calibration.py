@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fed.clients.measures import Explained
 from fed.state import State
 
 
@@ -17,6 +18,9 @@ class Calibration(Protocol):
 
     def loss(self, state: State) -> float:
         """The caption loss, nats a labelled token."""
+
+    def explained(self, state: State) -> Explained:
+        """The captions with their own pictures, and with those of others."""
 
     def gram(self, state: State) -> dict[str, Tensor]:
         """The mean of x x^T over what enters each layer, by layer (`fed.numerics.layers`).

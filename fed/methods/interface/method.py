@@ -56,8 +56,6 @@ class Method:
         personal: whether one state per client comes back.
         cross_layer: whether a layer's result depends on more than its own weight and bias. A merge
             of whole models goes layer by layer where it does not.
-        calibrated_by: the option and its value with which calibration data are looked at, where
-            that is not always so.
         explained_by: the option and its value with which clients weigh by what their pictures
             explain (`fed.server.reliability`), as with --fed_weighting explained.
         client_rule: a rule for the clients' steps, made anew for each task; None: they just train.
@@ -76,7 +74,6 @@ class Method:
     function: Callable[..., Outcome]
     personal: bool = False
     cross_layer: bool = False
-    calibrated_by: tuple[str, Any] | None = None
     explained_by: tuple[str, Any] | None = None
     client_rule: type[ClientRule] | None = None
     send: Send | None = None

@@ -6,20 +6,18 @@ layer's side that is shared: matrices X_k are (side, width), turned if that is t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fed.methods.interface.calibration import Calibration
-from fed.numerics.consensus import Rest, consensus, rest_of
+from fed.numerics.consensus import NOISE, Rest, consensus, rest_of
 from fed.numerics.joint_basis import Basis, joint_basis, mean_matrix
-from fed.numerics.layers import Layer, Matrices
+from fed.numerics.layers import Matrices
 from fed.numerics.weighted_mean import shares, total
-from fed.state import State
 
 EXACT = 1280  # up to this side all directions are found: 1,024 inputs and a bias
 LEADING = 128  # of larger ones
@@ -50,18 +48,31 @@ class Shared:
         """kappa of unrelated experts."""
         return sum(share * share for share in self.p)
 
-    def filtered(self, kappa_min: float, specific: float) -> list[Tensor]:
-        """The coefficients without what opposes their sum, times `specific`, where kappa is low."""
-        low = self.kappa < kappa_min
-        if not low.any():
-            return self.parts
-        mean = total(share * c for share, c in zip(self.p, self.parts, strict=True))
-        unit = mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        kept = []
-        for c in self.parts:
-            against = (c * unit).sum(1, keepdim=True).clamp(max=0)
-            kept.append(torch.where(low[:, None], specific * (c - against * unit), c))
-        return kept
+    def conflicts(self, deviations: float | None) -> Tensor:
+        """Directions in which experts oppose each other beyond chance, (r,) of bool.
+
+        Rows of unrelated experts have kappa = sum_k p_k^2 |c_ki|^2 / E_i, E_i = sum_k p_k |c_ki|^2,
+        give or take 2 (sum_{j<k} p_j^2 p_k^2 |c_ji|^2 |c_ki|^2 q)^(1/2) / E_i for a mean squared
+        cosine q of theirs. q is measured: on rows of different experts along different directions,
+        which have nothing to do with each other. None: there are none.
+        """
+        if deviations is None:
+            return torch.zeros_like(self.kappa, dtype=torch.bool)
+        squares = torch.stack([c.square().sum(1) for c in self.parts])
+        ours = squares * squares.new_tensor(self.p).square()[:, None]
+        pairs = (ours.sum(0).square() - ours.square().sum(0)) / 2
+        energy = self.energy.clamp(min=1e-30)
+        spread = 2 * (pairs * self._unrelated(squares)).sqrt() / energy
+        return self.kappa < ours.sum(0) / energy - deviations * spread - NOISE
+
+    def _unrelated(self, squares: Tensor) -> float:
+        """The mean squared cosine of one expert's rows with the next rows of the others."""
+        found, weight = 0.0, 0.0
+        for j, k in itertools.permutations(range(len(self.parts)), 2):
+            products = (self.parts[j] * self.parts[k].roll(1, 0)).sum(1).square()
+            of_both = squares[j] * squares[k].roll(1, 0)
+            found, weight = found + float(products.sum()), weight + float(of_both.sum())
+        return found / weight if weight else 0.0
 
     def aligned(self) -> list[float]:
         """p_k times the share of its energy that expert k has in directions that are shared beyond
@@ -74,10 +85,10 @@ class Shared:
 
     def joined(
         self,
-        parts: Sequence[Tensor],
+        low: Tensor,
         alpha: Sequence[float],
         *,
-        kappa_min: float,
+        specific: float,
         rescale: float,
         power: float,
         subspace: tuple[float, float] | None,
@@ -85,27 +96,31 @@ class Shared:
         """The merged matrix, (side, width), and the facts of the layer.
 
         Args:
-            parts: coefficients as `filtered` gives them.
+            low: directions in conflict, (r,).
             alpha: scalar weights that sum to one.
+            specific: by what is multiplied what the filter leaves.
             subspace: `noise` and `floor` of matrix weights, or None.
         """
+        parts = filtered(self.parts, self.p, low, specific)
         if subspace is None:
             rows = total(a * c for a, c in zip(alpha, parts, strict=True))
         else:
             rows = by_subspace(parts, alpha, *subspace)
         kappa = consensus(rows, self.energy)
-        gain = torch.where(self.kappa < kappa_min, 1, kappa.pow(-power).clamp(1, rescale))
+        gain = torch.where(low, 1, kappa.pow(-power).clamp(1, rescale))
         rows = rows * gain[:, None]
         if len(self.basis.vectors) == self.basis.vectors.shape[1]:
-            return self.basis.vectors @ rows, self._facts(alpha, gain, None)
+            return self.basis.vectors @ rows, self._facts(low, alpha, gain, None)
         mean = mean_matrix(self.mats, alpha)
         inside = self.basis.vectors.T @ mean
         left = max(self.basis.total - float(self.energy.sum()), 0.0)
         rest = rest_of(mean, inside, left, self.basis.total, rescale, power)
         merged = mean.mul_(rest.gain).addmm_(self.basis.vectors, rows - rest.gain * inside)
-        return merged, self._facts(alpha, gain, rest)
+        return merged, self._facts(low, alpha, gain, rest)
 
-    def _facts(self, alpha: Sequence[float], gain: Tensor, rest: Rest | None) -> dict[str, Any]:
+    def _facts(
+        self, low: Tensor, alpha: Sequence[float], gain: Tensor, rest: Rest | None
+    ) -> dict[str, Any]:
         """Means over directions are weighted by the directions' energy."""
         energy = float(self.energy.sum())
         weight = self.energy / energy if energy else torch.full_like(gain, 1 / len(gain))
@@ -114,10 +129,26 @@ class Shared:
             "rank": len(gain),
             "kappa": float(weight @ self.kappa),
             "chance": self.chance,
+            "conflict": float(weight @ low.to(weight)),
             "gain": float(weight @ gain.to(weight)),
             "alpha": list(alpha),
             "rest": rest and {"kappa": rest.kappa, "gain": rest.gain},
         }
+
+
+def filtered(
+    parts: Sequence[Tensor], p: Sequence[float], low: Tensor, specific: float
+) -> Sequence[Tensor]:
+    """Coefficients without what opposes their sum, times `specific`, in the directions `low`."""
+    if not low.any():
+        return parts
+    mean = total(share * c for share, c in zip(p, parts, strict=True))
+    unit = mean / mean.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    kept = []
+    for c in parts:
+        against = (c * unit).sum(1, keepdim=True).clamp(max=0)
+        kept.append(torch.where(low[:, None], specific * (c - against * unit), c))
+    return kept
 
 
 def by_subspace(
@@ -141,36 +172,6 @@ def by_subspace(
     rows = total(a * (w @ c + level * c) for a, w, c in zip(alpha, softened, parts, strict=True))
     whole.diagonal().add_(level)
     return torch.linalg.solve(whole, rows)
-
-
-def by_leaving_out(
-    layers: Sequence[Layer],
-    merge: Callable[[Layer, Sequence[float]], Any],
-    p: Sequence[float],
-    calibration: Sequence[Calibration],
-    merged: State,
-) -> dict[Layer, list[float]]:
-    """By layer p_k exp(gain_k / max_j |gain_j|), normalised.
-
-    gain_k is what the mean caption loss over the calibration sets gains when `merge` makes the
-    layer without expert k; it writes into `merged`, which has all experts again in the end.
-    """
-    data = list({id(each): each for each in calibration}.values())
-
-    def loss() -> float:
-        return sum(each.loss(merged) for each in data) / len(data)
-
-    whole, found = loss(), {}
-    for layer in layers:
-        gains = []
-        for k in range(len(p)):
-            left = [0.0 if j == k else share for j, share in enumerate(p)]
-            merge(layer, shares(left) if any(left) else p)
-            gains.append(loss() - whole)
-        merge(layer, p)
-        most = max(map(abs, gains)) or 1.0
-        found[layer] = shares([a * math.exp(g / most) for a, g in zip(p, gains, strict=True)])
-    return found
 
 
 def _agreed(parts: Sequence[Tensor], p: Sequence[float]) -> tuple[Tensor, Tensor]:

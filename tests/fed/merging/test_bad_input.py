@@ -245,8 +245,11 @@ def test_methods_that_cannot_merge(method, said, expert, out):
         (dict(scope="half"), "--scope is 'half'; known are projector, all"),
         (dict(lora="sum"), "--lora is 'sum'"),
         (dict(calibration_data=["x.json"]), "ties makes no use of data"),
-        (dict(calibration_data=["x.json"], method="pivotmerge"), "mode=calibration only, mode is"),
-        (dict(options=["mode=calibration"], method="pivotmerge"), "needs --calibration_data"),
+        (dict(options=["mode=calibration"], method="pivotmerge"), "mode: expected one of uniform"),
+        (
+            dict(calibration_data=["x.json"], options=["noise=0"], method="pivotmerge"),
+            "noise: expected a positive number",
+        ),
         (dict(calibration_data=["x.json"] * 3), "3 files for 2 experts"),
         (dict(calibration_data=["x.json"], scope="all"), "needs --scope projector"),
         (dict(base="/no/base.bin"), "base /no/base.bin: no such file"),

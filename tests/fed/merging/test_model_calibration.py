@@ -71,6 +71,19 @@ def test_loss_is_that_of_evaluate_whatever_was_measured_before(aligned, calibrat
     load_projector(session.model, own, "test")
 
 
+def test_explained_is_that_of_evaluate(aligned, calibration):
+    _, session, dataset, collate = aligned
+    own = projector_state(session.model)
+    for state in (own, moved(own, 5)):
+        found = calibration.explained(state)
+        load_projector(session.model, state, "test")
+        data = EvaluationSet("x", dataset)
+        expected = evaluate(session.model, data, collate, 3, explained=True)
+        assert found.share == pytest.approx(expected["explained"], rel=1e-4, abs=1e-5)
+        assert found.samples == len(dataset)
+    load_projector(session.model, own, "test")
+
+
 def test_no_picture_passes_the_tower_again(aligned, calibration, monkeypatch):
     def refuse(pixels):
         raise AssertionError("the tower was asked")
@@ -79,7 +92,7 @@ def test_no_picture_passes_the_tower_again(aligned, calibration, monkeypatch):
     monkeypatch.setattr(tower, "forward", refuse)
     state = projector_state(aligned[1].model)
     assert calibration.loss(state) > 0
-    calibration.gram(state), calibration.fisher(state)
+    calibration.gram(state), calibration.fisher(state), calibration.explained(state)
 
 
 def test_gram_is_that_of_the_inputs(aligned, calibration):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fed import methods
 from llava.errors import InputError
@@ -21,19 +22,41 @@ def plan():
     return read_plan(ROOT / "playground/studies/pivotmerge.yaml")
 
 
-def test_every_setting_is_one_that_the_method_takes(plan):
+PLANS = ("pivotmerge", "pivotmerge_whole")
+
+
+def read(name):
+    return read_plan(ROOT / f"playground/studies/{name}.yaml")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_setting_is_one_that_the_method_takes(name):
+    plan = read(name)
+    start = {"0.weight": torch.eye(3), "0.bias": torch.ones(3)}
+    states = [{n: t + k * t for n, t in start.items()} for k in (1, 2)]
+
+    def check(method, setting):
+        if method.needs_calibration:
+            method.parse(setting)
+        else:
+            method(states, weights=[1, 1], base=start, **setting)
+
     for title, entry in plan.methods.items():
         assert 1 <= len(entry["settings"]) <= 4, title
+        method = methods.get(entry["method"])
+        assert not method.needs_calibration or entry["calibration"] == "own"
         for setting in entry["settings"]:
-            methods.get(entry["method"]).parse(setting)
+            check(method, setting)
     for options in plan.variants.values():
-        methods.get(plan.methods[plan.ours]["method"]).parse(options)
+        check(methods.get(plan.methods[plan.ours]["method"]), options)
     counted = plan.document["counts"]["methods"]
     for title in [plan.ours, plan.reference, *plan.not_compared, *counted]:
         assert title in plan.methods
 
 
-def test_development_and_report_share_neither_seeds_nor_pictures(plan):
+@pytest.mark.parametrize("name", PLANS)
+def test_development_and_report_share_neither_seeds_nor_pictures(name):
+    plan = read(name)
     development, report = plan.document["development"], plan.document["report"]
     assert not set(development["seeds"]) & set(report["seeds"])
     assert len(report["seeds"]) >= 5
@@ -41,6 +64,14 @@ def test_development_and_report_share_neither_seeds_nor_pictures(plan):
     assert set(report["cells"]) - set(development["cells"])  # a scenario that settings never saw
     for scenario in plan.document["scenarios"].values():
         assert (ROOT / f"playground/fed/{scenario['clients']}.yaml").is_file()
+
+
+def test_data_to_calibrate_on_are_the_experts_own_or_nobodys():
+    plan = read("pivotmerge_whole")
+    job = Job("report", "PivotMerge with data", "{}", "caption fresh", 41)
+    assert plan.files(job, "own") == "clients/caption/{expert}.json"
+    assert plan.files(job, "held out") == "heldout_dev_caption.json"
+    assert plan.heldout(job) == "heldout_test_caption"
 
 
 def test_all_of_a_cell_begin_with_one_start(plan):

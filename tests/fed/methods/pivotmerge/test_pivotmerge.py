@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fed import methods
+from fed.clients.measures import Explained
 from fed.methods import Outcome
-from fed.methods.pivotmerge.shared_space import EXACT, LEADING, Shared, by_leaving_out, by_subspace
-from fed.numerics.layers import Layer, Parts, layers
+from fed.methods.pivotmerge.shared_space import EXACT, LEADING, Shared, by_subspace, filtered
+from fed.numerics.shrinkage import LEAST
 from llava.errors import InputError
 
 SHAPES = {"0.weight": (12, 7), "0.bias": (12,), "2.weight": (9, 12), "2.bias": (9,), "scale": (5,)}
@@ -36,7 +37,7 @@ def near(a, b, tolerance=1e-9):
 @pytest.mark.parametrize("mode", MODES)
 def test_equal_experts_give_that_expert(mode, side):
     base, (expert, _, _) = draw(0)
-    for options in ({}, {"power": 0.5}, {"kappa_min": 0.9, "specific": 0.0}, {"rank": 3}):
+    for options in ({}, {"power": 0.5}, {"conflict": 0.0, "specific": 0.0}, {"rank": 3}):
         merged = merge([expert] * 4, base, [1, 2, 3, 4], mode=mode, side=side, **options).state
         assert near(merged, expert, 1e-7), options
 
@@ -54,7 +55,7 @@ def test_without_gain_and_filter_uniform_is_the_weighted_mean():
 @pytest.mark.parametrize("mode", MODES)
 def test_neither_the_order_of_experts_nor_the_scale_of_weights_matters(mode):
     base, states = draw(2)
-    options = dict(mode=mode, power=0.2, kappa_min=0.3, specific=0.5)
+    options = dict(mode=mode, power=0.2, conflict=0.0, specific=0.5)
     one = merge(states, base, [1, 2, 3], **options).state
     other = merge(states[::-1], base, [30, 20, 10], **options).state
     assert near(one, other)
@@ -88,16 +89,45 @@ def test_experts_of_disjoint_directions_are_all_kept(side, axis):
 def test_what_opposes_the_sum_is_filtered_where_experts_disagree():
     x = torch.tensor([[3.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     y = torch.tensor([[-1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    shared = Shared.of([x, y], [0.5, 0.5], None)
+    p = [0.5, 0.5]
+    shared = Shared.of([x, y], p, None)
     total = sum(shared.parts)
-    for before, after in zip(shared.parts, shared.filtered(1.0, 1.0), strict=True):
-        along = (before * total).sum(1)
-        assert torch.allclose((after * total).sum(1), along.clamp(min=0), atol=1e-12)
-    nothing = shared.filtered(1.0, 0.0)
     low = shared.kappa < 1.0
     assert low.any()
-    assert all((c[low] == 0).all() for c in nothing)
-    assert all(a is b for a, b in zip(shared.filtered(0.0, 0.0), shared.parts, strict=True))
+    for before, after in zip(shared.parts, filtered(shared.parts, p, low, 1.0), strict=True):
+        along = (before * total).sum(1)
+        assert torch.allclose((after * total).sum(1), along.clamp(min=0), atol=1e-12)
+    assert all((c[low] == 0).all() for c in filtered(shared.parts, p, low, 0.0))
+    assert filtered(shared.parts, p, ~low & low, 0.0) is shared.parts
+
+
+def unrelated(seed, experts, side=60, width=90):
+    """Matrices of experts that have nothing to do with each other."""
+    torch.manual_seed(seed)
+    return [torch.randn(side, width, dtype=torch.float64) for _ in range(experts)]
+
+
+@pytest.mark.parametrize("p", [[0.5, 0.5], [0.2] * 5, [0.6, 0.3, 0.1]])
+def test_unrelated_experts_are_rarely_in_conflict(p):
+    shared = Shared.of(unrelated(1, len(p)), p, None)
+    assert shared.conflicts(None).sum() == 0
+    assert shared.conflicts(5.0).sum() == 0
+    # The deviation is that of kappa: about one direction in six lies more than one below.
+    assert 0.02 < float(shared.conflicts(1.0).double().mean()) < 0.35
+
+
+def test_experts_that_oppose_each_other_are_in_conflict_there_alone():
+    x, y, z = unrelated(2, 3)
+    opposed = torch.zeros(60, 1, dtype=torch.float64)
+    opposed[:10] = 1.0
+    y = torch.where(opposed > 0, -x + 0.1 * y, 4 * y)  # some rows are the other's, turned round
+    shared = Shared.of([x, y, z], [1 / 3] * 3, None)
+    directions = shared.basis.vectors * shared.conflicts(3.0)
+    there = directions.square().sum(1)
+    assert shared.conflicts(3.0).any()
+    assert there[:10].mean() > 5 * there[10:].mean()
+    agreed = Shared.of([x, x + 0.1 * y, x], [1 / 3] * 3, None)
+    assert not agreed.conflicts(0.0).any()
 
 
 def test_matrix_weights_by_their_definition():
@@ -124,11 +154,12 @@ def test_the_gain_gives_back_the_length_of_unrelated_rows():
     y = x.clone()
     x[0, 0], y[0, 1] = 2.0, 2.0
     shared = Shared.of([x, y], [0.5, 0.5], None)
-    how = dict(kappa_min=0.0, subspace=None)
-    merged, facts = shared.joined(shared.parts, [0.5, 0.5], rescale=4.0, power=0.5, **how)
+    nowhere = shared.conflicts(None)
+    how = dict(specific=1.0, subspace=None)
+    merged, facts = shared.joined(nowhere, [0.5, 0.5], rescale=4.0, power=0.5, **how)
     assert merged.norm() == pytest.approx(2.0)
     assert facts["gain"] == pytest.approx(math.sqrt(2))
-    capped, _ = shared.joined(shared.parts, [0.5, 0.5], rescale=1.1, power=0.5, **how)
+    capped, _ = shared.joined(nowhere, [0.5, 0.5], rescale=1.1, power=0.5, **how)
     assert capped.norm() == pytest.approx(1.1 * math.sqrt(2))
 
 
@@ -147,45 +178,70 @@ def test_a_large_layer_takes_leading_directions_and_the_mean_of_the_rest():
     assert torch.allclose(uniform, mean, atol=1e-4)
 
 
-class Distance:
-    """A loss that can be seen through: how far the state is from a goal, and who asked."""
+class Told:
+    """Calibration data that has a share for each state it is asked of, and counts the questions."""
 
-    def __init__(self, goal):
-        self.goal, self.calls = goal, 0
+    def __init__(self, share, spread=0.0):
+        self.share, self.spread, self.calls = share, spread, 0
 
-    def loss(self, state):
+    def explained(self, state):
         self.calls += 1
-        return float(sum((state[n] - self.goal[n]).square().sum() for n in self.goal))
+        return Explained(1 - self.share(state), 1.0, self.spread, 10, 10)
 
 
-def test_calibration_trusts_whom_the_loss_misses_most():
+def told(*shares):
+    return [Told(lambda state, share=share: share) for share in shares]
+
+
+def test_an_expert_weighs_what_its_pictures_explain():
     base, states = draw(7, experts=3)
-    good = Distance(states[0])
-    found = merge(states, base, mode="calibration", calibration=[good] * 3)
-    assert good.calls == 1 + 2 * 3  # with all, then without each expert's part of each layer
-    for facts in found.facts["layers"].values():
-        assert facts["alpha"][0] == max(facts["alpha"])
-        assert sum(facts["alpha"]) == pytest.approx(1)
-    plain = merge(states, base, mode="uniform")
-    assert good.loss(found.state) < good.loss(plain.state)
+    data = told(0.6, 0.3, -0.2)
+    found = merge(states, base, [1, 2, 5], contribution="expert", calibration=data)
+    assert found.facts["explained"] == pytest.approx([0.6, 0.3, -0.2])
+    assert near(found.state, merge(states, base, [0.6, 0.6, 5 * LEAST]).state, 1e-9)
+    assert [each.calls for each in data] == [1, 1, 1]
+    sound = merge(states[:2], base, [0.6, 0.6])
+    without = merge(states, base, [1, 2, 5], contribution="expert", calibration=told(0.6, 0.3, 0.0))
+    assert near(without.state, sound.state, 0.02)
 
 
-def test_leaving_out_ends_with_all_experts_there():
+@pytest.mark.parametrize("contribution", ["layer", "expert"])
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_shares_give_what_no_data_give(mode, contribution):
     base, states = draw(8)
-    state = {n: t.clone() for n, t in base.items()}
-    seen = []
+    options = dict(mode=mode, contribution=contribution)
+    found = merge(states, base, [1, 2, 3], **options, calibration=told(0.4, 0.4, 0.4))
+    assert near(found.state, merge(states, base, [1, 2, 3], mode=mode).state)
+    unsure = [Told(each.share, spread=1.0) for each in told(0.4, 0.1, 0.5)]
+    found = merge(states, base, [1, 2, 3], **options, calibration=unsure)
+    if contribution == "expert":  # nothing can be told apart
+        assert near(found.state, merge(states, base, [1, 2, 3], mode=mode).state)
 
-    def write(layer: Layer, alpha):
-        seen.append(list(alpha))
-        mean = sum(
-            a * x for a, x in zip(alpha, map(torch.clone, Parts(states, layer)), strict=True)
-        )
-        state[layer.weight] = mean[:, :-1]
 
-    first = layers(base)[0][0]
-    by_leaving_out([first], write, [0.5, 0.25, 0.25], [Distance(states[0])] * 3, state)
-    expected = [[0.0, 0.5, 0.5], [2 / 3, 0.0, 1 / 3], [2 / 3, 1 / 3, 0.0], [0.5, 0.25, 0.25]]
-    assert seen[:4] == [pytest.approx(alpha) for alpha in expected]
+def test_data_is_not_looked_at_where_nothing_is_weighed_by_it():
+    base, states = draw(9)
+    data = told(0.6, 0.3, 0.1)
+    found = merge(states, base, contribution="none", calibration=data)
+    assert near(found.state, merge(states, base).state)
+    assert "explained" not in found.facts
+    assert not any(each.calls for each in data)
+
+
+def test_a_layer_that_nothing_depends_on_has_little_weight():
+    base, states = draw(10, experts=2)
+
+    def second(state):  # all of its share hangs on the layer 2
+        return 0.8 if not torch.equal(state["2.weight"], base["2.weight"]) else 0.2
+
+    def both(state):  # half of it on each
+        return 0.4 * sum(not torch.equal(state[n], base[n]) for n in ("0.weight", "2.weight"))
+
+    data = [Told(second), Told(both)]
+    found = merge(states, base, contribution="layer", calibration=data)
+    alphas = {name: facts["alpha"] for name, facts in found.facts["layers"].items()}
+    assert alphas["0"] == pytest.approx([LEAST / (LEAST + 0.5), 0.5 / (LEAST + 0.5)])
+    assert alphas["2"] == pytest.approx([0.75 / 1.25, 0.5 / 1.25])
+    assert [each.calls for each in data] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -193,13 +249,13 @@ def test_leaving_out_ends_with_all_experts_there():
     [
         ({"noise": 0.0}, "noise: expected a positive number"),
         ({"floor": 0.0}, "floor"),
-        ({"kappa_min": 1.5}, r"kappa_min: expected in \[0, 1\]"),
+        ({"conflict": -1.0}, "conflict"),
+        ({"contribution": "all"}, "expert, layer, none"),
         ({"specific": -1.0}, "specific"),
         ({"rescale": 0.5}, "rescale"),
         ({"power": 2.0}, "power"),
         ({"rank": 0}, "rank"),
-        ({"mode": "calibration"}, "--calibration_data"),
-        ({"mode": "subspaces"}, "uniform, energy, subspace, calibration"),
+        ({"mode": "calibration"}, "uniform, energy, subspace"),
     ],
 )
 def test_options_out_of_range(options, said):
