@@ -137,10 +137,10 @@ def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> N
                 f"--fed_method {name} and --mm_projector_type {other.connector} go together, here "
                 f"they are {method.name} and {model_args.mm_projector_type}"
             )
-    if method.store is not None and not (kind.trains_here or kind.clients_keep):
+    if method.store is not None and not (kind.trains_here or kind.clients_keep or kind.hands_over):
         raise InputError(
-            f"{who} has no place with --fed_driver {fed_args.fed_driver}: clients' private "
-            "parameters are put into the model by the resident one"
+            f"{who} has no place with --fed_driver {fed_args.fed_driver}, which does not hand its "
+            "clients' private parameters over to them"
         )
     if method.store is not None and kind.clients_keep and fed_args.fed_eval_data_path:
         raise InputError(

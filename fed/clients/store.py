@@ -66,6 +66,14 @@ class ClientStore:
         """The task is done: keep what is the client's, while the trainer's optimizer is there.
         Every rank calls it."""
 
+    def given(self, task: ClientTask) -> tuple[State, dict[str, Any]]:
+        """What a process of the client's own is given for the task beside its state: tensors by the
+        state's names, and flags."""
+        return {}, {}
+
+    def take_back(self, task: ClientTask, tensors: State) -> None:
+        """Keep what the process has made of the tensors that it was given beside its state."""
+
     def visit(self, client: str, extras: State, round: int) -> None:
         """Make the model the client's as `round` has left it, to measure it."""
 

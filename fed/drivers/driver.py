@@ -98,6 +98,8 @@ class Driver(ABC):
             their steps and keep parameters with them, and --fed_pool has a meaning.
         clients_keep: whether clients step in this package's own processes elsewhere, and what they
             keep from task to task stays there: a method may do what it may where `trains_here`.
+        hands_over: whether clients are processes that are given what they keep from task to task
+            (`ClientStore.given`), and give it back: a method may have private parameters.
         data_here: whether the clients' data lie on this machine, where clients.yaml says.
         may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
             meaning.
@@ -116,6 +118,7 @@ class Driver(ABC):
     lr_schedule: ClassVar[str] = "run"
     trains_here: ClassVar[bool] = False
     clients_keep: ClassVar[bool] = False
+    hands_over: ClassVar[bool] = False
     data_here: ClassVar[bool] = True
     may_fail: ClassVar[bool] = False
     writes_updates: bool = False

@@ -13,6 +13,10 @@ batch, learning rate and the like are what its script says.
 Two things need clients that run `llava.train` of this package. `--fed_lr_schedule run` adds
 `--schedule_samples N … --schedule_round R`. With `--lora_enable True` the state is a LoRA folder,
 sent as `--lora_weight_path DIR` (which upstream passes over), and expected back in the same files.
+
+Where a method's clients keep private parameters (Pilot), these are in the file or folder that is
+sent, and are taken from what comes back, with the flags that say what the client is to do with
+them. They lie in OUTPUT/clients/NAME, as with the resident driver.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from fed.drivers.flags import CommandFlags, ParallelFlags, TryFlags
 from fed.drivers.process_groups import ProcessGroups, locked, sole_use, unwound_by_signals
 from fed.drivers.script_clients import make_clients
 from fed.drivers.start import as_one_process, starting_point
-from fed.state import StateError
+from fed.state import State, StateError
 from llava.atomic import write_text
 from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import NON_LORA_FILE
@@ -64,6 +68,7 @@ class ScriptDriver(Driver):
 
     keys = PROCESS_KEYS
     may_fail = True
+    hands_over = True
     flags = ScriptFlags
     lr_schedule = "round"  # upstream's own training code knows no schedule that spans several runs
 
@@ -156,7 +161,8 @@ class ScriptDriver(Driver):
             output.mkdir(exist_ok=True)
             for name in self.part.files:
                 (output / name).unlink(missing_ok=True)
-            command = self._command(task, output)
+            beside, flags = self.store.given(task)
+            command = self._command(task, output, beside, flags)
             with open(log, "a") as file:
                 file.write(f"$ {shlex.join(command)}\n")
             said_before, began = log.stat().st_size, time.perf_counter()
@@ -173,7 +179,7 @@ class ScriptDriver(Driver):
             try:
                 if ended:
                     raise StateError(ended)
-                result = read_result(self.part, output, like=task.state)
+                result = read_result(self.part, output, like=task.state | beside)
             except StateError as error:
                 # What cannot be continued, was continued in vain, or led to this, is not kept.
                 if not ended or _last_step(output) <= begun_at:
@@ -183,14 +189,17 @@ class ScriptDriver(Driver):
         losses = [entry["loss"] for entry in history if "loss" in entry]
         loss = sum(losses) / len(losses) if losses else None
         self._report(task, history, steps)
+        self.store.take_back(task, {name: result.pop(name) for name in beside})
         update = Update(result, samples, {"loss": loss, "steps": steps, "seconds": seconds})
         return carried(update, task.state, self.wire, f"client {task.name}")
 
-    def _command(self, task: ClientTask, output: Path) -> list[str]:
+    def _command(
+        self, task: ClientTask, output: Path, beside: State, flags: Mapping[str, Any]
+    ) -> list[str]:
         """Write what the client is given, and the command that says where it is."""
         client, round = task.client, task.round
         sent, data_file = task.work_dir / "sent", task.work_dir / "data.json"
-        self.part.write(task.state, sent)
+        self.part.write(task.state | beside, sent)
         records = [client.records[i] for i in client.slices[round - 1]]
         write_text(data_file, json.dumps(records))
         paths = {
@@ -202,6 +211,8 @@ class ScriptDriver(Driver):
         words = [*client.command]
         for flag, path in paths.items():
             words += [f"--{flag}", os.path.abspath(path)] if path else []
+        for flag, value in flags.items():
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
         words += ["--seed", str(seed_of(client.seed, client.name, round))]
         if self.schedule == "run":
             sizes = [str(len(cut)) for cut in client.slices]

@@ -75,13 +75,17 @@ class PrivateParameters(ClientStore):
         return self.folder(task.name) / f"turn-{task.round:04d}"
 
     def enter(self, task: ClientTask) -> dict[nn.Parameter, Tensor]:
+        self._check_kept(task)
+        kept = self._put(task.name, task.extras, task.round, kept_before=task.last_round + 1)
+        return {self.private[name]: tensor for name, tensor in kept.items()}
+
+    def _check_kept(self, task: ClientTask) -> None:
+        """Refuse to go on without what the client's last task has left."""
         if task.last_round and not self._file(task.name, task.last_round).exists():
             raise InputError(
                 f"{self._file(task.name, task.last_round)}: no such file; it had the private "
                 f"parameters of client {task.name} after round {task.last_round}"
             )
-        kept = self._put(task.name, task.extras, task.round, kept_before=task.last_round + 1)
-        return {self.private[name]: tensor for name, tensor in kept.items()}
 
     def visit(self, client: str, extras: State, round: int) -> None:
         self._put(client, extras, round, kept_before=round + 1)
@@ -100,7 +104,7 @@ class PrivateParameters(ClientStore):
             round: whose stage it has; the first round is stage 1.
             kept_before: what the last task before this round has left is taken.
         """
-        self.connector.settings.stage = 1 if round == 1 else 2
+        self.connector.settings.stage = _stage(round)
         self.connector.train_groups(*TRAINED)
         kept = self._kept(client, kept_before)
         copy_in(kept, self.private, f"the private parameters of client {client}")
@@ -124,10 +128,25 @@ class PrivateParameters(ClientStore):
             found[name] = self.initial[rest] if sent is None else sent
         return found
 
+    def given(self, task: ClientTask) -> tuple[State, dict[str, Any]]:
+        self._check_kept(task)
+        beside = self._kept(task.name, task.last_round + 1) | self._others(task.name, task.extras)
+        flags = {"pilot_stage": _stage(task.round), "pilot_tasks": self.order(task.name)}
+        return (
+            {PROJECTOR_PREFIX + name: tensor for name, tensor in beside.items()},
+            flags | self.changed_arguments(task.round),
+        )
+
+    def take_back(self, task: ClientTask, tensors: State) -> None:
+        self._keep(task, {name: tensors[PROJECTOR_PREFIX + name] for name in self.private})
+
     def leave(self, task: ClientTask) -> None:
         tensors = float32_copies(self.private)
-        if not self.main:
-            return
+        if self.main:
+            self._keep(task, tensors)
+
+    def _keep(self, task: ClientTask, tensors: State) -> None:
+        """Write a task's private parameters, and remove those that nothing needs any more."""
         save_with_facts(tensors, {"client": task.name}, self._file(task.name, task.round))
         needed = task.last_round, task.round  # the former for a task that is done again
         for file in self._files(task.name):
@@ -160,3 +179,8 @@ class PrivateParameters(ClientStore):
 
     def _files(self, client: str) -> list[Path]:
         return sorted((self.folder(client) / "own").glob("[0-9]*.safetensors"))
+
+
+def _stage(round: int) -> int:
+    """The first exchange is stage 1."""
+    return 1 if round == 1 else 2

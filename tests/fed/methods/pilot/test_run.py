@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from llava.errors import InputError
 from llava.model import convert
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import load_projector
-from tests.conftest import make_llm, tool
+from tests.conftest import assert_moved_alike, make_llm, tool
+from tests.fed.drivers.test_script import SCRIPT
 from tests.fed.test_train import StopError, stop_after
 
 TASKS = {"a": "colour", "b": "colour", "c": "shape"}
@@ -204,6 +206,36 @@ def test_what_is_the_clients_own_is_in_nothing_sent_and_in_no_file_of_the_server
     assert "a-1.png" not in records
 
 
+@pytest.mark.slow  # six processes: clients' own parameters go into them and come back
+def test_scripts_give_what_the_resident_driver_gives(pilot, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TUNE", "False")
+    launcher = f"{sys.executable} -m llava.train.train --per_device_train_batch_size 2"
+    more = "--lora_enable True --mm_projector_type pilot"
+    (tmp_path / "client.sh").write_text(SCRIPT.format(launcher=launcher, tiny=tiny, more=more))
+    common = {"fed_rounds": 1, "pilot_stage1_learning_rate": 5e-3, "fed_clients": tmp_path / "two"}
+    entry = "{{name: {0}, task: {1}, data_path: {2}/{0}.json, image_folder: {2}/images}}"
+    entries = [entry.format(name, task, tiny) for name, task in (("a", "colour"), ("b", "shape"))]
+    (tmp_path / "two").write_text("clients:\n" + "".join(f"  - {e}\n" for e in entries))
+    command = {"fed_driver": "script", "fed_client_command": f"bash {tmp_path}/client.sh"}
+    records = {
+        "resident": pilot(tmp_path / "resident", fed_lr_schedule="round", **common),
+        "script": pilot(tmp_path / "script", **command, **common),
+    }
+    pilot(tmp_path / "start", **{**common, "pilot_stage1_learning_rate": 0, "learning_rate": 0})
+    assert len(records["script"]) == 2
+    for one, other in zip(*records.values(), strict=True):
+        for client, facts in one["clients"].items():
+            assert other["clients"][client]["loss"] == pytest.approx(facts["loss"], rel=1e-5)
+    for file in (
+        *("tasks/colour/mm_projector.bin", "tasks/shape/mm_projector.bin"),
+        *("clients/a/non_lora_trainables.bin", "clients/b/adapter_model.safetensors"),
+        *("clients/a/own/0002.safetensors", "clients/b/own/0002.safetensors"),
+    ):
+        runs = (states.read_tensors(tmp_path / n / file) for n in ("script", "resident", "start"))
+        assert_moved_alike(*runs, 0.01)
+
+
 def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(b.any()) and torch.equal(a.float(), b.float())
 
@@ -214,7 +246,6 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
         ({"mm_projector_type": "mlp2x_gelu"}, "--mm_projector_type pilot go together"),
         ({"fed_method": "fedavg"}, "--mm_projector_type pilot go together"),
         ({"fed_pool": True}, "no place with --fed_pool"),
-        ({"fed_driver": "script", "fed_client_command": "true"}, "no place with --fed_driver scri"),
         ({"pilot_stage": 1}, "--pilot_stage has no place"),
         ({"pilot_init": "half"}, "pilot_init is 'half'"),
         ({"pilot_top_k": 3}, r"pilot_top_k is 3, expected 0 \(all\) to 2"),
