@@ -15,7 +15,10 @@ Stage 2, cross-task mixture of adapters (CT-MoA), routed per visual token:
     loss = L_ce + balance * L_b + z * L_z
 
 psi^t_i of the other tasks come from their clients and are frozen; psi_s, psi^c and phi never leave
-the client. The two stages, what trains in them and what is sent are known from the paper and its
+the client. With `router_own` above 0 the router has a bias, which begins with that number for the
+own task's adapter and with 0 for the others, so that a client sets out from what its own task
+knows, and learns from there what others' tasks add: ours, the published router has none. The two
+stages, what trains in them and what is sent are known from the paper and its
 released code, L_b, L_z and the three coefficients' defaults from the code. With `top_k` below T the
 chosen gates are scaled to sum to one: our reading, the published runs use all T.
 
@@ -29,7 +32,7 @@ through all of stage 1, where nothing tells what is of the task from what is of 
 
 State-dict names: psi^t_1 has upstream's, `0.weight` …; the rest is `pilot.client.*` (psi_s),
 `pilot.others.I.*` (psi^t), `pilot.cross.I.*` (psi^c), I from 0 in the order of the tasks after the
-own, and `pilot.router.weight` (phi, (T, mm_hidden_size)).
+own, and `pilot.router.weight` (phi, (T, mm_hidden_size)), `pilot.router.bias` (T,) if it has one.
 """
 
 from __future__ import annotations
@@ -76,6 +79,7 @@ class PilotSettings:
     stage: int = _setting(2, "1 or 2.")
     init: str = _setting("split", "added adapters start at 0 (split), or as the projector (copy).")
     top_k: int = _setting(0, "experts a token; 0: all.")
+    router_own: float = _setting(0.0, "the own adapter's logit at the start; 0: no bias.")
     difference: float = _setting(0.1, "weight of the difference loss of stage 1.")
     balance: float = _setting(0.1, "weight of the balance loss of stage 2.")
     z: float = _setting(0.01, "weight of the router-z loss of stage 2.")
@@ -89,7 +93,7 @@ class PilotSettings:
             if getattr(self, name) not in known:
                 there = ", ".join(map(str, known))
                 raise InputError(f"pilot_{name} is {getattr(self, name)!r}; known are {there}")
-        for name in ("difference", "balance", "z"):
+        for name in ("router_own", "difference", "balance", "z"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"pilot_{name} is {getattr(self, name)}, expected 0 or more")
         if len(set(self.tasks)) < len(self.tasks):
@@ -118,7 +122,8 @@ class PilotConnector(MLPConnector):
         if others:
             self.pilot["others"] = nn.ModuleList(adapter() for _ in range(others))
             self.pilot["cross"] = nn.ModuleList(adapter() for _ in range(others))
-            self.pilot["router"] = nn.Linear(in_features, others + 1, bias=False)
+            biased = settings.router_own > 0
+            self.pilot["router"] = nn.Linear(in_features, others + 1, bias=biased)
 
     def groups(self) -> dict[str, list[str]]:
         """By stage; the base, psi^t_1, is the task's in both."""
@@ -153,6 +158,9 @@ class PilotConnector(MLPConnector):
                 last.bias.zero_()
         if "router" in self.pilot and self._router.weight.numel():
             self._router.reset_parameters()
+            if self.settings.router_own:
+                self._router.bias.zero_()
+                self._router.bias[0] = self.settings.router_own
 
     @property
     def _router(self) -> nn.Linear:

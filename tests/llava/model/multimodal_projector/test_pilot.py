@@ -12,6 +12,7 @@ from torch.nn.functional import gelu
 from llava.errors import InputError
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_projector.connector import TRAINED
 from llava.model.multimodal_projector.pilot import PilotConnector, PilotSettings
 from llava.model.multimodal_projector.pilot_losses import (
     balance_loss,
@@ -77,6 +78,24 @@ def test_stage_2_mixes_adapters_on_adapters_per_token():
     connector.eval()
     connector(x)
     assert connector.aux_loss() is None
+
+
+def test_the_router_may_begin_at_the_own_adapter():
+    x = torch.randn(2, 5, 6)
+    connector, plain = make(router_own=4.0), make()
+    assert connector.state_dict()["pilot.router.bias"].tolist() == [4.0, 0.0, 0.0]
+    assert "pilot.router.bias" not in plain.state_dict()
+    logits = x @ connector.state_dict()["pilot.router.weight"].T + torch.tensor([4.0, 0, 0])
+    gates = logits.softmax(-1)
+    assert gates[..., 0].min() > 0.8
+    connector.train_groups(*TRAINED)
+    out = connector(x)
+    torch.testing.assert_close(
+        connector.aux_loss(), 0.1 * balance_loss(gates) + 0.01 * router_z_loss(logits)
+    )
+    out.square().sum().backward()
+    assert connector.pilot["router"].bias.grad.abs().max() > 0  # it is learnt from there
+    assert "pilot.router.bias" in connector.private()
 
 
 def test_top_k_keeps_the_largest_gates_of_each_token():
