@@ -25,12 +25,13 @@ from fed.methods.interface.checks import check_memory, memory_shapes
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Decay, Positive
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import MeanOnly
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
 
-@method("fedadam")
+@method("fedadam", sums=MeanOnly)
 def fedadam(
     states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor],
     server_lr: Positive = 0.01, beta1: Decay = 0.9, beta2: Decay = 0.99, tau: Positive = 1e-3,
@@ -57,7 +58,7 @@ def fedadam(
     )  # fmt: skip
 
 
-@method("fedyogi")
+@method("fedyogi", sums=MeanOnly)
 def fedyogi(
     states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor],
     server_lr: Positive = 0.01, beta1: Decay = 0.9, beta2: Decay = 0.99, tau: Positive = 1e-3,
@@ -84,7 +85,7 @@ def fedyogi(
     )  # fmt: skip
 
 
-@method("fedadagrad")
+@method("fedadagrad", sums=MeanOnly)
 def fedadagrad(
     states: list[State], *, weights: list[float], base: State, memory: dict[str, Tensor],
     server_lr: Positive = 0.01, beta1: Decay = 0.0, tau: Positive = 1e-3,

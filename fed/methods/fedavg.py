@@ -11,11 +11,12 @@ from __future__ import annotations
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Positive
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import MeanOnly
 from fed.numerics.weighted_mean import mean_shares, towards_mean
 from fed.state import State
 
 
-@method("fedavg")
+@method("fedavg", sums=MeanOnly)
 def fedavg(
     states: list[State],
     *,

@@ -21,12 +21,13 @@ from fed.methods.interface.checks import check_memory, memory_shapes
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Decay, Positive
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import MeanOnly
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
 
-@method("fedavgm")
+@method("fedavgm", sums=MeanOnly)
 def fedavgm(
     states: list[State],
     *,

@@ -21,12 +21,41 @@ from torch import Tensor
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import NonNegative
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import (
+    STATE,
+    WEIGHT,
+    Exchanges,
+    MeanOnly,
+    Own,
+    Round,
+    differences,
+    parts_of,
+)
 from fed.numerics.chunks import blocks, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
 
+EACH = "each"  # the term w |Delta_k|^2
 
-@method("fedexp", cross_layer=True)
+
+class FedExPSums(MeanOnly):
+    """The mean, and sum_k p_k |Delta_k|^2."""
+
+    def terms(self, exchange: int, own: Own, given: State) -> State:
+        terms = super().terms(exchange, own, given)
+        moved = differences(own.state, own.base).values()
+        return terms | {EACH: terms[WEIGHT] * sum(t.square().sum() for t in moved)}
+
+    def serve(self, round: Round) -> Exchanges:
+        sums = yield {}
+        (delta,) = parts_of(sums, STATE)
+        each = float(sums[EACH] / sums[WEIGHT])
+        together = float(sum(t.square().sum() for t in delta.values()))
+        mean = {name: t.double() + delta[name] for name, t in round.base.items()}
+        return _stepped(mean, round.base, each, together, self.options["eps"])
+
+
+@method("fedexp", cross_layer=True, sums=FedExPSums)
 def fedexp(
     states: list[State],
     *,
@@ -50,7 +79,15 @@ def fedexp(
         block.write(mean, average)
         each += float(by @ squares(block.clients - block.base))
         together += float(squares(average - block.base))
+    return _stepped(mean, base, each, together, eps)
 
+
+def _stepped(mean: State, base: State, each: float, together: float, eps: float) -> Outcome:
+    """The step along the mean update, which `mean` is overwritten with.
+
+    Args:
+        each: sum_k p_k |Delta_k|^2; `together` is |Delta|^2.
+    """
     longest = 2 * (together + eps)
     eta = max(1.0, each / longest) if longest > 0 else 1.0
     if eta > 1:

@@ -17,6 +17,7 @@ from fed.methods.interface.client_rule import ClientRule
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import NonNegative, Positive
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import MeanOnly
 from fed.state import State
 
 
@@ -33,7 +34,7 @@ class Proximal(ClientRule):
         return {name: self.mu * (weights[name] - start) for name, start in self.start.items()}
 
 
-@method("fedprox", client_rule=Proximal)
+@method("fedprox", client_rule=Proximal, sums=MeanOnly)
 def fedprox(
     states: list[State],
     *,

@@ -13,6 +13,7 @@ than half did not move, nobody does. Nothing clipped is FedAvg. The paper's nois
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import torch
@@ -20,12 +21,43 @@ import torch
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Positive
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import (
+    STATE,
+    Exchanges,
+    MeanOnly,
+    Own,
+    Round,
+    differences,
+    parts_of,
+    weighted,
+)
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 
-@method("norm_clip", cross_layer=True)
+class NormClipSums(MeanOnly):
+    """Clients shorten their own updates; only a fixed bound is known to them."""
+
+    def terms(self, exchange: int, own: Own, given: State) -> State:
+        moved = differences(own.state, own.base)
+        length = math.sqrt(float(sum(t.square().sum() for t in moved.values())))
+        scale = min(1.0, self.options["bound"] / length) if length else 1.0
+        return weighted({STATE: {name: scale * t for name, t in moved.items()}}, own.weight)
+
+    def serve(self, round: Round) -> Exchanges:
+        sums = yield {}
+        (moved,) = parts_of(sums, STATE)
+        mean = {name: t.double() + moved[name] for name, t in round.base.items()}
+        return Outcome(mean, None, {"bound": self.options["bound"]})
+
+    def refusal(self) -> str | None:
+        if self.options["bound"] is None:
+            return "it compares the lengths of clients' updates where no `bound` is given"
+        return None
+
+
+@method("norm_clip", cross_layer=True, sums=NormClipSums)
 def norm_clip(
     states: list[State],
     *,

@@ -34,6 +34,7 @@ from fed.methods.interface.client_rule import FOR_CLIENTS, ClientRule, Ending
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Positive
 from fed.methods.interface.registry import method
+from fed.methods.interface.sums import MeanOnly
 from fed.numerics.chunks import blocks, empty, squares
 from fed.numerics.weighted_mean import mean_shares
 from fed.state import State
@@ -69,7 +70,7 @@ class ControlVariates(ClientRule):
         return Ending(new, {name: new[name] - self.own[name] for name in new})
 
 
-@method("scaffold", client_rule=ControlVariates)
+@method("scaffold", client_rule=ControlVariates, sums=MeanOnly)
 def scaffold(
     states: list[State],
     *,

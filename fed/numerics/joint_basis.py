@@ -69,28 +69,49 @@ def joint_basis(
             or less, or none, which then is 64. `randomised` without a rank saves nothing.
     """
     first = next(iter(mats))
-    side, width = first.shape
-    columns = width * len(mats)
-    full = min(side, columns)
-    if how == "auto":
-        large = full > LARGE and (rank is None or rank <= full // 4)
-        how = "randomised" if large else "exact"
-        rank = rank or (LEADING if large else None)
-    rank = min(rank or full, full)
+    search = Search.of(first.shape[0], first.shape[1], len(mats), rank=rank, how=how)
     frame = None
-    if how == "randomised":
-        frame = random_frame(side, min(rank + OVERSAMPLE, full), first, seed)
-        frame = leading_range(lambda found: _applied(mats, shares, found), frame, PASSES)
-    elif columns < side:
+    if search.how == "randomised":
+        frame = random_frame(len(first), search.size, first, seed)
+        frame = leading_range(lambda found: applied(mats, shares, found), frame, PASSES)
+    elif first.shape[1] * len(mats) < len(first):
         frame = torch.linalg.qr(torch.cat([m.clone() for m in mats], dim=1)).Q
-
     moment, total = gram(mats, shares, frame)
-    energies, vectors = torch.linalg.eigh(moment)
-    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)
-    vectors = vectors if frame is None else frame @ vectors
-    if energy < 1:
-        rank = min(rank, 1 + int((energies.cumsum(0) < energy * total).sum()))
-    return Basis(vectors[:, :rank].contiguous(), energies[:rank], total, full, how)
+    return search.found(moment, total, frame, energy)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the directions of a layer are looked for: `rank` of `full`, "exact" or "randomised"."""
+
+    rank: int
+    full: int
+    how: str
+
+    @classmethod
+    def of(cls, side: int, width: int, count: int, *, rank: int | None, how: str) -> Search:
+        """For `count` matrices (side, width); `rank` and `how` as `joint_basis` has them."""
+        full = min(side, width * count)
+        if how == "auto":
+            large = full > LARGE and (rank is None or rank <= full // 4)
+            how = "randomised" if large else "exact"
+            rank = rank or (LEADING if large else None)
+        return cls(min(rank or full, full), full, how)
+
+    @property
+    def size(self) -> int:
+        """The columns of the range finder's frame."""
+        return min(self.rank + OVERSAMPLE, self.full)
+
+    def found(self, moment: Tensor, total: float, frame: Tensor | None, energy: float) -> Basis:
+        """The basis, from S, or from S within a frame, and the trace of S."""
+        energies, vectors = torch.linalg.eigh(moment)
+        energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)
+        vectors = vectors if frame is None else frame @ vectors
+        rank = self.rank
+        if energy < 1:
+            rank = min(rank, 1 + int((energies.cumsum(0) < energy * total).sum()))
+        return Basis(vectors[:, :rank].contiguous(), energies[:rank], total, self.full, self.how)
 
 
 def gram(
@@ -111,7 +132,7 @@ def gram(
     return moment, total
 
 
-def _applied(mats: Matrices, shares: Sequence[float], frame: Tensor) -> Tensor:
+def applied(mats: Matrices, shares: Sequence[float], frame: Tensor) -> Tensor:
     """S F, (out, size), of a frame F: a sum over clients."""
     image = torch.zeros_like(frame)
     for m, p in zip(mats, shares, strict=True):

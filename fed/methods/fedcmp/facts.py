@@ -11,8 +11,11 @@ from fed.methods.fedcmp.fusion import Fused
 from fed.numerics.joint_basis import Basis
 
 
-def describe(shared: Basis, fused: Fused, p: list[float]) -> dict[str, Any]:
-    """The facts of a layer; means over directions are weighted by the directions' energy."""
+def describe(shared: Basis, fused: Fused, chance: float) -> dict[str, Any]:
+    """The facts of a layer; means over directions are weighted by the directions' energy.
+
+    `chance` is kappa of clients that are unrelated, sum_k p_k^2.
+    """
     energies = shared.energies.double()
     kept = float(energies.sum())
     weight = energies / kept if kept > 0 else torch.full_like(energies, 1 / len(energies))
@@ -33,7 +36,7 @@ def describe(shared: Basis, fused: Fused, p: list[float]) -> dict[str, Any]:
         "energy_kept": min(kept / total, 1.0) if shared.total > 0 else 1.0,
         "spectrum": (energies[:8] / total).tolist(),
         "kappa": summary(fused.kappa),
-        "chance": sum(share * share for share in p),  # kappa of clients that are unrelated
+        "chance": chance,
         "gain": summary(fused.gain),
         "rest": rest and {"share": rest.energy / total, "kappa": rest.kappa, "gain": rest.gain},
         "agreement": [mean(a) for a in fused.agreement],

@@ -3,7 +3,7 @@
 The first sum, S, has given the basis U (`joint_basis`). The second is the mean M =
 sum_k p_k X_k, with its coefficients U^T M. The third is of rho~_ki c_ki, rho~_ki |c_ki|^2 and
 rho~_ki, where c_ki are the rows of C_k = U^T X_k and rho~_ki is known to client k from the second
-sum. Nothing else of a client is needed, so the same can come out of secure aggregation.
+sum. Nothing else of a client is needed, so the same comes out of secure sums (`sums.py`).
 
 What lies outside U is one block more, with one length for all clients: its mean is kept.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,21 +89,58 @@ def fuse(
         squares += rho[-1] * of_rows
         inside += share * float(of_rows.sum())
     sums = total(rho)
-    kappa = consensus(rows, squares, sums)
-    fused, gain = merge_rows(rows, squares, sums, rescale)
-    r = len(gain)
-    rest = None
-    if r < basis.full:
-        rest = rest_of(mean, mean_rows, max(basis.total - inside, 0.0), basis.total, rescale)
-        if not keep_rest:
-            rest = Rest(rest.energy, rest.kappa, 0.0)
-    if flatten:
-        left = 0.0 if rest is None else rest.gain * math.sqrt(rest.kappa * rest.energy)
-        bent, bent_rest = evened(fused.norm(dim=1), kappa, left, rest, basis.full, flatten)
-        fused, gain = fused * bent[:, None], gain * bent
-        if rest is not None:
-            rest = Rest(rest.energy, rest.kappa, rest.gain * bent_rest)
-    return Fused(fused, mean, mean_rows, kappa, gain, agreed, [each / sums for each in rho], rest)
+    third = ThirdSum(rows, squares, sums, inside)
+    fused = third.fused(
+        mean, mean_rows, basis, rescale=rescale, flatten=flatten, keep_rest=keep_rest
+    )
+    return replace(fused, agreement=agreed, reliability=[each / sums for each in rho])
+
+
+@dataclass(frozen=True)
+class ThirdSum:
+    """The third sum, and what the basis holds of the clients' energy.
+
+    Attributes:
+        rows: sum_k rho~_ki c_ki, (r, in).
+        squares, rho: sum_k rho~_ki |c_ki|^2 and sum_k rho~_ki, (r,).
+        inside: sum_k p_k |C_k|^2.
+    """
+
+    rows: Tensor
+    squares: Tensor
+    rho: Tensor
+    inside: float
+
+    def fused(
+        self,
+        mean: Tensor,
+        mean_rows: Tensor,
+        basis: Basis,
+        *,
+        rescale: float,
+        flatten: float,
+        keep_rest: bool,
+    ) -> Fused:
+        """What the server makes of the sums, without agreement and reliability of single clients.
+
+        `mean` is M, `mean_rows` U^T M.
+        """
+        kappa = consensus(self.rows, self.squares, self.rho)
+        fused, gain = merge_rows(self.rows, self.squares, self.rho, rescale)
+        rest = None
+        if len(gain) < basis.full:
+            left = max(basis.total - self.inside, 0.0)
+            rest = rest_of(mean, mean_rows, left, basis.total, rescale)
+            if not keep_rest:
+                rest = Rest(rest.energy, rest.kappa, 0.0)
+        if flatten:
+            outside = 0.0 if rest is None else rest.gain * math.sqrt(rest.kappa * rest.energy)
+            lengths = fused.norm(dim=1)
+            bent, bent_rest = evened(lengths, kappa, outside, rest, basis.full, flatten)
+            fused, gain = fused * bent[:, None], gain * bent
+            if rest is not None:
+                rest = Rest(rest.energy, rest.kappa, rest.gain * bent_rest)
+        return Fused(fused, mean, mean_rows, kappa, gain, [], [], rest)
 
 
 def agreement(c: Tensor, p: float, mean: Tensor) -> Tensor:

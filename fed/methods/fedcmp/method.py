@@ -39,34 +39,31 @@ case: directions without history stand as they are.
 
 Up to 1024 rows every direction is found, in float64; above, the leading 64 by a range finder, in
 float32, and the others are the rest. Norms, scales and other tensors that are no layer are averaged
-by samples. fusion.py has the sums over clients that the server needs.
+by samples. fusion.py has the sums over clients that the server needs, sums.py a round from them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from fed.methods.fedcmp.facts import describe
 from fed.methods.fedcmp.fusion import fuse
-from fed.methods.fedcmp.momentum import carry, check_history, turn
+from fed.methods.fedcmp.step import Step, checked_tau
+from fed.methods.fedcmp.sums import FedCMPSums
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.options import Count, Range, Unit
 from fed.methods.interface.registry import method
 from fed.numerics.chunks import blocks, empty
 from fed.numerics.joint_basis import joint_basis
-from fed.numerics.layers import Layer, Parts, layers, write_matrix
+from fed.numerics.layers import Parts, layers
 from fed.numerics.weighted_mean import shares
 from fed.state import State
-from llava.errors import InputError
 
 MIN_TAU = 0.01  # exp(-2 / tau) must stay a float
 
 
-@method("fedcmp", explained_by=("reliability", "explained"))
+@method("fedcmp", explained_by=("reliability", "explained"), sums=FedCMPSums)
 def fedcmp(
     states: list[State],
     *,
@@ -96,57 +93,19 @@ def fedcmp(
     Raises:
         InputError: a `tau` where reliability is not agreement; projected momentum of weights.
     """
-    projected = momentum == "projected"
-    if tau is not None and reliability != "agreement":
-        raise InputError(f"fedcmp option tau is for reliability=agreement, not {reliability}")
-    if projected and beta > 0 and space == "weights":
-        raise InputError(
-            "fedcmp option momentum=projected adds up steps, of which space=weights knows none; "
-            "momentum=polar has a meaning there"
-        )
-    tau = (tau or 1.0) if reliability == "agreement" else math.inf
+    tau = checked_tau(space, reliability, tau, momentum, beta)
     p = shares(weights)
     affine, others = layers(base)
-    check_history(memory, _memory_shapes(affine, base, projected))
-
     result = empty(base)
     for block in blocks(states, {name: base[name] for name in others}):
         block.write(result, block.mix(p))
-    kept: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {"layers": {}, "averaged": others}
+    projected = momentum == "projected"
+    step = Step(base, memory, space, projected, beta, align, affine, others, result)
     for layer in affine:
-        mats = Parts(states, layer, base if space == "updates" else None)
+        mats = Parts(states, layer, step.origin)
         shared = joint_basis(mats, p, energy=energy, rank=rank, how=basis)
         fused = fuse(
             mats, p, shared, tau=tau, rescale=rescale, flatten=flatten, keep_rest=rest == "keep"
         )
-        key = _memory_key(layer, projected)
-        turned = shared.vectors
-        if not projected:
-            turned, history = turn(shared, memory.get(key), beta, align)
-        moved = fused.matrix(turned, None if turned is shared.vectors else shared.vectors)
-        if projected:
-            moved, history = carry(moved, shared, memory.get(key), beta)
-        facts["layers"][layer.name] = {**describe(shared, fused, p), "momentum": history}
-        write_matrix(moved, layer, result, mats.origin)
-        if beta > 0 and shared.total > 0:
-            kept[key] = (moved if projected else turned).float()
-        elif beta > 0 and key in memory:  # nobody moved: U means nothing, the history stays
-            kept[key] = memory[key]
-    return Outcome(result, kept, facts)
-
-
-def _memory_key(layer: Layer, projected: bool) -> str:
-    return f"{layer.name}.{'step' if projected else 'basis'}"
-
-
-def _memory_shapes(
-    affine: Sequence[Layer], base: State, projected: bool
-) -> dict[str, tuple[int, int]]:
-    """By key the rows and the most columns of what memory may hold."""
-    shapes = {}
-    for layer in affine:
-        side, width = base[layer.weight].flatten(1).shape
-        columns = width + bool(layer.bias) if projected else side
-        shapes[_memory_key(layer, projected)] = side, columns
-    return shapes
+        step.take(layer, shared, fused, chance=sum(share * share for share in p))
+    return step.outcome()

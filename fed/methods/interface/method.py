@@ -16,6 +16,7 @@ from fed.methods.interface.calibration import Calibration
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import ClientRule
 from fed.methods.interface.each import Each
+from fed.methods.interface.sums import Sums
 from fed.state import State, StateError, check, is_finite
 from llava.errors import InputError
 
@@ -61,6 +62,7 @@ class Method:
         client_rule: a rule for the clients' steps, made anew for each task; None: they just train.
         send: what a client is sent, where that is not its own state or the shared one.
         exchanges: --fed_rounds -> the number of times that clients send something back.
+        sums: its two sides where it needs only sums over clients; None: it looks at single ones.
         connector: the --mm_projector_type that it needs, and that needs it.
         flags: a dataclass of command-line flags of its own; all of them decide the result.
         prepare: refuses arguments that do not go together, `(specs, arguments) -> arguments`, and
@@ -78,6 +80,7 @@ class Method:
     client_rule: type[ClientRule] | None = None
     send: Send | None = None
     exchanges: Callable[[int], int] = lambda rounds: rounds
+    sums: type[Sums] | None = None
     connector: str | None = None
     flags: type | None = None
     prepare: Callable[[Sequence[Any], Any], Any] | None = None
@@ -116,6 +119,19 @@ class Method:
             return False
         option, value = self.explained_by
         return {**self.defaults, **given}[option] == value
+
+    def summed(self, given: Mapping[str, Any]) -> Sums:
+        """Its two sides where the server gets only sums over clients.
+
+        Raises:
+            InputError: it looks at single clients, or does with these options.
+        """
+        if self.sums is None:
+            raise InputError(f"{self.name} looks at single clients: sums over them do not do")
+        sums = self.sums(self, given)
+        if why := sums.refusal():
+            raise InputError(f"{self.name} needs more than sums over clients: {why}")
+        return sums
 
     @property
     def merges(self) -> bool:
@@ -198,8 +214,7 @@ class Method:
             **{name: value for name, value in arguments.items() if name in self.arguments},
             **parsed,
         )
-        outcome.state = self._cast(outcome.state, base)
-        outcome.memory = outcome.memory or None
+        outcome = self.finished(outcome, base)
         outcome.facts["clients"] = [names[k] for k in counted]
         return outcome
 
@@ -228,6 +243,12 @@ class Method:
                 "(--calibration_data) and a round has not"
             )
         return calibration
+
+    def finished(self, outcome: Outcome, base: State) -> Outcome:
+        """The outcome in `base`'s dtypes and order; StateError if it does not fit into them."""
+        outcome.state = self._cast(outcome.state, base)
+        outcome.memory = outcome.memory or None
+        return outcome
 
     def _cast(self, state: State | Each | list[State], base: State) -> State | Each:
         """What the function returned, in `base`'s dtypes and order; one by one where it is many."""

@@ -1,0 +1,143 @@
+"""Methods that need only sums over clients: all that a server learns where sums are secure.
+
+Such a method has, beside its function, a class of `Sums`. A round is then one exchange or more: the
+server gives tensors, every client answers with terms that are its own state's, and the server gets
+the sums of the terms and no single one. The outcome is the function's on the same states.
+
+A client's weight is a factor of its terms and is in no message: the server learns the sum of all
+weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fed.numerics.chunks import empty
+from fed.state import State
+
+if TYPE_CHECKING:
+    from fed.methods.interface.method import Method, Outcome
+
+WEIGHT = "weight"  # the term that is a client's weight
+STATE, EXTRAS = "state/", "extras/"  # how the terms of what a client sends begin
+
+# Yields what the server gives for an exchange, is sent the sums, and returns the outcome.
+Exchanges: TypeAlias = "Generator[State, State, Outcome]"
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a client has after its task.
+
+    Attributes:
+        state: as it would be sent.
+        base: the state that it began with.
+        weight: its number of samples, or these times its reliability.
+        extras: what its rule sends beside the state.
+    """
+
+    state: State
+    base: State
+    weight: float
+    extras: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Round:
+    """The server's side: the state that all began with, the method's memory, and how many clients
+    answer, of `total` in the run."""
+
+    base: State
+    memory: Mapping[str, Tensor]
+    clients: int
+    total: int
+
+
+class Sums(ABC):
+    """A method's two sides of a round, for its options."""
+
+    def __init__(self, method: Method, options: Mapping[str, Any]):
+        self.method, self.options = method, {**method.defaults, **method.parse(options)}
+
+    @abstractmethod
+    def terms(self, exchange: int, own: Own, given: State) -> State:
+        """A client's terms of exchange 0, 1, …, float64 or float32, by names that all share."""
+
+    @abstractmethod
+    def serve(self, round: Round) -> Exchanges:
+        """The server's side. What it yields is given to the clients; it is sent the sums."""
+
+    def exchanges(self, round: Round) -> Exchanges:
+        """`serve`, with the outcome in the base's types."""
+        outcome = yield from self.serve(round)
+        return self.method.finished(outcome, round.base)
+
+    def refusal(self) -> str | None:
+        """Why these options need more than sums; the rest of a sentence. None: they do not."""
+        return None
+
+
+class MeanOnly(Sums):
+    """Methods of which the mean is all that matters, by weight or of equal clients.
+
+    The function is called on as many clients as took part, all alike, each the mean.
+    """
+
+    def terms(self, exchange: int, own: Own, given: State) -> State:
+        weight = 1.0 if self.equal else own.weight
+        parts = {STATE: differences(own.state, own.base), EXTRAS: own.extras}
+        return weighted(parts, weight)
+
+    def serve(self, round: Round) -> Exchanges:
+        sums = yield {}
+        moved, extras = parts_of(sums, STATE, EXTRAS)
+        weight = float(sums[WEIGHT]) / round.clients
+        mean = empty(round.base)
+        for name, tensor in moved.items():
+            mean[name].copy_(round.base[name].double() + tensor)
+        return self.method(
+            [mean] * round.clients,
+            weights=[weight] * round.clients,
+            base=round.base,
+            memory=round.memory or None,
+            extras=[extras] * round.clients if extras else None,
+            total=round.total,
+            **self.options,
+        )
+
+    @property
+    def equal(self) -> bool:
+        """Whether clients count alike, whatever their weights."""
+        return bool(self.options.get("paper_compat") or self.options.get("weighting") == "uniform")
+
+
+def differences(state: State, base: State) -> State:
+    """What a client changed, float64."""
+    return {name: state[name].double() - tensor.double() for name, tensor in base.items()}
+
+
+def weighted(parts: Mapping[str, State], weight: float) -> State:
+    """Terms: each part's tensors times the weight, by its beginning, and the weight itself."""
+    terms = {WEIGHT: torch.tensor(weight, dtype=torch.float64)}
+    for beginning, tensors in parts.items():
+        terms |= {beginning + name: weight * t.double() for name, t in tensors.items()}
+    return terms
+
+
+def parts_of(sums: State, *beginnings: str) -> list[State]:
+    """The parts of a sum of `weighted` terms, divided by the sum of the weights."""
+    weight = float(sums[WEIGHT])
+    return [
+        {
+            name.removeprefix(beginning): tensor / weight
+            for name, tensor in sums.items()
+            if name.startswith(beginning)
+        }
+        for beginning in beginnings
+    ]
