@@ -46,6 +46,9 @@ class FedExPSums(MeanOnly):
         moved = differences(own.state, own.base).values()
         return terms | {EACH: terms[WEIGHT] * sum(t.square().sum() for t in moved)}
 
+    def bound(self, name: str, weight: float, norm: float) -> float:
+        return weight * norm**2 if name == EACH else super().bound(name, weight, norm)
+
     def serve(self, round: Round) -> Exchanges:
         sums = yield {}
         (delta,) = parts_of(sums, STATE)

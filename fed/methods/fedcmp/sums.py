@@ -74,7 +74,7 @@ class FedCMPSums(Sums):
     ) -> Iterator[tuple[str, Tensor]]:
         if first:
             yield MEAN, weight * x
-            yield ENERGY, weight * torch.linalg.vector_norm(x).double().square()
+            yield ENERGY, weight * torch.linalg.vector_norm(x).double().square().view(1)
         if (frame := given.get(APPLIED + layer)) is not None:
             yield APPLIED, weight * (x @ (x.T @ frame.to(x)))
         elif first:
@@ -88,6 +88,20 @@ class FedCMPSums(Sums):
             yield ROWS, rho[:, None] * c
             yield SQUARES, rho * c.square().sum(1)
             yield RHO, rho
+
+    def bound(self, name: str, weight: float, norm: float) -> float:
+        """Frames and bases have orthonormal columns, rho~ is at most 1."""
+        of_kind = {
+            SQUARED: weight**2,
+            ENERGY: weight * norm**2,
+            APPLIED: weight * norm**2,
+            MOMENT: weight * norm**2,
+            ROWS: norm,
+            SQUARES: norm**2,
+            RHO: 1.0,
+        }
+        kinds = [of for kind, of in of_kind.items() if name.startswith(kind)]
+        return kinds[0] if kinds else super().bound(name, weight, norm)
 
     def serve(self, round: Round) -> Exchanges:
         o, base = self.options, round.base
@@ -161,7 +175,8 @@ class _Layer:
         search = Search.of(side, width, clients, rank=rank, how=how)
         frame = None
         if search.how == "randomised":
-            frame = random_frame(side, search.size, like, seed=0)
+            # Orthonormal: the same range, and terms of S F are no longer than those of S.
+            frame = torch.linalg.qr(random_frame(side, search.size, like, seed=0)).Q
         return cls(like, search, frame, like, like)
 
     def read(self, name: str, sums: State, weight: float) -> None:

@@ -67,7 +67,17 @@ class Sums(ABC):
 
     @abstractmethod
     def terms(self, exchange: int, own: Own, given: State) -> State:
-        """A client's terms of exchange 0, 1, …, float64 or float32, by names that all share."""
+        """A client's terms of exchange 0, 1, …, by names that all share; what is one number has
+        shape (1,)."""
+
+    def bound(self, name: str, weight: float, norm: float) -> float:
+        """How large a value of the term `name` can be, for the range of secure sums.
+
+        Args:
+            weight: the largest that a client may have.
+            norm: the largest Euclidean norm of what a client sends, or of one layer of it.
+        """
+        return weight if name == WEIGHT else weight * norm
 
     @abstractmethod
     def serve(self, round: Round) -> Exchanges:
@@ -124,7 +134,7 @@ def differences(state: State, base: State) -> State:
 
 def weighted(parts: Mapping[str, State], weight: float) -> State:
     """Terms: each part's tensors times the weight, by its beginning, and the weight itself."""
-    terms = {WEIGHT: torch.tensor(weight, dtype=torch.float64)}
+    terms = {WEIGHT: torch.tensor([weight], dtype=torch.float64)}
     for beginning, tensors in parts.items():
         terms |= {beginning + name: weight * t.double() for name, t in tensors.items()}
     return terms

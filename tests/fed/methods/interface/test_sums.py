@@ -51,6 +51,13 @@ def draw(seed, clients=4, size=0.3, shapes=SHAPES):
     return base, states, extras
 
 
+def _length(own, whole):
+    """Of what a client sends: its state or what it changed, and its extras."""
+    sent = own.state if whole else {n: t - own.base[n] for n, t in own.state.items()}
+    parts = [sum(float(t.double().square().sum()) for t in p.values()) for p in (sent, own.extras)]
+    return math.sqrt(max(parts))
+
+
 def summed(name, states, weights, base, memory=None, extras=None, total=None, **options):
     """A round from sums, which are added here; the outcome, and what the server was sent."""
     sums = methods.get(name).summed(options)
@@ -61,7 +68,12 @@ def summed(name, states, weights, base, memory=None, extras=None, total=None, **
     while True:
         terms = [sums.terms(len(seen), own, given) for own in owns]
         assert all(of.keys() == terms[0].keys() for of in terms)
-        assert all(t.is_floating_point() for t in terms[0].values())
+        norm = max(_length(own, options.get("space") == "weights") for own in owns)
+        for name, tensor in ((n, t) for of in terms for n, t in of.items()):
+            assert tensor.is_floating_point()
+            assert tensor.shape
+            most = sums.bound(name, max(weights), norm)
+            assert tensor.abs().max() <= most * (1 + 1e-5), name
         seen.append({n: sum(of[n].double() for of in terms) for n in terms[0]})
         try:
             given = server.send(seen[-1])
