@@ -48,8 +48,8 @@ class FixedPoint:
             raise InputError(f"fixed point has {self.bits!r} bits, expected 32 or 64")
         if not 1e-30 <= self.bound <= 1e30:
             raise InputError(f"fixed point: the bound is {self.bound}, expected 1e-30 to 1e30")
-        if not 1 <= self.clients <= 2**16:
-            raise InputError(f"fixed point for {self.clients} clients, expected 1 to 65536")
+        if type(self.clients) is not int or not 1 <= self.clients <= 2**16:
+            raise InputError(f"fixed point for {self.clients!r} clients, expected 1 to 65536")
 
     @property
     def dtype(self) -> np.dtype[Any]:

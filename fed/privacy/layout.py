@@ -34,6 +34,8 @@ class Slot:
     bound: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputError(f"secure sum: a tensor is called {self.name!r:.100}")
         if not self.shape or not all(type(side) is int and side > 0 for side in self.shape):
             raise InputError(f"secure sum: tensor {self.name!r:.100} has shape {self.shape!r:.100}")
         FixedPoint(self.bound, 1)

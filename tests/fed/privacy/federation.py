@@ -7,6 +7,7 @@ import torch
 
 from fed.privacy.client import Client
 from fed.privacy.client_memory import STEPS
+from fed.privacy.envelope import encode
 from fed.privacy.keys import Ed25519PrivateKey
 from fed.privacy.layout import Layout
 from fed.privacy.server import Server
@@ -106,3 +107,8 @@ def assert_close(total, plain):
     for name, tensor in sums.items():
         scale = tensor.abs().max()
         assert (total.sums[name].double() - tensor).abs().max() <= 1e-6 * scale
+
+
+def sign(made, name, message, body=b""):
+    """A message as `name` would send it."""
+    return encode(message, made.terms, name, made.keys[name]) + bytes(body)
