@@ -60,7 +60,7 @@ def test_a_client_may_be_gone_at_each_step_of_one_sum():
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("count", (3, 5, 8))
+@pytest.mark.parametrize("count", [3, 5, 8])
 def test_below_the_threshold_the_error_says_who_is_waited_for(count, step):
     made = Federation(count).until(step)
     there = made.terms.threshold - 1
