@@ -60,6 +60,7 @@ class Client:
         trusted: Mapping[str, bytes],
         *,
         least: int = 3,
+        threshold: int | None = None,
         file: Path | None = None,
     ):
         """Take part under `terms`, or go on with what `file` remembers.
@@ -69,13 +70,15 @@ class Client:
             trusted: the public Ed25519 keys of the other sites, from a source that is not the
                 server: one that could bring clients of its own would learn the last one's vector.
             least: the fewest clients that this site takes part with.
+            threshold: the lowest that it takes part with; None: the usual one of `terms`.
             file: where the state is kept (`client_memory`); None: a client that is killed has
                 dropped out, and nothing keeps this site from a second attempt at the same sum.
 
         Raises:
             InputError: the terms are not those of this site, or the file is not.
         """
-        check_terms(terms, name, key.public_key().public_bytes_raw(), trusted, least)
+        public = key.public_key().public_bytes_raw()
+        check_terms(terms, name, public, trusted, least, threshold)
         self.terms, self.name, self._key = terms, name, key
         self._memory = Memory(terms, name, file)
 

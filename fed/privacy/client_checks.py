@@ -15,7 +15,7 @@ from fed.privacy.messages import (
     Roster,
     Shares,
 )
-from fed.privacy.terms import Terms
+from fed.privacy.terms import Terms, usual_threshold
 from llava.errors import InputError
 
 
@@ -27,9 +27,14 @@ class Pair(NamedTuple):
 
 
 def check_terms(
-    terms: Terms, name: str, public: bytes, trusted: Mapping[str, bytes], least: int
+    terms: Terms,
+    name: str,
+    public: bytes,
+    trusted: Mapping[str, bytes],
+    least: int,
+    threshold: int | None,
 ) -> None:
-    """Whether a site may take part: its own key, trusted ones beside it, and enough of them."""
+    """Whether a site takes part: its own key, trusted ones beside it, and enough of them."""
     if terms.sites.get(name) != public:
         raise InputError(f"client {name}: the terms of the secure sum have another key for it")
     for site, key in terms.sites.items():
@@ -41,6 +46,12 @@ def check_terms(
         raise InputError(
             f"client {name}: the run asks for sums of {terms.least} clients or more, this site "
             f"takes part in those of {least} or more"
+        )
+    lowest = usual_threshold(len(terms.sites)) if threshold is None else threshold
+    if terms.threshold < lowest:
+        raise InputError(
+            f"client {name}: the run's threshold is {terms.threshold} of {len(terms.sites)}, this "
+            f"site takes part with {lowest} or more"
         )
 
 

@@ -105,9 +105,9 @@ class Terms:
         threshold: int | None = None,
         least: int = 3,
     ) -> Terms:
-        """The terms of a new attempt; the threshold of K clients is floor(2 K / 3) + 1."""
+        """The terms of a new attempt; `threshold` is the usual one where none is given."""
         if threshold is None:
-            threshold = 2 * len(sites) // 3 + 1
+            threshold = usual_threshold(len(sites))
         attempt = secrets.token_hex(16)
         return cls(run, round, exchange, attempt, sites, threshold, layout, least)
 
@@ -167,6 +167,11 @@ class Terms:
         if terms.to_bytes() != bytes(data):
             raise InputError(f"{who} are not in the one form that terms have")
         return terms
+
+
+def usual_threshold(count: int) -> int:
+    """floor(2 K / 3) + 1: a server that lies may have a third of the clients on its side."""
+    return 2 * count // 3 + 1
 
 
 def _slot(given: dict[str, Any]) -> dict[str, Any]:

@@ -44,9 +44,15 @@ class Federation:
 
     def client(self, name, **given):
         file = self.folder / f"{name}.json" if self.folder else None
-        given = {"terms": self.terms, "key": self.keys[name], "trusted": self.sites,
-                 "least": self.terms.least, "file": file, **given}  # fmt: skip
-        return Client(name=name, **given)
+        usual = {
+            "terms": self.terms,
+            "key": self.keys[name],
+            "trusted": self.sites,
+            "least": self.terms.least,
+            "threshold": self.terms.threshold,
+            "file": file,
+        }
+        return Client(name=name, **{**usual, **given})
 
     def answer(self, name, step):
         """A client's answer to what the server has sent it."""

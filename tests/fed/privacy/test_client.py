@@ -52,6 +52,19 @@ def test_a_site_has_a_least_of_its_own():
     made.client("a", least=2)
 
 
+def test_a_site_has_a_lowest_threshold():
+    made = Federation(8, threshold=5)
+    with pytest.raises(
+        InputError, match="^client a: the run's threshold is 5 of 8, .* with 6 or m"
+    ):
+        made.client("a", threshold=None)
+    with pytest.raises(
+        InputError, match="^client a: the run's threshold is 5 of 8, .* with 7 or m"
+    ):
+        made.client("a", threshold=7)
+    made.client("a", threshold=5)
+
+
 # Round 0
 
 

@@ -1,10 +1,12 @@
 import hashlib
 import hmac
+import runpy
 import stat
+import sys
 
 import pytest
 
-from fed.privacy import keys
+from fed.privacy import keys, secret_shares
 from llava.errors import InputError
 
 
@@ -34,6 +36,16 @@ def test_what_is_no_site_key(tmp_path):
     path.write_bytes(key.private_bytes(*pem, serialization.NoEncryption()))
     with pytest.raises(InputError, match="expected an Ed25519 key, found a X25519"):
         keys.read_site_key(path)
+
+
+@pytest.mark.parametrize(
+    ("module", "library"),
+    [(keys, "cryptography.exceptions"), (secret_shares, "Crypto.Protocol.SecretSharing")],
+)
+def test_without_the_extra_an_error_says_what_to_install(monkeypatch, module, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=r"secure sums need pip install 'fedllava\[privacy\]'"):
+        runpy.run_path(module.__file__)
 
 
 def test_derived_keys_are_hkdf_sha256():
