@@ -13,7 +13,7 @@ ROOMS = (  # from the top down; those of a row may import each other
     {"validation"},
     {"server", "drivers", "remote", "merging", "data"},
     {"clients", "methods"},
-    {"numerics"},
+    {"numerics", "privacy"},
     {"arguments", "state", "markdown", "yaml_file"},
     {"llava"},
 )
