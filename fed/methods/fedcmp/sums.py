@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from fed.methods.fedcmp.fusion import ThirdSum, agreement, reliability
 from fed.methods.fedcmp.step import Step, checked_tau
 from fed.methods.interface.sums import (
+    COUNT,
     STATE,
     WEIGHT,
     Exchanges,
@@ -32,6 +33,7 @@ from fed.methods.interface.sums import (
     Round,
     Sums,
     differences,
+    number_of,
     parts_of,
     weighted,
 )
@@ -55,13 +57,17 @@ class FedCMPSums(Sums):
         names = ("space", "reliability", "tau", "momentum", "beta")
         self.tau = checked_tau(*(self.options[name] for name in names))
 
+    @property
+    def most_exchanges(self) -> int:  # type: ignore[override]
+        """Frames are turned in all passes but the first, then S is taken within them."""
+        return 1 + PASSES + math.isfinite(self.tau)
+
     def terms(self, exchange: int, own: Own, given: State) -> State:
         origin = own.base if self.options["space"] == "updates" else None
-        terms: State = {}
         affine, others = layers(own.base)
+        rest = {name: own.base[name] for name in others if exchange == 0}
+        terms = weighted({STATE: differences(own.state, rest)}, own.weight)
         if exchange == 0:
-            rest = differences(own.state, {name: own.base[name] for name in others})
-            terms = weighted({STATE: rest}, own.weight)
             terms[SQUARED] = terms[WEIGHT].square()
         for layer in affine:
             x = to_matrix(own.state, layer, origin)
@@ -115,7 +121,7 @@ class FedCMPSums(Sums):
         for name in others:
             result[name].copy_(base[name].double() + rest[name])
         for name, of in found.items():
-            of.read(name, sums, weight)
+            of.read(name, sums, weight, number_of(sums[COUNT]))
         for _ in range(PASSES - 1 if framed else 0):
             sums = yield _frames(APPLIED, framed)
             for name, of in framed.items():
@@ -123,7 +129,8 @@ class FedCMPSums(Sums):
         if framed:
             sums = yield _frames(MOMENT, framed)
             for name, of in framed.items():
-                of.moment = sums[MOMENT + name].to(of.like) / weight
+                # Who has left since the first exchange is not in this sum.
+                of.moment = sums[MOMENT + name].to(of.like) / float(sums[WEIGHT])
         for of in found.values():
             of.search_basis(o["energy"])
         if math.isfinite(self.tau):
@@ -179,8 +186,10 @@ class _Layer:
             frame = torch.linalg.qr(random_frame(side, search.size, like, seed=0)).Q
         return cls(like, search, frame, like, like)
 
-    def read(self, name: str, sums: State, weight: float) -> None:
-        """The sums of exchange 0."""
+    def read(self, name: str, sums: State, weight: float, count: int) -> None:
+        """The sums of exchange 0, in which `count` clients are."""
+        full = min(len(self.like), self.like.shape[1] * count)
+        self.search = replace(self.search, rank=min(self.search.rank, full), full=full)
         self.mean = sums[MEAN + name].to(self.like) / weight
         self.total = float(sums[ENERGY + name]) / weight
         if self.frame is None:

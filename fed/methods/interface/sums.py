@@ -24,7 +24,7 @@ from fed.state import State
 if TYPE_CHECKING:
     from fed.methods.interface.method import Method, Outcome
 
-WEIGHT = "weight"  # the term that is a client's weight
+WEIGHT, COUNT = "weight", "clients"  # the terms that are a client's weight, and 1
 STATE, EXTRAS = "state/", "extras/"  # how the terms of what a client sends begin
 
 # Yields what the server gives for an exchange, is sent the sums, and returns the outcome.
@@ -51,7 +51,7 @@ class Own:
 @dataclass(frozen=True)
 class Round:
     """The server's side: the state that all began with, the method's memory, and how many clients
-    answer, of `total` in the run."""
+    are asked, of `total` in the run."""
 
     base: State
     memory: Mapping[str, Tensor]
@@ -65,6 +65,8 @@ class Sums(ABC):
     def __init__(self, method: Method, options: Mapping[str, Any]):
         self.method, self.options = method, {**method.defaults, **method.parse(options)}
 
+    most_exchanges = 1
+
     @abstractmethod
     def terms(self, exchange: int, own: Own, given: State) -> State:
         """A client's terms of exchange 0, 1, …, by names that all share; what is one number has
@@ -77,7 +79,7 @@ class Sums(ABC):
             weight: the largest that a client may have.
             norm: the largest Euclidean norm of what a client sends, or of one layer of it.
         """
-        return weight if name == WEIGHT else weight * norm
+        return {WEIGHT: weight, COUNT: 1.0}.get(name, weight * norm)
 
     @abstractmethod
     def serve(self, round: Round) -> Exchanges:
@@ -107,16 +109,17 @@ class MeanOnly(Sums):
     def serve(self, round: Round) -> Exchanges:
         sums = yield {}
         moved, extras = parts_of(sums, STATE, EXTRAS)
-        weight = float(sums[WEIGHT]) / round.clients
+        count = number_of(sums[COUNT])
+        weight = float(sums[WEIGHT]) / count
         mean = empty(round.base)
         for name, tensor in moved.items():
             mean[name].copy_(round.base[name].double() + tensor)
         return self.method(
-            [mean] * round.clients,
-            weights=[weight] * round.clients,
+            [mean] * count,
+            weights=[weight] * count,
             base=round.base,
             memory=round.memory or None,
-            extras=[extras] * round.clients if extras else None,
+            extras=[extras] * count if extras else None,
             total=round.total,
             **self.options,
         )
@@ -135,9 +138,15 @@ def differences(state: State, base: State) -> State:
 def weighted(parts: Mapping[str, State], weight: float) -> State:
     """Terms: each part's tensors times the weight, by its beginning, and the weight itself."""
     terms = {WEIGHT: torch.tensor([weight], dtype=torch.float64)}
+    terms[COUNT] = torch.ones_like(terms[WEIGHT])
     for beginning, tensors in parts.items():
         terms |= {beginning + name: weight * t.double() for name, t in tensors.items()}
     return terms
+
+
+def number_of(counted: Tensor) -> int:
+    """How many clients a sum of `COUNT` is of."""
+    return round(float(counted))
 
 
 def parts_of(sums: State, *beginnings: str) -> list[State]:
