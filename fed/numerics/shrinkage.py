@@ -6,34 +6,69 @@ as errors of measurement explain that they differ. Where nothing can be told apa
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 LEAST = 0.001  # of a share: nobody is left out
 
 Sums = Mapping[str, Sequence[float]]
 
 
+class Measured(NamedTuple):
+    """A share, and the variance of its error."""
+
+    share: float
+    error: float
+
+
+class Spread(NamedTuple):
+    """The mean of shares, and their variance beyond that of errors; below 0 where errors explain
+    more than all of it."""
+
+    mean: float
+    differ: float
+
+    @classmethod
+    def of_sums(cls, count: int, shares: float, squares: float, errors: float) -> Spread:
+        """Of `count` shares: from their sum, that of their squares, and that of their errors.
+
+        Nothing is known of none: all are 1.
+        """
+        if not count:
+            return cls(1.0, 0.0)
+        mean = shares / count
+        variance = (squares - count * mean**2) / (count - 1) if count > 1 else 0.0
+        return cls(mean, variance - errors / count)
+
+    def drawn(self, measured: Measured | None) -> float:
+        """A share drawn towards the mean, in [`LEAST`, 1]; the mean of what is not known."""
+        share = self.mean
+        if measured is not None and self.differ > 0:
+            share += self.differ / (self.differ + measured.error) * (measured.share - self.mean)
+        return min(max(share, LEAST), 1.0)
+
+
+def share_of(sums: Sequence[float]) -> Measured:
+    """The explained share 1 - H / (H + I) of [H, H + I, spread], as
+    `fed.clients.measures.Explained` has them."""
+    own, other, spread = sums
+    return Measured(1 - own / other, spread / other**2) if other > 0 else Measured(0.0, 0.0)
+
+
 def drawn_shares(sums: Sums, names: Iterable[str]) -> dict[str, float]:
-    """The explained share 1 - H / (H + I) of each, in [`LEAST`, 1].
+    """The explained share of each, in [`LEAST`, 1].
 
     One of whom nothing is known has the mean of all that are known; all have 1 where nothing is
     known of anybody.
 
     Args:
-        sums: name -> [H, H + I, spread], as `fed.clients.measures.Explained` has them.
+        sums: name -> [H, H + I, spread].
     """
-    if not sums:
-        return dict.fromkeys(names, 1.0)
-    shares, errors = {}, {}
-    for name, (own, other, spread) in sums.items():
-        shares[name] = 1 - own / other if other > 0 else 0.0
-        errors[name] = spread / other**2 if other > 0 else 0.0
-    mean = statistics.mean(shares.values())
-    differ = -statistics.mean(errors.values())
-    if len(sums) > 1:
-        differ += statistics.variance(shares.values())
-    drawn = dict.fromkeys(names, mean)
-    for name in drawn.keys() & shares.keys() if differ > 0 else ():
-        drawn[name] += differ / (differ + errors[name]) * (shares[name] - mean)
-    return {name: min(max(share, LEAST), 1.0) for name, share in drawn.items()}
+    known = {name: share_of(of) for name, of in sums.items()}
+    spread = Spread.of_sums(
+        len(known),
+        sum(share for share, _ in known.values()),
+        sum(share**2 for share, _ in known.values()),
+        sum(error for _, error in known.values()),
+    )
+    return {name: spread.drawn(known.get(name)) for name in names}

@@ -11,7 +11,7 @@ weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -38,14 +38,16 @@ class Own:
     Attributes:
         state: as it would be sent.
         base: the state that it began with.
-        weight: its number of samples, or these times its reliability.
+        weight: its number of samples.
         extras: what its rule sends beside the state.
+        explained: [H, H + I, spread], what its pictures explain, where that was measured.
     """
 
     state: State
     base: State
     weight: float
     extras: State = field(default_factory=dict)
+    explained: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from fed import methods
+from fed.methods.interface.explained_sums import ExplainedSums
 from fed.methods.interface.sums import WEIGHT, Own, Round
 from fed.numerics import joint_basis
+from fed.numerics.shrinkage import drawn_shares
+from fed.server.reliability import weighed
 from llava.errors import InputError
 
 SHAPES = {"0.weight": (12, 7), "0.bias": (12,), "2.weight": (5, 12), "2.bias": (5,), "scale": (6,)}
@@ -58,11 +61,14 @@ def _length(own, whole):
     return math.sqrt(max(parts))
 
 
-def summed(name, states, weights, base, memory=None, extras=None, total=None, **options):
+def summed(
+    name, states, weights, base, memory=None, extras=None, total=None, explained=None, **options
+):
     """A round from sums, which are added here; the outcome, and what the server was sent."""
     sums = methods.get(name).summed(options)
-    extras = extras or [{}] * len(states)
-    owns = [Own(s, base, w, e) for s, w, e in zip(states, weights, extras, strict=True)]
+    sums = sums if explained is None else ExplainedSums(sums)
+    parts = extras or [{}] * len(states), explained or [None] * len(states)
+    owns = [Own(s, base, w, *p) for s, w, *p in zip(states, weights, *parts, strict=True)]
     server = sums.exchanges(Round(base, memory or {}, len(states), total or len(states)))
     given, seen = next(server), []
     while True:
@@ -134,3 +140,24 @@ def test_who_looks_at_single_clients_has_no_sums():
         methods.get("norm_clip").summed({})
     with pytest.raises(InputError, match="tau is for reliability=agreement"):
         methods.get("fedcmp").summed({"reliability": "none", "tau": 0.5})
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp"])
+def test_clients_weigh_what_their_pictures_explain_and_the_server_knows_of_none(name):
+    base, states, _ = draw(6)
+    told = [[6.0, 10.0, 0.1], [9.5, 10.0, 0.2], None, [2.0, 9.0, 0.1]]
+    known = {str(k): sums for k, sums in enumerate(told) if sums}
+    shares = drawn_shares(known, "0123")
+    assert len({round(share, 6) for share in shares.values()}) == 4
+    samples = [3.0, 1.0, 2.0, 7.0]
+    weights = weighed(samples, list(shares.values()))
+    found, seen = summed(name, states, samples, base, explained=told)
+    expected = methods.get(name)(states, weights=weights, base=base)
+    for key, tensor in expected.state.items():
+        torch.testing.assert_close(found.state[key], tensor, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 2
+    assert all(tensor.shape == (1,) for tensor in seen[0].values())
+    nobody, _ = summed(name, states, samples, base, explained=[None] * 4)
+    plain = methods.get(name)(states, weights=samples, base=base)
+    for key, tensor in plain.state.items():
+        torch.testing.assert_close(nobody.state[key], tensor, rtol=1e-5, atol=1e-5)
