@@ -54,10 +54,11 @@ class FedArguments:
         "fed_clients_per_round": 0,
         "fed_eval_every": 0,
         "fed_min_clients": 0,
+        "fed_secure_min": 2,
     }
     DECIDING: ClassVar = frozenset(
         "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool "
-        "fed_wire fed_weighting".split()
+        "fed_wire fed_weighting fed_secure fed_secure_min fed_secure_norm".split()
     )
 
     fed_clients: str | None = field(
@@ -134,6 +135,20 @@ class FedArguments:
         default=0,
         metadata={
             "help": "With how many clients a round goes on if others fail; 0: all.",
+        },
+    )
+    fed_secure: bool = field(
+        default=False,
+        metadata={"help": "The server gets sums over clients, and no single client's update."},
+    )
+    fed_secure_min: int = field(
+        default=3, metadata={"help": "The fewest clients whose sum the server may get."}
+    )
+    fed_secure_norm: float = field(
+        default=1000.0,
+        metadata={
+            "help": "The largest length of a client's update, or of one layer of it, that a secure "
+            "sum has room for."
         },
     )
 

@@ -18,12 +18,12 @@ import torch
 import transformers
 
 from fed import methods, validation
-from fed.arguments import CLIENT_FLAGS, Arguments
+from fed.arguments import CLIENT_FLAGS, Arguments, FedArguments
 from fed.clients.clients_yaml import load_clients
 from fed.drivers.driver import Driver, Run
 from fed.drivers.worker_group import WorkerGroup
 from fed.server.heldout import Measure, evaluation_set, measurer
-from fed.server.loop import RoundLoop
+from fed.server.loop import RoundLoop, Secure
 from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
@@ -81,6 +81,7 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
         clients_per_round=fed_args.fed_clients_per_round,
         min_clients=fed_args.fed_min_clients,
         explains=run.explains,
+        secure=_secure(fed_args),
         task_of={spec.name: spec.task for spec in run.specs if spec.task is not None},
         evaluate=_measurer(driver, arguments) if group.main else None,
         evaluate_every=fed_args.fed_eval_every,
@@ -95,6 +96,12 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
     if group.main:
         driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
     logger.close()
+
+
+def _secure(fed_args: FedArguments) -> Secure | None:
+    if not fed_args.fed_secure:
+        return None
+    return Secure(fed_args.fed_secure_min, fed_args.fed_secure_norm)
 
 
 def _measurer(driver: Driver, arguments: Arguments) -> Measure | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fed.methods import Method
 from fed.yaml_file import read_yaml
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+
+LONGEST = 1e6  # of an update: beyond it, squares of it leave few digits
 
 
 def driver_of(argv: Sequence[str]) -> type[Driver]:
@@ -86,6 +89,8 @@ def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
     _check_others(fed_args, kind, method)
     options = method.parse(_options(method.name, fed_args.fed_options))
     _check_method(method, kind, arguments._replace(fed=fed_args))
+    if fed_args.fed_secure:
+        _check_secure(method, fed_args, options)
     return arguments._replace(fed=fed_args), options
 
 
@@ -150,6 +155,31 @@ def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> N
         )
     if method.client_rule is not None:
         _check_steps_changed(who, kind, training_args, fed_args)
+
+
+def _check_secure(method: Method, fed_args: FedArguments, options: Mapping[str, Any]) -> None:
+    """Refuse secure sums where single clients are looked at, or nothing is sent."""
+    try:
+        method.summed(options)
+    except InputError as error:
+        raise InputError(f"--fed_secure True: {error}") from None
+    if fed_args.fed_pool:
+        raise InputError("--fed_secure has no place with --fed_pool: there is one client")
+    if fed_args.fed_wire != "float32":
+        raise InputError(
+            f"--fed_wire {fed_args.fed_wire} has no place with --fed_secure: masked numbers have "
+            "8 bytes each"
+        )
+    if fed_args.fed_driver == "resident" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(
+            "--fed_secure True: the resident driver does sums in one process; a launcher has no "
+            "place here"
+        )
+    if not 0 < fed_args.fed_secure_norm <= LONGEST:
+        raise InputError(
+            f"--fed_secure_norm is {fed_args.fed_secure_norm}, above 0 and at most {LONGEST:g} is "
+            "expected"
+        )
 
 
 def _check_steps_changed(
@@ -242,6 +272,10 @@ def check_round(
     if fed_args.fed_min_clients > (asked or there):
         raise InputError(
             f"--fed_min_clients is {fed_args.fed_min_clients}, a round has {asked or there} clients"
+        )
+    if fed_args.fed_secure and fed_args.fed_secure_min > (asked or there):
+        raise InputError(
+            f"--fed_secure_min is {fed_args.fed_secure_min}, a round has {asked or there} clients"
         )
     if all(spec.from_round > 1 for spec in specs):
         raise InputError("--fed_clients: no client has from_round 1")

@@ -13,7 +13,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fed.methods.interface.explained_sums import ExplainedSums
+from fed.methods.interface.method import Method
 from fed.methods.interface.sums import Own, Sums
 from fed.privacy.client import Client
 from fed.privacy.keys import Ed25519PrivateKey
@@ -71,6 +74,12 @@ class SumRequest:
     terms: bytes
     message: bytes
     given: State
+
+
+def sums_of(method: Method, options: Mapping[str, Any], explains: bool) -> Sums:
+    """A method's two sides; `explains` has clients weigh by what their pictures explain."""
+    sums = method.summed(options)
+    return ExplainedSums(sums) if explains else sums
 
 
 def exchange_name(exchange: int, given: State) -> str:

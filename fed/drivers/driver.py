@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 from fed.arguments import Arguments
 from fed.clients.clients_yaml import ClientSpec
@@ -22,6 +22,11 @@ from llava.plugins import import_modules
 from llava.suggest import did_you_mean
 from llava.train.arguments import DataArguments, TrainingArguments
 from llava.train.session import Session
+
+if TYPE_CHECKING:  # `fed.privacy` needs an extra
+    from fed.clients.sum_client import Agreed
+    from fed.drivers.sums_here import Summing
+    from fed.methods.interface.sums import Sums
 
 _DRIVERS: dict[str, type[Driver]] = {}
 
@@ -100,6 +105,7 @@ class Driver(ABC):
             keep from task to task stays there: a method may do what it may where `trains_here`.
         hands_over: whether clients are processes that are given what they keep from task to task
             (`ClientStore.given`), and give it back: a method may have private parameters.
+        hides: whether, with --fed_secure, clients keep their updates and send none.
         data_here: whether the clients' data lie on this machine, where clients.yaml says.
         may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
             meaning.
@@ -119,6 +125,7 @@ class Driver(ABC):
     trains_here: ClassVar[bool] = False
     clients_keep: ClassVar[bool] = False
     hands_over: ClassVar[bool] = False
+    hides: ClassVar[bool] = False
     data_here: ClassVar[bool] = True
     may_fail: ClassVar[bool] = False
     writes_updates: bool = False
@@ -151,6 +158,24 @@ class Driver(ABC):
         It must be the same whenever the round is begun again.
         """
         return [client for client in self.clients if client.samples(round) > 0]
+
+    def summing(
+        self,
+        folder: Path,
+        tasks: Sequence[ClientTask],
+        sums: Sums,
+        agreed: Agreed,
+        explained: Mapping[str, Sequence[float]],
+    ) -> Summing:
+        """The clients of tasks that are done, for the secure sums of their round.
+
+        Args:
+            folder: of the run, for what clients on this machine remember of their sums.
+            explained: [H, H + I, spread] by client, where their pictures are measured here.
+        """
+        from fed.drivers.sums_here import SumsHere
+
+        return SumsHere(folder, tasks, sums, agreed, explained)
 
     @classmethod
     def command_line(cls, argv: list[str]) -> list[str]:

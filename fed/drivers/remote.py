@@ -16,10 +16,10 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fed import state as states
 from fed.clients import reliability
@@ -30,6 +30,7 @@ from fed.clients.task import ClientError, ClientTask, Result
 from fed.clients.update import Update, load_update, save_update
 from fed.clients.wire import decode, form_of
 from fed.drivers.driver import Driver, Participant, Run, driver
+from fed.drivers.run_name import run_name
 from fed.drivers.start import as_one_process, starting_point
 from fed.methods.interface.checks import check_not_zero
 from fed.remote.board import Board
@@ -42,6 +43,11 @@ from fed.remote.ticket import Ticket, flags_of
 from llava.atomic import write_text
 from llava.errors import InputError
 from llava.json_files import read_json
+
+if TYPE_CHECKING:  # `fed.privacy` needs an extra
+    from fed.clients.sum_client import Agreed, SumRequest
+    from fed.drivers.sums_here import Summing
+    from fed.methods.interface.sums import Sums
 
 PAUSE = 0.2  # seconds between two looks at the spools
 FAREWELL = 60.0  # seconds that sites have to take the run's last state
@@ -82,6 +88,7 @@ class RemoteDriver(Driver):
 
     flags = RemoteFlags
     clients_keep = True
+    hides = True
     data_here = False
     may_fail = True
 
@@ -101,7 +108,7 @@ class RemoteDriver(Driver):
         with contextlib.ExitStack() as opened:
             lock = Lock(self.folder, f"--output_dir {run.output_dir}: another run is at work there")
             opened.callback(lock.release)
-            self.run_name = self._name()
+            self.run_name = run_name(self.folder)
             names = [spec.name for spec in run.specs]
             self.spools = {name: Spool(self.folder / "spool" / name, name) for name in names}
             self.courier = make_courier(self.folder / "spool", names, flags)
@@ -130,13 +137,6 @@ class RemoteDriver(Driver):
 
     def close(self) -> None:
         self._opened.close()
-
-    def _name(self) -> str:
-        """The run's name, drawn once."""
-        file = self.folder / "run.json"
-        if not file.exists():
-            write_text(file, json.dumps({"run": uuid.uuid4().hex}))
-        return read_json(file)["run"]
 
     # Hello.
 
@@ -335,10 +335,11 @@ class RemoteDriver(Driver):
             if answer.update is None:
                 raise InputError("the answer has no update")
             travelled = load_update(answer.update)
+            secure = self.run_of.arguments.fed.fed_secure
             wire, form = self.run_of.arguments.fed.fed_wire, form_of(travelled)
             if form != wire:
                 raise InputError(f"its state came as {form}, --fed_wire is {wire}")
-            update = decode(travelled, task.state, "its state")
+            update = travelled if secure else decode(travelled, task.state, "its state")
             self._check(task, update)
             task.folder.mkdir(parents=True, exist_ok=True)
             if update is travelled:
@@ -358,19 +359,67 @@ class RemoteDriver(Driver):
             raise InputError(f"it says {update.num_samples!r} samples, expected {expected}")
         if update.kept:
             raise InputError("it has tensors that the site should keep")
-        states.check(update.state, like=task.state, who="its state")
-        check_not_zero(update.state, task.state, "its state")
+        secure = self.run_of.arguments.fed.fed_secure
         rule = self.run_of.method.client_rule
-        extras = task.state if rule is not None and rule.sends else {}
+        extras = task.state if rule is not None and rule.sends and not secure else {}
+        states.check(update.state, like={} if secure else task.state, who="its state")
         states.check(update.extras, like=extras, who="what it sent beside its state")
+        if not secure:
+            check_not_zero(update.state, task.state, "its state")
         metrics = update.metrics
-        numbers = [metrics.get(key) for key in ("loss", "steps", "seconds")]
-        beyond = metrics.keys() - {"loss", "steps", "seconds", "parameters", "explained"}
+        told = ["steps", "seconds"] if secure else ["loss", "steps", "seconds"]
+        numbers = [metrics.get(key) for key in told]
+        beyond = metrics.keys() - {*told, "parameters", *(() if secure else ("explained",))}
         counts = metrics.get("parameters", {})
         numbers += counts.values() if isinstance(counts, dict) else [None]
         if beyond or not all(_is_number(number) for number in numbers):
             raise InputError(f"its measures are {str(metrics):.200}")
         reliability.read(metrics.get("explained"))
+
+    # Secure sums.
+
+    def summing(
+        self,
+        folder: Path,
+        tasks: Sequence[ClientTask],
+        sums: Sums,
+        agreed: Agreed,
+        explained: Mapping[str, Sequence[float]],
+    ) -> Summing:
+        from fed.remote.sums import SumsAtSites
+
+        of_site = {task.name: task for task in tasks}
+        keys = {n: bytes.fromhex(task.client.hello.signing) for n, task in of_site.items()}
+        return SumsAtSites(keys, functools.partial(self._ask_sums, of_site, agreed.weight))
+
+    def _ask_sums(
+        self, tasks: Mapping[str, ClientTask], weight: float, requests: Mapping[str, SumRequest]
+    ) -> Generator[tuple[str, Answer | InputError | None], None, None]:
+        """Ask sites for a step of a secure sum, and give the answers as they come."""
+        from fed.remote.sums import state_of
+
+        sender, asked = Sender(), []
+        for name, request in requests.items():
+            task, client = tasks[name], tasks[name].client
+            ticket = functools.partial(
+                self._ticket,
+                "sum",
+                client,
+                round=task.round,
+                last_round=task.last_round,
+                facts=client.hello.digest,
+                exchange=request.exchange,
+                step=request.step,
+                weight=weight,
+            )
+            key = sender.ask(self.spools[name], state_of(request), request.given, ticket)
+            what = f"sums of round {task.round}"
+            asked.append(_Asked(client, key, what, None, time.monotonic()))
+        keys = {one.key for one in asked}
+        for name in requests:
+            self.spools[name].withdraw_all(but=keys)
+        for one, answer in self._collect(asked):
+            yield one.client.name, answer
 
     # Waiting.
 
@@ -398,9 +447,9 @@ class RemoteDriver(Driver):
                 if answer is None and time.monotonic() - one.began < limit:
                     continue
                 done.add(one.key)
-                if one.task is None:
-                    spool.withdraw(one.key)
                 yield one, answer
+                if one.task is None:  # it has been read: the site need not keep it
+                    spool.withdraw(one.key)
             if any(one.key not in done for one in asked):
                 time.sleep(PAUSE)
         self._show([], logged)

@@ -48,7 +48,8 @@ class Board:
             fresh |= {k: v for k, v in progress.get(site, {}).items() if state == AT_WORK}
             if state != row["state"]:
                 fresh["since"] = _now()
-                self._say(site, fresh)
+                if {state, row["state"]} != {CONNECTED, WAITING}:  # of each message of a sum
+                    self._say(site, fresh)
             elif fresh != row and time.monotonic() - self._spoken[site] > STEPS_EVERY:
                 self._say(site, fresh)
             self._rows[site] = fresh

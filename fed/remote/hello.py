@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class Hello:
         model, tower: fingerprints of the language model's and the vision tower's folders.
         flags: those of its own that decide the result.
         versions: of Python, torch and transformers; they may change.
+        signing: its public key, 64 hex digits, where a run has secure sums.
     """
 
     samples: int
@@ -43,6 +45,7 @@ class Hello:
     tower: str
     flags: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    signing: str = ""
 
     @property
     def digest(self) -> str:
@@ -57,13 +60,15 @@ class Hello:
 def read_hello(given: Mapping[str, Any], who: str) -> Hello:
     """A site's facts, checked by the driver; `who` opens the message of an `InputError`."""
     kinds = {"samples": int, "data": str, "model": str, "tower": str, "flags": dict,
-             "versions": dict}  # fmt: skip
+             "versions": dict, "signing": str}  # fmt: skip
     for name, kind in kinds.items():
         if type(given.get(name)) is not kind:
             raise InputError(f"{who}: its facts have {name} {given.get(name)!r:.100}")
     for name in ("flags", "versions"):
         if not all(isinstance(word, str) for pair in given[name].items() for word in pair):
             raise InputError(f"{who}: its facts have {name} {given[name]!r:.200}")
+    if not re.fullmatch("([0-9a-f]{64})?", given["signing"]):
+        raise InputError(f"{who}: its facts have signing {given['signing']!r:.200}")
     if given.keys() != kinds.keys() or given["samples"] < 1:
         raise InputError(f"{who}: its facts are {dict(given)!r:.200}")
     return Hello(**given)

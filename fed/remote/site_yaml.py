@@ -13,6 +13,8 @@ allow: [learning_rate, …]            # the flags that a run may set, where not
 command: bash train.sh               # its own training script, as clients of the script driver have
 cwd: ~/LLaVA                         # where that is started
 env: {PATH: "/opt/llava/bin:${PATH}"}
+trust: {north: 3f2a…}                # the others' public keys: only runs with secure sums
+secure_min: 3                        # the fewest sites that it is summed with
 courier: folder                      # folder, or flare
 folder: /cluster/run/fed/spool       # folder: OUTPUT/fed/spool of the run; * stands for any name
 kit: kit                             # flare: the site's kit
@@ -35,7 +37,18 @@ from llava.errors import InputError
 from llava.suggest import did_you_mean
 
 _REQUIRED = ("name", "data_path", "model_name_or_path", "vision_tower", "courier")
-KEYS = (*_REQUIRED, "image_folder", "work", "flags", "allow", *PROCESS_KEYS, "folder", "kit")
+KEYS = (
+    *_REQUIRED,
+    "image_folder",
+    "work",
+    "flags",
+    "allow",
+    "trust",
+    "secure_min",
+    *PROCESS_KEYS,
+    "folder",
+    "kit",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,9 @@ class SiteConfig:
         flags: of its own, as on a command line.
         allow: the flags that a run may set; None: all of `run_flags()`.
         process: the command that trains, where it has one, and the GPUs.
+        trust: the public keys, 64 hex digits, of the sites that it takes part in secure sums with.
+            A site with any takes part in no other run: its update leaves it in sums alone.
+        secure_min: the fewest sites of such a sum.
     """
 
     source: Path
@@ -62,6 +78,8 @@ class SiteConfig:
     flags: dict[str, str] = field(default_factory=dict)
     allow: frozenset[str] | None = None
     process: ProcessSpec = field(default_factory=ProcessSpec)
+    trust: dict[str, str] = field(default_factory=dict)
+    secure_min: int = 3
 
     @property
     def allowed(self) -> frozenset[str]:
@@ -112,7 +130,27 @@ def read_site(path: str | Path) -> SiteConfig:
         flags=_flags(entry.get("flags", {}), path),
         allow=None if "allow" not in entry else _allow(entry["allow"], path),
         process=read_process(entry, path.parent, str(path)),
+        trust=_trust(entry.get("trust", {}), path),
+        secure_min=_least(entry.get("secure_min", 3), path),
     )
+
+
+def _trust(value: object, file: Path) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: trust is {value!r}, sites and their public keys are expected")
+    for name, key in value.items():
+        if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
+            raise InputError(
+                f"{file}: trust has {key!r} for {name}; 64 hex digits are expected, in quotes, as "
+                "`python -m fed.site site.yaml --key` prints them there"
+            )
+    return {str(name): str(key) for name, key in value.items()}
+
+
+def _least(value: object, file: Path) -> int:
+    if type(value) is not int or value < 2:
+        raise InputError(f"{file}: secure_min is {value!r}, 2 or more is expected")
+    return value
 
 
 def _path(file: Path, key: str, value: object) -> Path:

@@ -21,10 +21,10 @@ from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector_flags
 from llava.suggest import did_you_mean
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Counts up when tickets or answers change; both sides must have the same."""
 
-KINDS = ("hello", "task", "stop")
+KINDS = ("hello", "task", "sum", "stop")
 
 # What is the same for all clients of a run, beside CLIENT_FLAGS and those of connectors and methods
 _OF_RUN = tuple(
@@ -39,7 +39,7 @@ _OF_RUN = tuple(
     "auto_find_batch_size average_tokens_across_devices train_sampling_strategy "
     # the federation
     "fed_rounds fed_method fed_options fed_one_pass fed_lr_schedule fed_wire "
-    "fed_weighting".split()
+    "fed_weighting fed_secure fed_secure_min fed_secure_norm".split()
 )
 # What a site may say of itself in site.yaml: how it computes, and how its clients step.
 OWN_FLAGS = (
@@ -63,8 +63,8 @@ class Ticket:
     """A request.
 
     Attributes:
-        kind: `hello` asks what the site has; `task` for a round's training; `stop` says that the
-            run is over, and brings its last state.
+        kind: `hello` asks what the site has; `task` for a round's training; `sum` for a message in
+            a secure sum of the round; `stop` says that the run is over, and brings its last state.
         run: the run's name, 32 hex digits.
         site: whom it is for.
         flags: the run's flags; `own` are the site's in clients.yaml, which are stronger.
@@ -75,6 +75,8 @@ class Ticket:
         facts: the digest of what the site said of itself at the beginning of the run.
         state: what `spool.digest` says of the file that is sent beside.
         nonce: makes a request another one that is the same in all else.
+        exchange, step, weight: of a secure sum: which one of the round, which step of it, and the
+            largest weight that a site may have.
     """
 
     kind: str
@@ -89,6 +91,9 @@ class Ticket:
     facts: str = ""
     state: dict[str, Any] | None = None
     nonce: str = ""
+    exchange: int = 0
+    step: str = ""
+    weight: float = 1.0
     protocol: int = PROTOCOL
 
     def as_json(self) -> dict[str, Any]:
@@ -106,6 +111,7 @@ _PATTERNS = {
     "task": "[A-Za-z0-9_-]+",
     "facts": "([0-9a-f]{64})?",
     "nonce": "([0-9a-f]{32})?",
+    "step": "[A-Za-z]*",
 }
 
 
@@ -134,10 +140,13 @@ def read_ticket(given: Mapping[str, Any], site: str, allowed: frozenset[str]) ->
             continue
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
             raise InputError(f"the ticket's {name} is {value!r:.200}, expected {pattern}")
-    for name in ("from_round", "round", "last_round"):
+    for name in ("from_round", "round", "last_round", "exchange"):
         value = given.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise InputError(f"the ticket's {name} is {value!r:.200}, a number is expected")
+    weight = given.get("weight")
+    if not isinstance(weight, (int, float)) or not 0 < weight <= 1e30:
+        raise InputError(f"the ticket's weight is {weight!r:.200}, a number above 0 is expected")
     if given["site"] != site:
         raise InputError(f"the ticket is for site {given['site']}, this one is {site}")
     _check_flags(given.get("flags"), allowed)

@@ -30,10 +30,12 @@ from fed.clients.task import (
 )
 from fed.clients.update import Update, load_update, save_update
 from fed.drivers.driver import Driver, Participant
-from fed.methods import Method
+from fed.drivers.run_name import run_name
+from fed.methods import Method, Outcome
 from fed.methods.interface.checks import check_not_zero
 from fed.methods.interface.client_rule import for_clients
 from fed.methods.interface.each import Each
+from fed.methods.interface.sums import Round
 from fed.numerics.shrinkage import drawn_shares
 from fed.server.client_states import ClientStates
 from fed.server.free_memory import give_back
@@ -54,6 +56,14 @@ from llava.errors import InputError
 from llava.train.settings import check_same
 
 
+@dataclass(frozen=True)
+class Secure:
+    """The flags of secure sums: --fed_secure_min and --fed_secure_norm."""
+
+    least: int
+    norm: float
+
+
 @dataclass
 class RoundLoop:
     """One federated run.
@@ -66,6 +76,7 @@ class RoundLoop:
         rounds: the number of times that clients send something back.
         min_clients: with how many clients a round goes on when others have failed; 0: with all.
         explains: whether clients are asked what their pictures explain, and weigh by it.
+        secure: the flags of secure sums, where the server gets nothing else.
         task_of: the task of each client, where clients have tasks.
         evaluate: `evaluate(client, state, extras, round) -> dict` of the state that a client is
             sent after a round, or None; the client is "global" where all have one state.
@@ -86,6 +97,7 @@ class RoundLoop:
     clients_per_round: int = 0
     min_clients: int = 0
     explains: bool = False
+    secure: Secure | None = None
     task_of: Mapping[str, str] = field(default_factory=dict)
     evaluate: Callable[[str, State, State, int], dict] | None = None
     evaluate_every: int = 1
@@ -166,14 +178,16 @@ class RoundLoop:
             # In the clients' order, whoever was first to finish; read again, and checked, for hours
             # may have passed.
             updates = {t.name: load_update(t.update_file) for t in tasks if t.name in updates}
-            next_state, facts = self._aggregate(state, updates)
+            next_state, facts = self._aggregate(state, tasks, updates, failed)
         self.barrier()
         with self._watch.part("evaluation"):
             heldout = self._measure(next_state)
         with self._watch.part("comparison"):
-            record = round_record(round, tasks, updates, failed, method=self.method.name)
+            record = round_record(
+                round, tasks, updates, failed, self.secure is not None, method=self.method.name
+            )
         record |= {"heldout": heldout, "facts": facts}
-        if self.explains:
+        if self.explains and self.secure is None:
             record["reliability"] = self._reliabilities(next_state, updates)
         record["seconds"] = self._watch.lap()  # the writing of this round's state is of the next
         self._records.add(record, write=self.main)
@@ -233,7 +247,7 @@ class RoundLoop:
                 # Mapped: a round needs no memory for its clients' updates.
                 updates[task.name] = result = load_update(task.update_file, check=False)
                 seconds += result.metrics.get("seconds", 0.0)
-                self._say(line_of_task(task, self.rounds, result))
+                self._say(line_of_task(task, self.rounds, result, self.secure is not None))
                 del result
                 give_back()
         # Clients that are at work at once have more seconds than the clock.
@@ -270,6 +284,9 @@ class RoundLoop:
     def _check(self, task: ClientTask, update: Update) -> None:
         """Refuse, by the client's name, what no method should see."""
         who = f"client {task.name}"
+        if self.secure is not None and self.driver.hides:
+            states.check(update.state | update.extras | update.kept, like={}, who=who)
+            return
         states.check(update.state, like=task.state, who=who)
         check_not_zero(update.state, task.state, who)
         reliability.read(update.metrics.get("explained"), f"{who}, ")
@@ -281,9 +298,16 @@ class RoundLoop:
             states.check(update.kept, like=kept, who=f"{who}, in what it keeps")
 
     def _aggregate(
-        self, state: RoundState, updates: Mapping[str, Update]
+        self,
+        state: RoundState,
+        tasks: Sequence[ClientTask],
+        updates: Mapping[str, Update],
+        failed: dict[str, str],
     ) -> tuple[RoundState, dict]:
-        """The next round's state, without the record, and the method's facts."""
+        """The next round's state, without the record, and the method's facts.
+
+        Who leaves a secure sum joins `failed`.
+        """
         next_state = dataclasses.replace(state, round=state.round + 1)
         trained = {name: update for name, update in updates.items() if update.num_samples > 0}
         if not trained:
@@ -291,19 +315,23 @@ class RoundLoop:
         weights = [float(update.num_samples) for update in trained.values()]
         told = {n: reliability.read(u.metrics.get("explained")) for n, u in trained.items()}
         next_state.explained = gathered_sums(state.explained, told)
-        if self.explains:
-            weights = weighed(weights, list(self._reliabilities(next_state, trained).values()))
-        outcome = self.method(
-            [update.state for update in trained.values()],
-            weights=weights,
-            base=state.shared,
-            memory=state.memory or None,
-            clients=list(trained),
-            extras=[update.extras for update in trained.values()],
-            total=len(self.driver.clients),
-            tasks=[self.task_of.get(name, "") for name in trained],
-            **self.options,
-        )
+        if self.secure is not None:
+            there = [task for task in tasks if task.name in trained]
+            outcome = self._summed(state, there, next_state.explained, failed)
+        else:
+            if self.explains:
+                weights = weighed(weights, list(self._reliabilities(next_state, trained).values()))
+            outcome = self.method(
+                [update.state for update in trained.values()],
+                weights=weights,
+                base=state.shared,
+                memory=state.memory or None,
+                clients=list(trained),
+                extras=[update.extras for update in trained.values()],
+                total=len(self.driver.clients),
+                tasks=[self.task_of.get(name, "") for name in trained],
+                **self.options,
+            )
         round = next_state.round
         keep = {name: update.kept for name, update in trained.items() if update.kept}
         next_state.kept = self._write(state.kept.after(round, keep), keep, list(keep.values()))
@@ -316,6 +344,33 @@ class RoundLoop:
         next_state.last = {**state.last, **dict.fromkeys(trained, round)}
         next_state.memory = outcome.memory or {}
         return next_state, outcome.facts
+
+    def _summed(
+        self,
+        state: RoundState,
+        tasks: Sequence[ClientTask],
+        explained: Mapping[str, Sequence[float]],
+        failed: dict[str, str],
+    ) -> Outcome:
+        """The method's outcome from secure sums over the clients of `tasks`."""
+        from fed.clients.sum_client import Agreed, sums_of
+        from fed.server.secure_sums import SecureSums
+
+        assert self.secure is not None
+        round = tasks[0].round
+        heaviest = max(task.client.samples(round) for task in tasks)
+        name = run_name(self._folder)
+        agreed = Agreed(name, round, float(heaviest), self.secure.norm, self.secure.least)
+        sums = sums_of(self.method, self.options, self.explains)
+        clients = self.driver.summing(self._folder / "sums", tasks, sums, agreed, explained)
+        secure = SecureSums(self._round_folder(round), agreed, clients.keys, clients.ask)
+        known = Round(state.shared, state.memory, len(tasks), len(self.driver.clients))
+        try:
+            return secure.outcome(sums, known)
+        finally:
+            for name, why in secure.gone.items():
+                failed[name] = why
+                self._say(f"round {round}/{self.rounds}  the sums go on without {name}: {why}")
 
     @staticmethod
     def _reliabilities(state: RoundState, updates: Mapping[str, Update]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fed.clients import reliability
 from fed.clients.task import ClientTask
@@ -12,6 +13,7 @@ from fed.clients.update import Update
 from fed.server.comparison import compare
 from fed.server.reliability import doubtful
 
+OPEN = ("steps", "seconds", "parameters")  # of a client, where sums are secure
 OUTLIER_RATIO = 20.0  # times the median length: nobody trains so much more than the others
 
 
@@ -44,26 +46,37 @@ def round_record(
     tasks: Sequence[ClientTask],
     updates: Mapping[str, Update],
     failed: Mapping[str, str],
+    secure: bool = False,
     **facts: object,
 ) -> dict:
-    """A line of rounds.jsonl; `facts` are those of the whole round."""
+    """A line of rounds.jsonl; `facts` are those of the whole round.
+
+    Of secure sums nothing is in it that was measured on a single client's data or update.
+    """
     done = [(task, updates[task.name]) for task in tasks if task.name in updates]
-    compared = compare(
-        [t.state for t, _ in done],
-        [u.state for _, u in done],
-        [u.num_samples for _, u in done],
-    )
+    metrics = {t.name: u.metrics for t, u in done}
+    compared: dict[str, Any] = {"norms": None, "cosines": None, "drift": None, "copies": []}
+    if secure:
+        metrics = {n: {k: m[k] for k in OPEN if k in m} for n, m in metrics.items()}
+    else:
+        compared = compare(
+            [t.state for t, _ in done],
+            [u.state for _, u in done],
+            [u.num_samples for _, u in done],
+        ).facts()
     return {
         "round": round,
-        "clients": {t.name: {"samples": u.num_samples, **u.metrics} for t, u in done},
+        "clients": {t.name: {"samples": u.num_samples, **metrics[t.name]} for t, u in done},
         "failed": {task.name: failed[task.name] for task in tasks if task.name in failed},
-        **compared.facts(),
+        **compared,
         **facts,
     }
 
 
 def suspicions(record: dict) -> Iterator[str]:
     """Warnings: updates of zero, very long ones, and copies of each other."""
+    if record["norms"] is None:
+        return
     samples = {name: client["samples"] for name, client in record["clients"].items()}
     norms = {n: norm for n, norm in zip(samples, record["norms"], strict=True) if samples[n]}
     typical = sorted(norms.values())[len(norms) // 2] if norms else 0.0
@@ -108,15 +121,18 @@ def curves(record: dict) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def line_of_task(task: ClientTask, rounds: int, update: Update) -> str:
+def line_of_task(task: ClientTask, rounds: int, update: Update, secure: bool = False) -> str:
+    """A task's line on the screen; `secure` leaves out what was measured on the client's data."""
     loss = update.metrics.get("loss")
-    if update.num_samples:
-        loss = "loss unknown" if loss is None else f"loss {loss:.4f}"
-    else:
+    if not update.num_samples:
         loss = "no sample in this round"
+    elif secure:
+        loss = "kept to itself"
+    else:
+        loss = "loss unknown" if loss is None else f"loss {loss:.4f}"
     seconds = update.metrics.get("seconds", 0.0)
     explained = reliability.read(update.metrics.get("explained"))
-    share = None if explained is None else explained.share
+    share = None if explained is None or secure else explained.share
     return (
         f"round {task.round}/{rounds}  {task.name:<20} {update.num_samples:>6} samples  {loss}  "
         + ("" if share is None else f"explained {100 * share:.0f} %  ")

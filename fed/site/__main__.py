@@ -25,7 +25,16 @@ def site(argv: Sequence[str] | None = None) -> None:
         prog="python -m fed.site", description="Train at a site of a federated run, when asked."
     )
     parser.add_argument("file", metavar="site.yaml", help="what the site has, and what it allows")
-    config = read_site(parser.parse_args(argv).file)
+    parser.add_argument(
+        "--key", action="store_true", help="print the public key of its secure sums, and end"
+    )
+    args = parser.parse_args(argv)
+    config = read_site(args.file)
+    if args.key:
+        from fed.site.held import Held
+
+        print(Held.public_key(config))
+        return
     if config.process.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(config.process.gpus)
     with unwound_by_signals():

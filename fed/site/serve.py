@@ -92,14 +92,21 @@ class Site:
         folder = self.config.work / "runs" / ticket.run
         folder.mkdir(parents=True, exist_ok=True)
         if ticket.kind == "hello":
+            self._check_secure(ticket)
             hello = self._ready(ticket, folder).hello(ticket.run)
             write_text(folder / "hello.json", json.dumps(hello.as_json(), indent=1))
             spool.give(key, hello.as_json())
             _say(f"run {ticket.run[:8]}: told of {hello.samples} samples")
             return
+        self._check_secure(ticket)
         trainer = self._ready(ticket, folder)
         self._check_same(ticket, trainer.hello(ticket.run), folder)
         state, extras = read_state(spool, key, ticket)
+        if ticket.kind == "sum":
+            file = own_name(spool.folder / "update")
+            save_update(trainer.answer_sum(ticket, state, extras), file)
+            spool.give(key, {}, file)
+            return
         if ticket.kind == "stop":
             trainer.export(ticket, state, extras)
             remove_run(folder)
@@ -109,14 +116,32 @@ class Site:
         _say(f"run {ticket.run[:8]}: round {ticket.round} begins")
         update = trainer.fit(ticket, key, state, extras, _teller(spool, key))
         file = own_name(spool.folder / "update")
-        metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
-        sent = Update(update.state, update.num_samples, metrics, update.extras)
-        save_update(encode(sent, state, str(ticket.flags.get("fed_wire", WIRES[0]))), file)
+        if trainer.secure:
+            sent = trainer.hold(ticket, state, update)
+        else:
+            metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
+            sent = Update(update.state, update.num_samples, metrics, update.extras)
+            sent = encode(sent, state, str(ticket.flags.get("fed_wire", WIRES[0])))
+        save_update(sent, file)
         spool.give(key, {}, file)
         _say(
             f"run {ticket.run[:8]}: round {ticket.round} done, {update.num_samples} samples, "
-            f"loss {metrics.get('loss')}"
+            f"loss {update.metrics.get('loss')}"
         )
+
+    def _check_secure(self, ticket: Ticket) -> None:
+        """Refuse a run without secure sums where the site takes part in no other, and one with them
+        where it knows no other site's key."""
+        secure, trust = str(ticket.flags.get("fed_secure", "false")).lower() == "true", self.config
+        if trust.trust and not secure:
+            raise RefusalError(
+                "its site.yaml has `trust`: it takes part in runs with --fed_secure True alone"
+            )
+        if secure and not trust.trust:
+            raise RefusalError(
+                "its site.yaml has no `trust`, the public keys of the other sites, without which "
+                "it takes part in no secure sum"
+            )
 
     def _ticket(self, spool: Spool, key: str) -> Ticket:
         try:

@@ -92,7 +92,13 @@ class Trainer:
         flags = {k: v for k, v in self.config.flags.items() if k in DECIDING}
         if self.config.process.command:
             flags["command"] = "its own"
+        signing = ""
+        if self.secure:
+            from fed.site.held import Held
+
+            signing = Held.public_key(self.config)
         return Hello(
+            signing=signing,
             samples=len(self.driver.datasets[0]),
             data=data_fingerprint(self._data, run),
             model=model,
@@ -100,6 +106,24 @@ class Trainer:
             flags=flags,
             versions=versions(),
         )
+
+    @property
+    def secure(self) -> bool:
+        """Whether updates stay here, and take part in secure sums."""
+        return self.run.arguments.fed.fed_secure
+
+    def hold(self, ticket: Ticket, base: State, update: Update) -> Update:
+        """Keep a task's update; returns what is told of it."""
+        from fed.site.held import Held
+
+        return Held(self.config, self.run, self.folder).keep(ticket, base, update)
+
+    def answer_sum(self, ticket: Ticket, state: State, given: State) -> Update:
+        """The site's message in a secure sum."""
+        from fed.remote.sums import answer_of
+        from fed.site.held import Held
+
+        return answer_of(Held(self.config, self.run, self.folder).answer(ticket, state, given))
 
     def has_changed(self) -> bool:
         """Whether the records on the disk are no longer those that were loaded."""
@@ -177,7 +201,8 @@ class Trainer:
             client, round = cast(Any, self.client), self._task.round
             before = sum(client.steps(earlier) for earlier in range(1, round))
             told = {"step": step - before, "steps": client.steps(round), "total": step}
-            self._tell(told if self._loss is None else {**told, "loss": self._loss})
+            hidden = self._loss is None or self.secure
+            self._tell(told if hidden else {**told, "loss": self._loss})
 
         return log
 
@@ -234,6 +259,6 @@ def _leaves(path: str) -> bool:
 
 def remove_run(folder: Path) -> None:
     """Remove what a finished run needs no more; its checkpoint and private parameters stay."""
-    for name in ("kept", "logs", "begun"):
+    for name in ("kept", "held", "logs", "begun"):
         with contextlib.suppress(OSError):
             (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)

@@ -14,8 +14,12 @@ from fed.clients.task import ClientError
 from fed.methods.interface.sums import Own, Round
 from fed.privacy.client_memory import STEPS
 from fed.privacy.keys import Ed25519PrivateKey
+from fed.report import main as report
 from fed.server.secure_sums import SecureSums
+from fed.state import load
+from fed.train import train
 from llava.errors import InputError
+from tests.conftest import assert_moved_alike
 from tests.fed.methods.interface.test_sums import draw
 
 NAMES = ("north", "south", "st-mary", "west")
@@ -215,3 +219,49 @@ def test_what_is_too_long_or_too_heavy_is_refused_before_anything_is_sent(tmp_pa
     sites = Hospitals(tmp_path / "b", agreed=dataclasses.replace(AGREED, weight=250.0))
     with pytest.raises(InputError, match="client north: its weight is beyond 250"):
         sites.outcome()
+
+
+def test_a_run_of_sums_ends_as_the_open_run(flags, tiny, tmp_path, capsys):
+    entries = [
+        {"name": name, "data_path": f"{tiny}/{file}.json", "image_folder": f"{tiny}/images"}
+        for name, file in (("a", "a"), ("b", "b"), ("c", "a"))
+    ]
+    clients = tmp_path / "clients.yaml"
+    clients.write_text(json.dumps({"clients": entries}))
+    common = {"fed_clients": clients, "fed_rounds": 2, "fed_method": "fedcmp"}
+    train(flags(**common, output_dir=tmp_path / "open"))
+    train(flags(**common, output_dir=tmp_path / "secure", fed_secure=True))
+    train(flags(**common, output_dir=tmp_path / "start", learning_rate=0))
+    assert_moved_alike(
+        *(load(tmp_path / name / "mm_projector.bin") for name in ("secure", "open", "start")), 0.01
+    )
+    said = capsys.readouterr().out
+    assert "kept to itself" in said
+    lines = (tmp_path / "secure" / "rounds.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        assert record["norms"] is record["cosines"] is record["drift"] is None
+        assert "reliability" not in record
+        for client in record["clients"].values():
+            assert client.keys() == {"samples", "steps", "seconds", "parameters"}
+    report(["--runs", str(tmp_path / "secure"), "--output", str(tmp_path / "report")])
+    assert not list((tmp_path / "secure" / "fed").glob("round-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fed_method": "median"}, "--fed_secure True: median looks at single clients"),
+        ({"fed_method": "norm_clip"}, "norm_clip needs more than sums"),
+        ({"fed_pool": True}, "no place with --fed_pool"),
+        ({"fed_wire": "bf16"}, "--fed_wire bf16 has no place with --fed_secure"),
+        ({"fed_secure_min": 1}, "--fed_secure_min is 1, 2 or more"),
+        ({"fed_secure_min": 3}, "--fed_secure_min is 3, a round has 2 clients"),
+        ({"fed_secure_norm": 0}, "--fed_secure_norm is 0.0, above 0"),
+        ({"fed_secure_norm": float("nan")}, "--fed_secure_norm is nan, above 0"),
+    ],
+)
+def test_what_does_not_go_with_secure_sums(flags, tiny, tmp_path, changes, message):
+    values = {"fed_clients": tiny / "clients.yaml", "fed_secure": True, **changes}
+    with pytest.raises(InputError, match=message):
+        train(flags(**values, output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run" / "fed").exists()

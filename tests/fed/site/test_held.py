@@ -1,0 +1,152 @@
+"""Sites in a run of secure sums: real processes, and what leaves them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+
+import pytest
+import torch
+
+from fed.clients.tensor_file import load_with_facts
+from fed.remote.site_yaml import read_site
+from fed.site.__main__ import site
+from fed.site.held import Held
+from fed.state import load
+from fed.train import train
+from llava.errors import InputError
+from tests.conftest import assert_moved_alike
+from tests.fed.drivers.test_remote import REMOTE, records
+from tests.fed.remote.sites import clients_yaml, end, site_yaml, start, wait_for
+
+NAMES = ("north", "south", "west")
+DATA = {"north": "a", "south": "b", "west": "a"}
+RUN = {"fed_rounds": 2, "fed_method": "fedcmp", "fed_secure": True}
+
+
+def yamls(folder, tiny, spools, **changes):
+    """The sites' files; each trusts the others."""
+    for again in (False, True):
+        trust = {n: Held.public_key(read_site(folder / f"{n}.yaml")) for n in NAMES if again}
+        files = {
+            name: site_yaml(
+                folder,
+                tiny,
+                name,
+                spools,
+                data_path=str(tiny / f"{DATA[name]}.json"),
+                **({"trust": {n: k for n, k in trust.items() if n != name}} if again else {}),
+                **changes,
+            )
+            for name in NAMES
+        }
+    return files
+
+
+def resident(flags, tiny, tmp_path, name, **changes):
+    """The same run in one process, and open."""
+    entries = [
+        {"name": n, "data_path": f"{tiny}/{DATA[n]}.json", "image_folder": f"{tiny}/images"}
+        for n in NAMES
+    ]
+    place = tmp_path / name
+    place.mkdir()
+    clients = clients_yaml(place, *entries)
+    common = {**RUN, "fed_secure": False, **changes}
+    train(flags(fed_clients=clients, output_dir=place / "out", **common))
+    return load(place / "out" / "mm_projector.bin")
+
+
+@contextlib.contextmanager
+def at_work(files, tmp_path):
+    running = {n: start("fed.site", str(f), log=tmp_path / f"{n}.log") for n, f in files.items()}
+    try:
+        yield running
+    finally:
+        end(list(running.values()))
+
+
+@pytest.mark.slow  # three sites and a driver that are killed: neither a sum nor a secret is lost
+def test_sites_send_sums_alone_and_end_as_the_open_run(flags, tiny, tmp_path):
+    out = tmp_path / "out"
+    spool = out / "fed" / "spool"
+    files = yamls(tmp_path, tiny, spool)
+    names = clients_yaml(tmp_path, *({"name": name} for name in NAMES))
+    argv = flags(fed_clients=names, output_dir=out, **RUN, **REMOTE)
+    sums = out / "fed" / "round-0001" / "sum-0"
+    with at_work(files, tmp_path) as sites:
+        run = start("fed.train", *argv, log=tmp_path / "run.log")
+        try:
+            wait_for(lambda: (sums / "AdvertiseKeys.json").exists())
+            run.send_signal(signal.SIGKILL)
+            sites["south"].send_signal(signal.SIGKILL)
+            run.wait(), sites["south"].wait()
+            kept = [load_with_facts(f)[0] for f in (out / "fed/round-0001").glob("*.safetensors")]
+            assert kept == [{}] * 3  # of a task no tensor has come
+            sites["south"] = start("fed.site", str(files["south"]), log=tmp_path / "south.log")
+            train(argv)
+        finally:
+            end([run])
+    found = load(out / "mm_projector.bin")
+    expected = resident(flags, tiny, tmp_path, "open")
+    still = resident(flags, tiny, tmp_path, "still", learning_rate=0)
+    assert_moved_alike(found, expected, still, 0.01)
+    for record in records(out):
+        assert "reliability" not in record
+        assert record["cosines"] is None
+        for client in record["clients"].values():
+            assert client.keys() == {"samples", "steps", "parameters"}
+    name = json.loads((out / "fed" / "run.json").read_text())["run"]
+    for site_name in NAMES:
+        own = load(tmp_path / f"work-{site_name}" / "runs" / name / "mm_projector.bin")
+        assert all(torch.equal(own[n], found[n]) for n in found)
+        assert not (tmp_path / f"work-{site_name}" / "runs" / name / "held").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "secure", "message"),
+    [
+        ({"trust": None}, True, "site north says: its site.yaml has no `trust`"),
+        ({}, False, "site .* says: its site.yaml has `trust`.* --fed_secure True alone"),
+        ({"trust": {"south": "0" * 64}}, True, "3 clients are needed in AdvertiseKeys, there are"),
+    ],
+)
+def test_who_takes_part_in_what(flags, tiny, tmp_path, changes, secure, message):
+    spool = tmp_path / "out" / "fed" / "spool"
+    files = yamls(tmp_path, tiny, spool)
+    if changes:
+        files["north"] = site_yaml(
+            tmp_path, tiny, "north", spool, **{"data_path": str(tiny / "a.json"), **changes}
+        )
+    names = clients_yaml(tmp_path, *({"name": name} for name in NAMES))
+    values = {**RUN, "fed_secure": secure, "fed_client_timeout": 60, **REMOTE}
+    with at_work(files, tmp_path), pytest.raises(InputError, match=message):
+        train(flags(fed_clients=names, output_dir=tmp_path / "out", **values))
+    if "needed" in message:  # the reason stays at the site, in its own output
+        said = (tmp_path / "north.log").read_text()
+        assert "client north: does not trust the key that the terms have for south" in said
+
+
+def test_a_site_prints_its_public_key(tiny, tmp_path, capsys):
+    file = site_yaml(tmp_path, tiny, "a", tmp_path)
+    site([str(file), "--key"])
+    key = capsys.readouterr().out.strip()
+    assert len(bytes.fromhex(key)) == 32
+    site([str(file), "--key"])
+    assert capsys.readouterr().out.strip() == key
+    assert (tmp_path / "work-a" / "signing.pem").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trust": ["north"]}, "trust is .*sites and their public keys"),
+        ({"trust": {"north": "abc"}}, "trust has 'abc' for north; 64 hex digits"),
+        ({"secure_min": 1}, "secure_min is 1, 2 or more"),
+    ],
+)
+def test_bad_keys_in_site_yaml(tiny, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        read_site(site_yaml(tmp_path, tiny, "a", tmp_path, **changes))
