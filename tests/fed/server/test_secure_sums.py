@@ -243,7 +243,7 @@ def test_a_run_of_sums_ends_as_the_open_run(flags, tiny, tmp_path, capsys):
         assert "reliability" not in record
         for client in record["clients"].values():
             assert client.keys() == {"samples", "steps", "seconds", "parameters"}
-    report(["--runs", str(tmp_path / "secure"), "--output", str(tmp_path / "report")])
+    report(["--runs", f"sums={tmp_path / 'secure'}", "--output", str(tmp_path / "report")])
     assert not list((tmp_path / "secure" / "fed").glob("round-*"))
 
 
