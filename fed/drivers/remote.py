@@ -364,7 +364,8 @@ class RemoteDriver(Driver):
         extras = task.state if rule is not None and rule.sends else {}
         states.check(update.extras, like=extras, who="what it sent beside its state")
         metrics = update.metrics
-        numbers = [metrics.get(key) for key in ("loss", "steps", "seconds")]
+        # A client that trains in private tells neither its loss nor its seconds.
+        numbers = [metrics.get("steps"), *(metrics[k] for k in ("loss", "seconds") if k in metrics)]
         beyond = metrics.keys() - {"loss", "steps", "seconds", "parameters", "explained"}
         counts = metrics.get("parameters", {})
         numbers += counts.values() if isinstance(counts, dict) else [None]

@@ -234,6 +234,6 @@ def _leaves(path: str) -> bool:
 
 def remove_run(folder: Path) -> None:
     """Remove what a finished run needs no more; its checkpoint and private parameters stay."""
-    for name in ("kept", "logs", "begun"):
+    for name in ("kept", "logs", "begun", "noise"):
         with contextlib.suppress(OSError):
             (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
