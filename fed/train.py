@@ -30,7 +30,7 @@ from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
 from llava.progress import progress_shown
-from llava.train import private_run
+from llava.train import private_run, private_statement
 from llava.train.distributed import start_process_group
 from llava.train.private_accounting import Guarantee
 from llava.train.train import prepare_output
@@ -95,7 +95,7 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
     )
     logger.start()
     if fed_args.private and run.main and group.main:
-        private_run.write(run.output_dir, _guarantees(run, driver))
+        private_statement.write(run.output_dir, _guarantees(run, driver))
     final = loop.run(driver.initial)
     driver.store.config.use_cache = True
     if group.main:

@@ -190,8 +190,8 @@ def _check_private(
         )
     if method.connector:
         raise InputError(
-            f"--fed_method {method.name} has no place in private training: its connector adds losses "
-            "over the pictures of a batch, in which no sample's part can be told"
+            f"--fed_method {method.name} has no place in private training: its connector adds "
+            "losses over the pictures of a batch, in which no sample's part can be told"
         )
     if fed_args.fed_weighting == "explained" or method.asks_explained(options):
         option, value = method.explained_by or ("", "")
@@ -199,8 +199,8 @@ def _check_private(
         if fed_args.fed_weighting == "explained":
             how = "--fed_weighting explained"
         raise InputError(
-            f"{how} has no place in private training: clients would tell what their pictures explain, "
-            "which --fed_dp_metrics off leaves out"
+            f"{how} has no place in private training: clients would tell what their pictures "
+            "explain, which --fed_dp_metrics off leaves out"
         )
 
 

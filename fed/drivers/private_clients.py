@@ -1,12 +1,14 @@
 """Private training of a run's clients: what each one's records are promised, and how tasks keep it.
 
-A client's records enter the steps of its own tasks alone. With one pass each record is in one slice, and
-so in one step of the whole run; else it enters a step in every round and pass. The sum over a client's
-tasks is what its guarantee is of, for all of its updates together, whoever sees them.
+A client's records enter the steps of its own tasks alone. With one pass each record is in one
+slice, and so in one step of the whole run; else it enters a step in every round and pass. The sum
+over a client's tasks is what its guarantee is of, for all of its updates together, whoever sees
+them.
 
-A client's secret of the noise is OUTPUT/noise/NAME.json, on the machine where it trains: a site's own, under
---fed_driver remote. Beside it stands the state that each round began from: a server that asked for a
-round again from another state would be given a second look at the same records, and is refused.
+A client's secret of the noise is OUTPUT/noise/NAME.json, on the machine where it trains: a site's
+own, under --fed_driver remote. Beside it stands the state that each round began from: a server that
+asked for a round again from another state would be given a second look at the same records, and is
+refused.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from llava.train.arguments import TrainingArguments
 from llava.train.private_accounting import Guarantee, guarantee
 from llava.train.private_arguments import samples_of_step
 from llava.train.private_noise import FOLDER, NoiseSecret
-from llava.train.private_run import passes, sentence
+from llava.train.private_run import passes
+from llava.train.private_statement import sentence
 from llava.train.private_trainer import PrivateSteps
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class Sliced(Protocol):
 def entries_of(args: TrainingArguments, slices: Iterable[Sequence[int]]) -> int:
     """The most steps that one of a client's records enters in the run.
 
-    A client that is not drawn for a round sees nothing in it: the number holds for all that are drawn.
+    A client that is not drawn for a round sees nothing in it, and less is revealed than is stated.
     """
     counts: Counter[int] = Counter()
     for indices in slices:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -162,9 +162,10 @@ class ResidentDriver(Driver):
         if not run.arguments.fed.private:
             return None
         check_model(self.session.model)
-        for client in self.clients:
-            check_records(client.dataset)
-        return PrivateClients(guarantees(run, self.clients, self.datasets), run.output_dir)
+        for dataset in self.datasets:
+            check_records(dataset)
+        stated = guarantees(run, cast(Any, self.clients), self.datasets)
+        return PrivateClients(stated, run.output_dir)
 
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]

@@ -1,30 +1,30 @@
 """The privacy of a record, from the noise of the steps that it enters.
 
-A step gives out sum_i clip(g_i, C) + N(0, (noise C)^2 I), over the samples of a fixed batch. Two data
-sets are neighbours where one record of the one gives nothing (a gradient of zero) in the other, all
-others in their places: zero-out adjacency (Kairouz et al. 2021, arXiv 2103.00039), the form of
-add-or-remove for batches whose size is fixed and known. The sums then differ by at most C, and the
-step is the Gaussian mechanism of sensitivity C; divided by a fixed number of samples it is the same.
-Where a record is replaced by another one, they differ by at most 2 C: half the noise.
+A step gives out sum_i clip(g_i, C) + N(0, (noise C)^2 I), over the samples of a fixed batch. Two
+data sets are neighbours where one record of the one gives nothing (a gradient of zero) in the
+other, all others in their places: zero-out adjacency (Kairouz et al. 2021, arXiv 2103.00039), the
+form of add-or-remove for batches whose size is fixed and known. The sums then differ by at most C,
+and the step is the Gaussian mechanism of sensitivity C; divided by a fixed number of samples it is
+the same. Where a record is replaced by another one, they differ by at most 2 C: half the noise.
 
 A record that enters `entries` steps has run through as many such mechanisms, each chosen in the
-knowledge of those before. Their composition is, exactly, one Gaussian mechanism of noise
-noise / sqrt(entries) (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3). Of the steps that it does
-not enter nothing is to be counted: what they give out depends on the record through earlier outputs
+knowledge of those before. Their composition is, exactly, one Gaussian mechanism of noise noise /
+sqrt(entries) (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3). Of the steps that it does not
+enter nothing is to be counted: what they give out depends on the record through earlier outputs
 alone (parallel composition). In one pass entries is 1, however many steps and rounds the run has.
 
 Batches are cut from a shuffled list, not Poisson sampled, and whoever knows the seed knows the
 batches: no amplification by sampling is claimed.
 
-epsilon is the number of the analytic Gaussian mechanism (Balle, Wang 2018, arXiv 1805.06530, Theorem 8),
-with mu = sqrt(entries) / noise:
+epsilon is the number of the analytic Gaussian mechanism (Balle, Wang 2018, arXiv 1805.06530,
+Theorem 8), with mu = sqrt(entries) / noise:
 
     delta = Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)
 
-which is exact; Opacus has it as the dual of mu-GDP, and that is what is called. Opacus' PRV accountant
-gives the same plus its margin of 0.01, its RDP accountant a few percent more
-(`tests/llava/train/test_private_accounting.py`); dp-accounting 0.6 cannot be installed beside NVFlare
-2.9, whose attrs is newer than it allows.
+which is exact; Opacus has it as the dual of mu-GDP, and that is what is called. Opacus' PRV
+accountant gives the same plus its margin of 0.01, its RDP accountant a few percent more
+(`tests/llava/train/test_private_accounting.py`); dp-accounting 0.6 cannot be installed beside
+NVFlare 2.9, whose attrs is newer than it allows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The flags of private training, `--fed_dp_*`, and what is refused beside them before a model loads.
+"""The flags of private training, `--fed_dp_*`, and what is refused beside them before a model
+loads.
 
-With an epsilon or a noise given, every step's gradient is a sum of per-sample gradients, each clipped,
-with Gaussian noise (`llava.train.private_trainer`). What a flag would do to a step's samples or to
-their gradients, so that a step is no longer that, is refused here; what depends on the model is
-refused in `llava.train.private_gradients`.
+With an epsilon or a noise given, every step's gradient is a sum of per-sample gradients, each
+clipped, with Gaussian noise (`llava.train.private_trainer`). What a flag would do to a step's
+samples or to their gradients, so that a step is no longer that, is refused here; what depends on
+the model is refused in `llava.train.private_gradients`.
 """
 
 from __future__ import annotations
@@ -66,13 +67,15 @@ class PrivacyArguments:
     )
     fed_dp_clip: float | None = field(
         default=None,
-        metadata={"help": "Private training: the longest gradient of a sample, all tensors jointly."},
+        metadata={
+            "help": "Private training: the longest gradient of a sample, all tensors jointly."
+        },
     )
     fed_dp_metrics: str = field(
         default="off",
         metadata={
-            "help": "Private training: what clients tell beside their update. off: no loss, no time, "
-            "nothing that was measured on their data."
+            "help": "Private training: what clients tell beside their update. off: no loss, no "
+            "time, nothing that was measured on their data."
         },
     )
 
@@ -113,7 +116,7 @@ def check_privacy(privacy: PrivacyArguments) -> None:
 
 
 def check_goes_with(args: TrainingArguments) -> None:
-    """Refuse training flags with which a step would not be a sum of clipped gradients with noise."""
+    """Refuse flags with which a step would not be a sum of clipped gradients with noise."""
     for flag, why in _REFUSED.items():
         value = getattr(args, flag, None)
         if value:

@@ -1,18 +1,18 @@
 """The sum over samples of clipped gradients, of the layers of a model that train.
 
-    sum_i g_i min(1, C / |g_i|),    g_i the gradient of sample i's own loss, over all tensors jointly
+    sum_i g_i min(1, C / |g_i|),    g_i the gradient of sample i's own loss, all tensors jointly
 
-The gradient of a linear layer's weight is a product of what enters the layer and of the loss's gradient
-of what leaves it. Both are taken at the layer (forward and tensor hooks), their rows are sorted by
-sample, and Opacus' own function for the layer makes the samples' gradients. That is done twice: to
-measure them, a layer at a time, and, with each sample's rows scaled by its factor, to sum them. So
-memory holds the samples' gradients of one layer, and never those of all. What autograd sums by itself is
-thrown away.
+The gradient of a linear layer's weight is a product of what enters the layer and of the loss's
+gradient of what leaves it. Both are taken at the layer (forward and tensor hooks), their rows are
+sorted by sample, and Opacus' own function for the layer makes the samples' gradients. That is done
+twice: to measure them, a layer at a time, and, with each sample's rows scaled by its factor, to sum
+them. So memory holds the samples' gradients of one layer, and never those of all. What autograd
+sums by itself is thrown away.
 
 Opacus' GradSampleModule is not used: it takes the first axis of what enters every layer for the
-samples, which here are pictures in a connector, samples in the language model, and in its last layer one
-row of the labelled positions of all; it holds every sample's gradients of all layers at once, and brings
-an optimizer of its own in place of the trainer's.
+samples, which here are pictures in a connector, samples in the language model, and in its last
+layer one row of the labelled positions of all; it holds every sample's gradients of all layers at
+once, and brings an optimizer of its own in place of the trainer's.
 
 What is not finite in a sample's gradient counts as zero, as the whole gradient then does.
 """
@@ -39,8 +39,8 @@ _SAME = {True: 0.03, False: 1e-3}
 class Rows:
     """The sample of each row of what enters a layer, for a batch of `samples`.
 
-    `pictures` are those of the rows that enter the connector, which has a row for each picture, or for
-    each tile of one; `labelled` those of the positions that the loss reads.
+    `pictures` are those of the rows that enter the connector, which has a row for each picture, or
+    for each tile of one; `labelled` those of the positions that the loss reads.
     """
 
     samples: int
@@ -49,7 +49,7 @@ class Rows:
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Any]) -> Rows:
-        """Of what `DataCollatorForSupervisedDataset` made of samples with at most one picture each."""
+        """Of a batch of `DataCollatorForSupervisedDataset`; samples have one picture, or none."""
         count, length = batch["labels"].shape
         labelled = batch["label_positions"] // length
         images = batch.get("images")
@@ -86,8 +86,8 @@ class Rows:
         if first == 1 and rows == len(self.labelled):
             return self.labelled
         raise InputError(
-            f"{name}: what enters it, {tuple(shape)}, has no row for each of {self.samples} samples; "
-            "private training cannot tell them apart there"
+            f"{name}: what enters it, {tuple(shape)}, has no row for each of {self.samples} "
+            "samples; private training cannot tell them apart there"
         )
 
 
@@ -168,9 +168,7 @@ class PerSampleGradients:
 
             return hook
 
-        handles = [
-            layer.register_forward_hook(watch(name)) for name, layer in self.layers.items()
-        ]
+        handles = [layer.register_forward_hook(watch(name)) for name, layer in self.layers.items()]
         try:
             yield
         finally:
@@ -236,8 +234,8 @@ class PerSampleGradients:
         apart = (gradients.sum(0) - expected.float()).norm()
         if bool(apart > _SAME[in_16_bits] * scale):
             raise InputError(
-                f"{name}: its gradient is not the sum of its samples' ones ({float(apart):.3g} apart "
-                f"at lengths of {float(scale):.3g}); {_WHY}"
+                f"{name}: its gradient is not the sum of its samples' ones ({float(apart):.3g} "
+                f"apart at lengths of {float(scale):.3g}); {_WHY}"
             )
 
     def _of_layer(self, name: str, entered: Tensor, left: Tensor) -> dict[str, Tensor]:
@@ -250,14 +248,14 @@ class PerSampleGradients:
     def _rows(self, name: str, rows: Rows) -> _Flat:
         """The rows of all calls of a layer."""
         seen, inside = self._seen[name], id(self.layers[name]) in self._pictures
-        flat = _Flat(*(t[0].flatten(0, -2)[:0].float() for t in (seen.entered, seen.left)),
-                     rows.labelled[:0])  # fmt: skip
+        first = [part[0].flatten(0, -2)[:0].float() for part in (seen.entered, seen.left)]
+        calls = [_Flat(first[0], first[1], rows.labelled[:0])]
         for entered, left in zip(seen.entered, seen.left, strict=True):
             owners = rows.entering(entered.shape, inside, name)
             if owners is not None:
-                call = (entered.flatten(0, -2).float(), left.flatten(0, -2).float(), owners)
-                flat = _Flat(*(torch.cat(pair) for pair in zip(flat, call, strict=True)))
-        return flat
+                flat = entered.flatten(0, -2).float(), left.flatten(0, -2).float()
+                calls.append(_Flat(*flat, owners))
+        return _Flat(*map(torch.cat, zip(*calls, strict=True)))
 
 
 _WHY = "private training needs every path to a tensor to lead through its layer"
@@ -316,9 +314,9 @@ def check_model(model: nn.Module) -> None:
     """Refuse a model in which a sample's gradient depends on more than the sample.
 
     Raises:
-        InputError: a tensor trains in a layer that is not known, by its name; a loss over all samples
-            of a batch; or dropout, whose draws follow from --seed, which others know, and from the
-            lengths of all samples before.
+        InputError: a tensor trains in a layer that is not known, by its name; a loss over all
+            samples of a batch; or dropout, whose draws follow from --seed, which others know, and
+            from the lengths of all samples before.
     """
     _layers(model)
     parts: Any = grafted(model).get_model() if hasattr(model, "get_model") else None
@@ -330,8 +328,8 @@ def check_model(model: nn.Module) -> None:
         )
     if getattr(model.config, "output_router_logits", False):
         raise InputError(
-            "config.json has output_router_logits true: the routers' loss is one over all samples of "
-            "a batch, and has no place in private training"
+            "config.json has output_router_logits true: the routers' loss is one over all samples "
+            "of a batch, and has no place in private training"
         )
     for name, module in model.named_modules():
         rate = module.p if isinstance(module, nn.Dropout) else getattr(module, _ATTENTION, 0)

@@ -1,23 +1,24 @@
 """The noise of private training: Gaussian, from a secret that only the run's own folder holds.
 
-Whoever knew the noise could take it off again. So it does not come from --seed, which a server knows,
-nor from a generator whose state can be told from its numbers: it is the key stream of AES-256-CTR
-under a key that is, by HMAC-SHA256, a function of
+Whoever knew the noise could take it off again. So it does not come from --seed, which a server
+knows, nor from a generator whose state can be told from its numbers: it is the key stream of
+AES-256-CTR under a key that is, by HMAC-SHA256, a function of
 
-- 256 bits from the operating system, drawn once, in OUTPUT/noise/NAME.json (readable by its owner);
+- 256 bits from the operating system, drawn once, in OUTPUT/noise/NAME.json (readable by its
+  owner);
 - the task and the step;
 - the very sum that the noise is added to.
 
 A run that is killed and started again makes the same sums and draws the same noise, so that it ends
-in the same bits. A sum that is another one, of whatever cause, gets noise that has nothing to do with
-the first's: the difference of two outputs never shows a difference of sums. That the noise is
+in the same bits. A sum that is another one, of whatever cause, gets noise that has nothing to do
+with the first's: the difference of two outputs never shows a difference of sums. That the noise is
 pseudo-random makes the guarantee one against those who cannot break AES.
 
-Beside the secret stands which state each task began from. A task that is asked for again from another
-state would spend the budget again, and is refused.
+Beside the secret stands which state each task began from. A task that is asked for again from
+another state would spend the budget again, and is refused.
 
-Values are double precision and lie within 8.6 standard deviations; of true Gaussian noise 1e-17 of the
-values do not. They are added in double precision and rounded once.
+Values are double precision and lie within 8.6 standard deviations; of true Gaussian noise 1e-17 of
+the values do not. They are added in double precision and rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from llava.errors import InputError
 from llava.json_files import read_json
 
 FOLDER = "noise"
-_BLOCK = 2**17  # values at a time
+_BLOCK = 2**20  # values at a time
 
 
 class NoiseSecret:
@@ -77,18 +78,18 @@ class NoiseSecret:
             self._tasks[task] = start
             self._write({"secret": self._secret.hex(), "tasks": self._tasks})
 
-    def noised(self, task: str, step: int, sums: Mapping[str, Tensor], scale: float) -> dict:
-        """The sums with noise of standard deviation `scale`, on the CPU, float64."""
-        sums = {name: tensor.detach().cpu() for name, tensor in sums.items()}
+    def noised(
+        self, task: str, step: int, sums: Mapping[str, Tensor], scale: float
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The sums with noise of standard deviation `scale`, one by one, float64."""
         draw = hmac.new(self._secret, f"{task}\0{step}\0".encode(), hashlib.sha256)
         for name, tensor in sums.items():
             draw.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-            draw.update(tensor.contiguous().numpy().data)
+            draw.update(tensor.detach().cpu().contiguous().numpy().data)
         stream = GaussianStream(draw.digest())
-        return {
-            name: tensor.double() + scale * stream.draw(tensor.numel()).view(tensor.shape)
-            for name, tensor in sums.items()
-        }
+        for name, tensor in sums.items():
+            noise = stream.draw(tensor.numel(), tensor.device).view(tensor.shape)
+            yield name, tensor.detach().double() + scale * noise
 
     def _write(self, values: dict) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,16 +114,16 @@ class GaussianStream:
         # A key is used for one stream alone, so that its counter may begin at 0.
         self._cipher = Cipher(AES(key), CTR(bytes(16))).encryptor()
 
-    def draw(self, count: int) -> Tensor:
-        """The next `count` values, float64 (count,)."""
-        blocks = [self._block(min(_BLOCK, count - at)) for at in range(0, count, _BLOCK)]
-        return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.float64)
+    def draw(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """The next `count` values, float64 (count,); a device computes them as it rounds."""
+        blocks = [self._block(min(_BLOCK, count - at), device) for at in range(0, count, _BLOCK)]
+        return torch.cat([torch.zeros(0, dtype=torch.float64, device=device), *blocks])
 
-    def _block(self, count: int) -> Tensor:
+    def _block(self, count: int, device: torch.device | str) -> Tensor:
         """By Box and Muller: two uniform values of 53 bits make two normal ones."""
         pairs = (count + 1) // 2
         bits = bytearray(self._cipher.update(bytes(16 * pairs)))
-        whole = torch.frombuffer(bits, dtype=torch.int64).view(2, pairs)
+        whole = torch.frombuffer(bits, dtype=torch.int64).view(2, pairs).to(device)
         uniform = ((whole >> 11) + 2**52).double()  # 0 … 2^53 - 1
         radius = ((uniform[0] + 1) / 2**53).log().mul(-2).sqrt()
         angle = uniform[1] * (2 * math.pi / 2**53)

@@ -1,15 +1,16 @@
 """The trainer of private training: LLaVA's own, with another gradient in every step.
 
-Of a step's samples, over all its accumulated batches, each one's gradient is that of its own loss, the
-mean over its own labelled tokens; it is clipped to C, all tensors jointly. Their sum gets noise of standard
-deviation noise * C once, and is divided by the number of samples of a full step, whatever the number
-of this one: the last step of an epoch has fewer, and a smaller gradient. What comes after works on
-that alone: --max_grad_norm, optimizer, schedule, a method's rule for the clients' steps.
+Of a step's samples, over all its accumulated batches, each one's gradient is that of its own loss,
+the mean over its own labelled tokens; it is clipped to C, all tensors jointly. Their sum gets noise
+of standard deviation noise * C once, and is divided by the number of samples of a full step,
+whatever the number of this one: the last step of an epoch has fewer, and a smaller gradient. What
+comes after works on that alone: --max_grad_norm, optimizer, schedule, a method's rule for the
+clients' steps.
 
 All tensors that train get noise in every step, also those that no sample of it moved.
 
-The first batch with pictures is rehearsed, before anything steps: the loss of its first sample may move
-no row of another one, and the samples' gradients must sum to what autograd sums.
+The first batch with pictures is rehearsed, before anything steps: the loss of its first sample may
+move no row of another one, and the samples' gradients must sum to what autograd sums.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class PrivateTrainer(LLaVATrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """A batch's part of the step's sum; with the step's last batch, its gradient."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # of a schedule-free optimizer
-            self.optimizer.train()
+        if callable(begin := getattr(self.optimizer, "train", None)):  # of a schedule-free one
+            begin()
         inputs = self._prepare_inputs(inputs)
         rows = Rows.of_batch(inputs)
         with self.gradients.recording():
             with self.compute_loss_context_manager():
-                logits = model(**inputs).logits[0]
+                logits = model(**inputs).logits
             losses = sample_losses(logits, inputs["labels"], inputs["label_positions"])
             if not self._rehearsed:
                 self._rehearse(losses, rows)
@@ -83,23 +84,24 @@ class PrivateTrainer(LLaVATrainer):
 
     def _give_gradient(self) -> None:
         """Put the step's noised sum, over its number of samples, where the optimizer looks."""
-        private, step = self.private, self.state.global_step
-        scale = private.noise * private.clip
-        noised = private.secret.noised(private.task, step, self.gradients.sums, scale)
+        private, step, parameters = self.private, self.state.global_step, self.gradients.parameters
+        sums, scale = self.gradients.sums, private.noise * private.clip
         self.gradients.clear()
-        for name, parameter in self.gradients.parameters.items():
-            mean = noised[name] / samples_of_step(self.args)
-            parameter.grad = mean.to(device=parameter.device, dtype=parameter.dtype)
+        for name, total in private.secret.noised(private.task, step, sums, scale):
+            mean = total / samples_of_step(self.args)
+            parameters[name].grad = mean.to(parameters[name].dtype)
 
 
 def sample_losses(logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
     """The mean loss over each sample's own labelled tokens, (B,); 0 of a sample that has none.
 
     Args:
-        logits: (P, vocabulary) of the labelled positions.
+        logits: (1, P, vocabulary) of the labelled positions; of a plain language model (B, T, …).
         labels: (B, T).
         positions: (P,), in `labels.flatten()`, of the positions whose next label counts.
     """
+    whole = logits.shape[:2] == labels.shape  # T positions are never all labelled
+    logits = logits.flatten(0, 1)[positions] if whole else logits[0]
     targets = labels.flatten()[positions + 1]
     loss = functional.cross_entropy(logits.float(), targets, reduction="none")
     owners = positions // labels.shape[1]

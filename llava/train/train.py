@@ -22,7 +22,7 @@ from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error, reason
 from llava.model.lora import find_all_linear_names
 from llava.progress import progress_shown
-from llava.train import private_run
+from llava.train import private_run, private_statement
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import (
     CheckReport,
@@ -169,7 +169,7 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
             raise InputError(f"--{flag} {file}: no such file")
     settings = training_settings(model_args, data_args, training_args, privacy)
     checkpoint = starting_point(training_args, settings)
-    if privacy.private and private_run.finished(Path(training_args.output_dir)):
+    if privacy.private and private_statement.finished(Path(training_args.output_dir)):
         logger.info("%s: already trained, nothing to do", training_args.output_dir)
         return
     session = load_session(model_args, data_args, training_args)

@@ -25,7 +25,12 @@ KINDS = {
     "biases": {**LORA, "lora_bias": "all"},
     "tiles": {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(32, 16), (16, 32)]"},
 }
-CAPTIONS = ["red", "a green picture that is quite long", "blue and blue and blue again", "a picture"]
+CAPTIONS = [
+    "red",
+    "a green picture that is quite long",
+    "blue and blue and blue again",
+    "a picture",
+]
 
 
 def records(tiny, texts: bool) -> list[dict]:
@@ -76,7 +81,7 @@ def length(gradient) -> float:
 
 def backward(model, gradients, batch) -> Rows:
     with gradients.recording():
-        logits = model(**batch).logits[0]
+        logits = model(**batch).logits
         losses = sample_losses(logits, batch["labels"], batch["label_positions"])
         losses.sum().backward()
     return Rows.of_batch(batch)
@@ -165,7 +170,7 @@ def test_the_loss_of_one_sample_moves_its_own_rows_alone(make):
     gradients = PerSampleGradients(model, 1.0)
     four = batch(range(4))
     with gradients.recording():
-        logits = model(**four).logits[0]
+        logits = model(**four).logits
         sample_losses(logits, four["labels"], four["label_positions"])[2].backward()
     rows = Rows.of_batch(four)
     gradients.check_grouping(rows, 2)
@@ -185,7 +190,7 @@ def test_a_connector_that_mixes_pictures_is_found(make):
     gradients = PerSampleGradients(model, 1.0)
     four = batch(range(4))
     with gradients.recording():
-        logits = model(**four).logits[0]
+        logits = model(**four).logits
         sample_losses(logits, four["labels"], four["label_positions"])[0].backward()
     with pytest.raises(InputError, match=r"mm_projector.*depends on other samples of its batch"):
         gradients.check_grouping(Rows.of_batch(four), 0)
@@ -218,13 +223,8 @@ def test_what_enters_a_connector_must_have_a_row_for_each_picture():
 
 
 def test_layer_norms_in_a_connector_have_samples_gradients(make):
-    model, batch = make(mm_projector_type="linear")
-    connector = model.get_model().mm_projector
-    plain = connector.forward
-    connector.norm = nn.LayerNorm(48)
-    connector.forward = types.MethodType(
-        lambda self, input, **context: self.norm(plain(input)), connector
-    )
+    model, batch = make()
+    model.get_model().mm_projector.append(nn.LayerNorm(48))
     each = [alone(model, batch([i])) for i in range(4)]
     gradients = PerSampleGradients(model, 1e9)
     lengths = gradients.add(backward(model, gradients, batch(range(4))))
