@@ -13,6 +13,8 @@ refused.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -98,10 +100,13 @@ class PrivateClients:
         """How the task's steps are made private.
 
         Raises:
-            InputError: the round has begun before from another state.
+            InputError: the round has begun before from another state, or the run with other slices
+                or another noise.
         """
         of = self.stated[task.name]
         secret = NoiseSecret(self.folder / f"{task.name}.json")
+        plan = json.dumps([task.client.slices, of.as_json()], sort_keys=True)
+        secret.begin("the run", hashlib.sha256(plan.encode()).hexdigest())
         title = f"round {task.round} of client {task.name}"
         parts = (task.state, task.extras, task.kept)
         secret.begin(title, " ".join(fingerprint(part) for part in parts))

@@ -146,7 +146,7 @@ def test_a_round_from_another_state_is_not_trained_again(tmp_path):
     of = Guarantee(8, 1e-6, 18, 0.65, 0.5, 1, 12, 4)
     clients = PrivateClients({"a": of}, tmp_path)
     state = {"w": torch.zeros(3)}
-    task = ClientTask(SimpleNamespace(name="a"), state, 1, tmp_path)
+    task = ClientTask(SimpleNamespace(name="a", slices=[[0], [1]]), state, 1, tmp_path)
     steps = clients.steps(task)
     assert (steps.clip, steps.noise, steps.task) == (0.5, 0.65, "round 1 of client a")
     assert PrivateClients({"a": of}, tmp_path).steps(task).task == steps.task
@@ -154,6 +154,11 @@ def test_a_round_from_another_state_is_not_trained_again(tmp_path):
     for change in ({"state": {"w": torch.ones(3)}}, {"extras": state}, {"kept": state}):
         with pytest.raises(InputError, match="round 1 of client a has begun before from another"):
             clients.steps(dataclasses.replace(task, **change))
+    other = SimpleNamespace(name="a", slices=[[1], [0]])  # of another seed: 1 was seen already
+    with pytest.raises(InputError, match="the run has begun before from another state or under"):
+        clients.steps(dataclasses.replace(task, client=other, round=2))
+    with pytest.raises(InputError, match="the run has begun before"):
+        PrivateClients({"a": dataclasses.replace(of, noise=0.1)}, tmp_path).steps(task)
 
 
 @pytest.mark.parametrize(
