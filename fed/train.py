@@ -102,7 +102,8 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
         driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
         if fed_args.private:
             title = f"{len(run.specs)} clients by {method.name}"
-            private_run.finish(run.output_dir, _guarantees(run, driver), title)
+            own = [run.output_dir / "clients" / name for name in final.personal]
+            private_run.finish(run.output_dir, _guarantees(run, driver), title, own)
     logger.close()
 
 

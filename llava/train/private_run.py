@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,14 @@ def begin(
     return stated, PrivateSteps(stated.clip, stated.noise, secret, "the run")
 
 
-def finish(output: Path, stated: Mapping[str, Guarantee], title: str) -> None:
-    """Write the model card, and remove the secret: nobody can take the noise off any more."""
-    write_text(output / CARD, card(title, stated))
+def finish(
+    output: Path, stated: Mapping[str, Guarantee], title: str, others: Iterable[Path] = ()
+) -> None:
+    """Write the model card, and remove the secret: nobody can take the noise off any more.
+
+    `others` are the folders of further checkpoints that the run has left.
+    """
+    for folder in (output, *others):
+        write_text(folder / CARD, card(title, stated))
     write(output, stated, finished=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)

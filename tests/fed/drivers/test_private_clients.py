@@ -65,6 +65,14 @@ def test_a_run_states_what_each_clients_records_are_promised(
     assert not (out / "noise").exists()
 
 
+def test_each_client_has_a_card_where_each_has_a_checkpoint(private, tmp_path):
+    train(private(fed_method="local", fed_rounds=1, fed_dp_epsilon=None, fed_dp_noise=1.0))
+    out = tmp_path / "out"
+    for name in "ab":  # noise 1 at delta 1e-6: epsilon 4.88655
+        assert (out / "clients" / name / "mm_projector.bin").exists()
+        assert f"| {name} | 4.887 | 1e-06 |" in (out / "clients" / name / "README.md").read_text()
+
+
 def test_nothing_that_was_measured_on_their_data_leaves_clients(private, tmp_path, capsys):
     train(private(report_to="tensorboard"))
     out = tmp_path / "out"
