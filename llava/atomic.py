@@ -64,6 +64,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode())
 
 
+def write_secret(path: str | os.PathLike, text: str) -> None:
+    """`write_text` for a file that its owner alone can read, from its first byte on."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = own_name(path)
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` at the end of the block, or goes if it raises.

@@ -46,7 +46,7 @@ from llava.train.arguments import TrainingArguments, check_deepspeed, modernise
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
 from llava.train.optimizer_copy import StartInFloat32, float32_copies
-from llava.train.private_gradients import check_model
+from llava.train.private_model import check_model
 from llava.train.private_run import check_records
 from llava.train.private_trainer import PrivateTrainer
 from llava.train.session import Session, load_session

@@ -99,7 +99,7 @@ class Trainer:
             flags["command"] = "its own"
         return Hello(
             samples=len(self.driver.datasets[0]),
-            data=data_fingerprint(self._data, run),
+            data=data_fingerprint(self._data, run, self.config.work / "fingerprint-secret"),
             model=model,
             tower=tower,
             flags=flags,

@@ -4,10 +4,11 @@
 
 The gradient of a linear layer's weight is a product of what enters the layer and of the loss's
 gradient of what leaves it. Both are taken at the layer (forward and tensor hooks), their rows are
-sorted by sample, and Opacus' own function for the layer makes the samples' gradients. That is done
-twice: to measure them, a layer at a time, and, with each sample's rows scaled by its factor, to sum
-them. So memory holds the samples' gradients of one layer, and never those of all. What autograd
-sums by itself is thrown away.
+sorted by sample, and Opacus' own function for the layer makes the samples' gradients. These are
+kept until all are measured where they take less memory than the rows, as those of LoRA do. Else the
+rows are kept, and used twice: to measure, and, each sample's scaled by its factor, to sum; memory
+then holds the samples' gradients of one layer, and never those of all. What autograd sums by itself
+is thrown away.
 
 Opacus' GradSampleModule is not used: it takes the first axis of what enters every layer for the
 samples, which here are pictures in a connector, samples in the language model, and in its last
@@ -20,92 +21,17 @@ What is not finite in a sample's gradient counts as zero, as the whole gradient 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from llava.errors import InputError
-from llava.model.checkpoint import grafted
-from llava.model.multimodal_projector.connector import Connector
+from llava.train.private_model import check_model, connector_of, layers_that_train
+from llava.train.private_rows import Flat, Rows, by_sample
 
 # Between the samples' gradients summed and what autograd sums, by what computes in 16 bits or 32.
 _SAME = {True: 0.03, False: 1e-3}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The sample of each row of what enters a layer, for a batch of `samples`.
-
-    `pictures` are those of the rows that enter the connector, which has a row for each picture, or
-    for each tile of one; `labelled` those of the positions that the loss reads.
-    """
-
-    samples: int
-    pictures: Tensor
-    labelled: Tensor
-
-    @classmethod
-    def of_batch(cls, batch: Mapping[str, Any]) -> Rows:
-        """Of a batch of `DataCollatorForSupervisedDataset`; samples have one picture, or none."""
-        count, length = batch["labels"].shape
-        labelled = batch["label_positions"] // length
-        images = batch.get("images")
-        if images is None:
-            return cls(count, labelled.new_zeros(0), labelled)
-        owners = (batch["image_positions"] // length).unique_consecutive()
-        if len(owners) != len(images):
-            raise InputError(
-                f"a batch has {len(images)} pictures in {len(owners)} samples, private training "
-                "takes one a sample"
-            )
-        tiles = [len(image) if image.ndim == 4 else 1 for image in images]
-        repeats = torch.tensor(tiles, device=owners.device)
-        return cls(count, owners.repeat_interleave(repeats), labelled)
-
-    def entering(self, shape: torch.Size, in_connector: bool, name: str) -> Tensor | None:
-        """The sample of each row, all axes of `shape` but the last as one.
-
-        None for the zeros that a batch without pictures sends through the connector.
-        """
-        first, rows = shape[0], shape[:-1].numel()
-        if in_connector:
-            if not len(self.pictures):
-                return None
-            if first != len(self.pictures):
-                raise InputError(
-                    f"{name}: {first} rows enter it for {len(self.pictures)} pictures; private "
-                    "training needs a row for each"
-                )
-            return self.pictures.repeat_interleave(rows // first)
-        if first == self.samples:
-            samples = torch.arange(self.samples, device=self.labelled.device)
-            return samples.repeat_interleave(rows // first)
-        if first == 1 and rows == len(self.labelled):
-            return self.labelled
-        raise InputError(
-            f"{name}: what enters it, {tuple(shape)}, has no row for each of {self.samples} "
-            "samples; private training cannot tell them apart there"
-        )
-
-
-class _Flat(NamedTuple):
-    """A layer's rows, float32: what entered (R, in), the loss's gradient of what left (R, out), and
-    whose they are (R,)."""
-
-    entered: Tensor
-    left: Tensor
-    owners: Tensor
-
-
-@dataclass
-class _Seen:
-    """What entered a layer, and the loss's gradient of what left it, in each of its calls."""
-
-    entered: list[Tensor] = field(default_factory=list)
-    left: list[Tensor] = field(default_factory=list)
 
 
 class PerSampleGradients:
@@ -124,15 +50,15 @@ class PerSampleGradients:
     """
 
     def __init__(self, model: nn.Module, clip: float):
+        check_model(model)
         self.clip = clip
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.layers = _layers(model)
-        check_model(model)
-        parts: Any = grafted(model).get_model() if hasattr(model, "get_model") else None
-        connector = getattr(parts, "mm_projector", None)
+        self.layers = layers_that_train(model)
+        connector = connector_of(model)
         self._pictures = set() if connector is None else set(map(id, connector.modules()))
         self.sees_pictures = any(id(layer) in self._pictures for layer in self.layers.values())
-        self._seen: dict[str, _Seen] = {}
+        self._each: dict[str, dict[str, Tensor]] = {}
+        self._rows: dict[str, list[Flat]] = {}
         self.sums: dict[str, Tensor] = {}
         self.clear()
 
@@ -145,26 +71,19 @@ class PerSampleGradients:
 
     def forget(self) -> None:
         """Drop what layers have seen, and what autograd has summed."""
-        self._seen = {}
+        self._each, self._rows = {}, {}
         for parameter in self.parameters.values():
             parameter.grad = None
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, rows: Rows) -> Iterator[None]:
         """Inside, a forward pass and its backward pass are seen."""
 
         def watch(name: str) -> Callable:
             def hook(layer: nn.Module, args: tuple, out: Tensor) -> None:
-                if not out.requires_grad:  # of a pass that is run again for its gradients
-                    return
-                entered = args[0].detach()
-
-                def keep(gradient: Tensor) -> None:
-                    seen = self._seen.setdefault(name, _Seen())
-                    seen.entered.append(entered)
-                    seen.left.append(gradient.detach())
-
-                out.register_hook(keep)
+                if out.requires_grad:  # else the pass is run again for its gradients
+                    entered = args[0].detach()
+                    out.register_hook(lambda left: self._see(name, entered, left.detach(), rows))
 
             return hook
 
@@ -178,36 +97,33 @@ class PerSampleGradients:
     def add(self, rows: Rows) -> Tensor:
         """Add the batch that was seen; the lengths of its samples' gradients, before clipping."""
         with _whole_products():
-            sorted_rows = {name: self._rows(name, rows) for name in sorted(self._seen)}
             squares = torch.zeros(rows.samples, dtype=torch.float64, device=rows.labelled.device)
-            for name, seen in sorted_rows.items():
-                for gradients in self._of_layer(name, *_by_sample(seen, rows.samples)).values():
+            for layer in self._seen:
+                for gradients in self._samples(layer, rows).values():
                     squares += gradients.flatten(1).double().square().sum(1)
             lengths = squares.sqrt()
             factors = (self.clip / lengths.clamp(min=self.clip)).float()
-            for name, (entered, left, owners) in sorted_rows.items():
-                kept = lengths.isfinite()[owners, None]
-                scaled = torch.where(kept, left * factors[owners, None], 0)
-                entered = torch.where(kept, entered, 0)
-                found = self._of_layer(name, entered[None], scaled[None])
-                for parameter, gradients in found.items():
-                    self.sums[parameter] += gradients[0]
+            for layer in self._seen:
+                for name, total in self._clipped(layer, factors, lengths.isfinite()).items():
+                    self.sums[name] += total
         self.forget()
         return lengths
 
     def check_grouping(self, rows: Rows, sample: int) -> None:
-        """After a backward pass of the loss of one sample alone: no other's rows may have moved.
+        """After a backward pass of the loss of one sample alone: no other may have a gradient.
 
         Raises:
-            InputError: the layer by name, in which samples of a batch are mixed.
+            InputError: the tensor by name, in whose layer samples of a batch are mixed.
         """
-        for name in self._seen:
-            _, left, owners = self._rows(name, rows)
-            if bool((left[owners != sample].abs() > 0).any()):
-                raise InputError(
-                    f"{name}: the loss of a sample depends on other samples of its batch; private "
-                    "training cannot bound what one of them does"
-                )
+        others = [i for i in range(rows.samples) if i != sample]
+        with _whole_products():
+            for layer in self._seen:
+                for name, gradients in self._samples(layer, rows).items():
+                    if bool((gradients[others].abs() > 0).any()):
+                        raise InputError(
+                            f"{name}: the loss of a sample depends on other samples of its batch; "
+                            "private training cannot bound what one of them does"
+                        )
 
     def check_sum(self, rows: Rows, in_16_bits: bool) -> None:
         """After a backward pass of all samples' losses: autograd must have summed the same.
@@ -215,14 +131,13 @@ class PerSampleGradients:
         Raises:
             InputError: a tensor by name that is used elsewhere than in its layer's own product.
         """
-        names = {id(p): name for name, p in self.parameters.items()}
+        unseen = set(self.parameters)
         with _whole_products():
             for layer in self._seen:
-                each = self._of_layer(layer, *_by_sample(self._rows(layer, rows), rows.samples))
-                for name, gradients in each.items():
-                    names.pop(id(self.parameters[name]), None)
+                for name, gradients in self._samples(layer, rows).items():
+                    unseen.discard(name)
                     self._compare(name, gradients, in_16_bits)
-        for name in names.values():
+        for name in sorted(unseen):
             gradient = self.parameters[name].grad
             if gradient is not None and bool(gradient.any()):
                 raise InputError(f"{name}: it has a gradient without a call of its layer; {_WHY}")
@@ -238,6 +153,49 @@ class PerSampleGradients:
                 f"apart at lengths of {float(scale):.3g}); {_WHY}"
             )
 
+    @property
+    def _seen(self) -> list[str]:
+        return sorted({*self._each, *self._rows})
+
+    def _see(self, name: str, entered: Tensor, left: Tensor, rows: Rows) -> None:
+        """A call of a layer: its samples' gradients or its rows are kept, whichever is less."""
+        owners = rows.entering(entered.shape, id(self.layers[name]) in self._pictures, name)
+        if owners is None:
+            return
+        flat = Flat(entered.flatten(0, -2).float(), left.flatten(0, -2).float(), owners)
+        layer, ends = self.layers[name], entered.shape[-1] + left.shape[-1]
+        numbers = rows.samples * sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        if numbers > len(owners) * ends:
+            self._rows.setdefault(name, []).append(flat)
+            return
+        each = self._each.setdefault(name, {})
+        with _whole_products():
+            for parameter, gradients in self._of_layer(name, *by_sample(flat, rows)).items():
+                each[parameter] = each.get(parameter, 0) + gradients
+
+    def _samples(self, layer: str, rows: Rows) -> dict[str, Tensor]:
+        """By parameter of a layer, the gradient of each sample, (samples, …)."""
+        found = dict(self._each.get(layer, {}))
+        if layer in self._rows:
+            flat = Flat(*map(torch.cat, zip(*self._rows[layer], strict=True)))
+            for name, gradients in self._of_layer(layer, *by_sample(flat, rows)).items():
+                found[name] = found.get(name, 0) + gradients
+        return found
+
+    def _clipped(self, layer: str, factors: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """By parameter of a layer, the sum of its samples' gradients by their factors."""
+        found: dict[str, Tensor] = {}
+        for name, gradients in self._each.get(layer, {}).items():
+            finite = torch.where(kept.view(-1, *[1] * (gradients.ndim - 1)), gradients, 0)
+            found[name] = torch.tensordot(factors.where(kept, 0), finite, 1)
+        for entered, left, owners in self._rows.get(layer, ()):
+            mine = kept[owners, None]
+            scaled = torch.where(mine, left * factors[owners, None], 0)
+            whole = self._of_layer(layer, torch.where(mine, entered, 0)[None], scaled[None])
+            for name, total in whole.items():
+                found[name] = found.get(name, 0) + total[0]
+        return found
+
     def _of_layer(self, name: str, entered: Tensor, left: Tensor) -> dict[str, Tensor]:
         """By parameter's name, the gradients (n, …) of a layer by (n, rows, …) at both its ends."""
         layer = self.layers[name]
@@ -245,36 +203,8 @@ class PerSampleGradients:
         found = _sampler(layer)(layer, [entered], left)
         return {names[id(p)]: gradients for p, gradients in found.items()}
 
-    def _rows(self, name: str, rows: Rows) -> _Flat:
-        """The rows of all calls of a layer."""
-        seen, inside = self._seen[name], id(self.layers[name]) in self._pictures
-        first = [part[0].flatten(0, -2)[:0].float() for part in (seen.entered, seen.left)]
-        calls = [_Flat(first[0], first[1], rows.labelled[:0])]
-        for entered, left in zip(seen.entered, seen.left, strict=True):
-            owners = rows.entering(entered.shape, inside, name)
-            if owners is not None:
-                flat = entered.flatten(0, -2).float(), left.flatten(0, -2).float()
-                calls.append(_Flat(*flat, owners))
-        return _Flat(*map(torch.cat, zip(*calls, strict=True)))
-
 
 _WHY = "private training needs every path to a tensor to lead through its layer"
-
-
-def _by_sample(flat: _Flat, samples: int) -> tuple[Tensor, Tensor]:
-    """Rows as (samples, most rows, …), filled up with zeros, which add nothing to a gradient."""
-    order = flat.owners.argsort(stable=True)
-    owners = flat.owners[order]
-    counts = owners.bincount(minlength=samples)
-    within = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
-    most = int(counts.max())
-    entered, left = (
-        part.new_zeros(samples * most, part.shape[-1])
-        .index_copy(0, owners * most + within, part[order])
-        .view(samples, most, part.shape[-1])
-        for part in flat[:2]
-    )
-    return entered, left
 
 
 def _sampler(layer: nn.Module) -> Callable:
@@ -284,63 +214,6 @@ def _sampler(layer: nn.Module) -> Callable:
 
     linear = isinstance(layer, nn.Linear)
     return compute_linear_grad_sample if linear else compute_layer_norm_grad_sample
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have a parameter that trains."""
-    layers: dict[str, nn.Module] = {}
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        for short, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            full = f"{name}.{short}" if name else short
-            if not isinstance(module, nn.Linear) and type(module) is not nn.LayerNorm:
-                raise InputError(
-                    f"{full} trains in a {type(module).__name__}; private training knows the "
-                    "gradients of samples in Linear and LayerNorm"
-                )
-            if id(parameter) in owners:
-                raise InputError(
-                    f"{full} is {owners[id(parameter)]}, too; private training takes a tensor of "
-                    "one layer alone"
-                )
-            owners[id(parameter)] = full
-            layers[name] = module
-    return layers
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse a model in which a sample's gradient depends on more than the sample.
-
-    Raises:
-        InputError: a tensor trains in a layer that is not known, by its name; a loss over all
-            samples of a batch; or dropout, whose draws follow from --seed, which others know, and
-            from the lengths of all samples before.
-    """
-    _layers(model)
-    parts: Any = grafted(model).get_model() if hasattr(model, "get_model") else None
-    connector = getattr(parts, "mm_projector", None)
-    if connector is not None and type(connector).aux_loss is not Connector.aux_loss:
-        raise InputError(
-            f"{type(connector).__name__} adds a loss over the pictures of a batch, in which no "
-            "sample's part can be told; private training takes a connector without one"
-        )
-    if getattr(model.config, "output_router_logits", False):
-        raise InputError(
-            "config.json has output_router_logits true: the routers' loss is one over all samples "
-            "of a batch, and has no place in private training"
-        )
-    for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, _ATTENTION, 0)
-        if isinstance(rate, float) and rate > 0:
-            raise InputError(
-                f"{name} drops {rate:g} of its values, drawn by a seed that others know; private "
-                "training takes a model without dropout"
-            )
-
-
-_ATTENTION = "attention_dropout"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ import hashlib
 import hmac
 import json
 import math
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.atomic import own_name
+from llava.atomic import write_secret
 from llava.errors import InputError
 from llava.json_files import read_json
 
@@ -53,7 +52,7 @@ class NoiseSecret:
     def __init__(self, file: Path):
         self.file = file
         if not file.exists():
-            self._write({"secret": secrets.token_hex(32), "tasks": {}})
+            write_secret(file, json.dumps({"secret": secrets.token_hex(32), "tasks": {}}))
         values = read_json(file)
         try:
             self._secret, self._tasks = bytes.fromhex(values["secret"]), dict(values["tasks"])
@@ -76,7 +75,8 @@ class NoiseSecret:
             )
         if known is None:
             self._tasks[task] = start
-            self._write({"secret": self._secret.hex(), "tasks": self._tasks})
+            values = {"secret": self._secret.hex(), "tasks": self._tasks}
+            write_secret(self.file, json.dumps(values))
 
     def noised(
         self, task: str, step: int, sums: Mapping[str, Tensor], scale: float
@@ -90,17 +90,6 @@ class NoiseSecret:
         for name, tensor in sums.items():
             noise = stream.draw(tensor.numel(), tensor.device).view(tensor.shape)
             yield name, tensor.detach().double() + scale * noise
-
-    def _write(self, values: dict) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = own_name(self.file)
-        temporary.unlink(missing_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            json.dump(values, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.file)
 
 
 class GaussianStream:

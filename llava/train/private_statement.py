@@ -37,9 +37,10 @@ ASSUMPTIONS = (
     "The noise is drawn from a secret of 256 bits by AES-256 and holds against who cannot break "
     "that; sums are floating-point numbers, taken for real ones.",
     "Covered is what follows from the noised steps: the weights that were trained, and what is "
-    "sent of them. Not covered: losses in logs and in trainer_state.json, how long training takes, "
-    "that records which cannot be read were left out, earlier runs on the same records, and what "
-    "was learnt of them before (base model, tower, a projector to start from).",
+    "sent of them. Not covered: losses in logs and in trainer_state.json, fingerprints of the data "
+    "in run.json and below fed/, how long training takes, that records which cannot be read were "
+    "left out, earlier runs on the same records, and what was learnt of them before (base model, "
+    "tower, a projector to start from).",
 )
 
 

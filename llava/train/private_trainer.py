@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from llava.train.llava_trainer import LLaVATrainer
 from llava.train.private_arguments import samples_of_step
-from llava.train.private_gradients import PerSampleGradients, Rows
+from llava.train.private_gradients import PerSampleGradients
 from llava.train.private_noise import NoiseSecret
+from llava.train.private_rows import Rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class PrivateTrainer(LLaVATrainer):
             begin()
         inputs = self._prepare_inputs(inputs)
         rows = Rows.of_batch(inputs)
-        with self.gradients.recording():
+        with self.gradients.recording(rows):
             with self.compute_loss_context_manager():
                 logits = model(**inputs).logits
             losses = sample_losses(logits, inputs["labels"], inputs["label_positions"])

@@ -35,7 +35,7 @@ from llava.train.feature_cache import FeatureCache
 from llava.train.llava_trainer import LLaVATrainer, PlainProgress
 from llava.train.preprocess import preprocess_multimodal
 from llava.train.private_arguments import PrivacyArguments, check_goes_with, check_privacy
-from llava.train.private_gradients import check_model
+from llava.train.private_model import check_model
 from llava.train.private_trainer import PrivateTrainer
 from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import Session, load_session, smart_tokenizer_and_embedding_resize

@@ -12,7 +12,9 @@ from torch import nn
 from llava.errors import InputError
 from llava.train.arguments import parse
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
-from llava.train.private_gradients import PerSampleGradients, Rows, check_model
+from llava.train.private_gradients import PerSampleGradients
+from llava.train.private_model import check_model
+from llava.train.private_rows import Rows
 from llava.train.private_trainer import sample_losses
 from llava.train.session import load_session
 
@@ -80,11 +82,12 @@ def length(gradient) -> float:
 
 
 def backward(model, gradients, batch) -> Rows:
-    with gradients.recording():
+    rows = Rows.of_batch(batch)
+    with gradients.recording(rows):
         logits = model(**batch).logits
         losses = sample_losses(logits, batch["labels"], batch["label_positions"])
         losses.sum().backward()
-    return Rows.of_batch(batch)
+    return rows
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -169,10 +172,10 @@ def test_the_loss_of_one_sample_moves_its_own_rows_alone(make):
     model, batch = make(**LORA)
     gradients = PerSampleGradients(model, 1.0)
     four = batch(range(4))
-    with gradients.recording():
+    rows = Rows.of_batch(four)
+    with gradients.recording(rows):
         logits = model(**four).logits
         sample_losses(logits, four["labels"], four["label_positions"])[2].backward()
-    rows = Rows.of_batch(four)
     gradients.check_grouping(rows, 2)
     with pytest.raises(InputError, match="loss of a sample depends on other samples"):
         gradients.check_grouping(rows, 0)
@@ -189,7 +192,7 @@ def test_a_connector_that_mixes_pictures_is_found(make):
     connector.forward = types.MethodType(mixed, connector)
     gradients = PerSampleGradients(model, 1.0)
     four = batch(range(4))
-    with gradients.recording():
+    with gradients.recording(Rows.of_batch(four)):
         logits = model(**four).logits
         sample_losses(logits, four["labels"], four["label_positions"])[0].backward()
     with pytest.raises(InputError, match=r"mm_projector.*depends on other samples of its batch"):
