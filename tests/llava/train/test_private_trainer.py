@@ -274,3 +274,25 @@ def test_no_record_is_seen_more_often_than_is_stated(moved, flags, monkeypatch, 
     stated = passes(parse(flags(**changes))[2], 11)
     assert max(seen.count(i) for i in range(11)) <= stated
     assert stated == 2 or changes.get("dataloader_drop_last")
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_sampling_strategy": "sequential"}])
+def test_the_order_of_samples_follows_from_the_seed_alone(moved, monkeypatch, changes):
+    """Whatever a step has drawn: how much that is may follow from how long samples are."""
+    step, get, orders = PrivateTrainer.training_step, LazySupervisedDataset.__getitem__, []
+    monkeypatch.setattr(
+        LazySupervisedDataset,
+        "__getitem__",
+        lambda self, i: (orders[-1].append(self.records[i]["id"]), get(self, i))[1],
+    )
+    for draws in (0, 3):
+
+        def drawing(self, *args, draws=draws):
+            torch.rand(draws)
+            return step(self, *args)
+
+        monkeypatch.setattr(PrivateTrainer, "training_step", drawing)
+        orders.append([])
+        moved(0.0, 1.0, num_train_epochs=3, **changes)
+    assert orders[0] == orders[1]
+    assert len(orders[0]) == 36
