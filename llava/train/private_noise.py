@@ -71,7 +71,8 @@ class NoiseSecret:
         if known is not None and known != start:
             raise InputError(
                 f"{self.file}: {task} has begun before from another state or under other flags; "
-                "training on the same records again would spend their privacy again"
+                "training on the same records again would spend their privacy again; if nothing of "
+                "it was given away, choose another --output_dir"
             )
         if known is None:
             self._tasks[task] = start
