@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.private_arguments import PrivacyArguments
 
 # What a client may have of its own: its pictures' processing, and how it steps.
 CLIENT_FLAGS = (
@@ -41,7 +42,7 @@ CLIENT_FLAGS = (
 
 
 @dataclass
-class FedArguments:
+class FedArguments(PrivacyArguments):
     """The flags of every federated run.
 
     Those of a method (`Method.flags`) and of a driver (`Driver.flags`) are added on a command line.
@@ -59,7 +60,7 @@ class FedArguments:
     DECIDING: ClassVar = frozenset(
         "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool "
         "fed_wire fed_weighting fed_secure fed_secure_min fed_secure_norm".split()
-    )
+    ).union(PrivacyArguments.DECIDING)
 
     fed_clients: str | None = field(
         default=None, metadata={"help": "clients.yaml: the clients and their data."}

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fed.markdown import markdown_table
 from llava.atomic import atomic_write, write_text
 from llava.errors import InputError, one_clear_error
 from llava.flags import FlagParser, pairs
+from llava.train.private_statement import guarantees_in, section
 
 # Colours that people with a colour-vision deficiency can tell apart (Okabe and Ito).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,10 +36,11 @@ COLUMNS = {
 
 @dataclass
 class RunRecords:
-    """A run's name for people, and its rounds.jsonl."""
+    """A run's name for people, its rounds.jsonl, and what it promises of a record, by client."""
 
     name: str
     records: list[dict]
+    private: dict[str, dict] = field(default_factory=dict)
 
     @classmethod
     def load(cls, name: str, folder: str | Path) -> RunRecords:
@@ -51,7 +53,7 @@ class RunRecords:
             raise InputError(f"{file}: not one JSON object a line ({error})") from None
         if not records:
             raise InputError(f"{file}: no round is finished")
-        return cls(name, records)
+        return cls(name, records, guarantees_in(Path(folder)))
 
     @property
     def final(self) -> dict[str, dict]:
@@ -133,6 +135,20 @@ def reliability_table(runs: Sequence[RunRecords]) -> str:
 
 def _last_share(shown: Sequence[tuple[RunRecords, dict]], name: str) -> float:
     return [r["reliability"][name] for _, r in shown if name in r["reliability"]][-1]
+
+
+def privacy_table(runs: Sequence[RunRecords]) -> str:
+    """What the runs that trained in private promise of a record, with all that it assumes."""
+    stated = {
+        f"{run.name}, {client}": values
+        for run in runs
+        for client, values in sorted(run.private.items(), key=lambda of: -of[1]["epsilon"])[
+            :MOST_CLIENTS
+        ]
+    }
+    if not stated:
+        return ""
+    return f"\nDifferential privacy of a record:\n\n{section(stated)}\n"
 
 
 def draw_loss(runs: Sequence[RunRecords], data: str, path: Path) -> None:
@@ -217,7 +233,7 @@ def report(runs: Sequence[RunRecords], output: Path, title: str, note: str = "")
     rows = rows_of(runs)
     sets = list(dict.fromkeys(name for row in rows for name in row["measures"]))
     text = f"# {title}\n\n" + (f"{note}\n\n" if note else "")
-    text += table(rows, sets) + reliability_table(runs)
+    text += table(rows, sets) + reliability_table(runs) + privacy_table(runs)
     write_text(output / "report.json", json.dumps({"title": title, "rows": rows}, indent=1))
     write_text(output / "report.md", text)
     if sets:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from fed import methods, validation
 from fed.arguments import CLIENT_FLAGS, Arguments, FedArguments
 from fed.clients.clients_yaml import load_clients
 from fed.drivers.driver import Driver, Run
+from fed.drivers.private_clients import guarantees
 from fed.drivers.worker_group import WorkerGroup
 from fed.server.heldout import Measure, evaluation_set, measurer
 from fed.server.loop import RoundLoop, Secure
@@ -28,7 +30,9 @@ from fed.server.resume_key import settings_of
 from fed.server.tracking import RunLogger
 from llava.errors import one_clear_error
 from llava.progress import progress_shown
+from llava.train import private_run, private_statement
 from llava.train.distributed import start_process_group
+from llava.train.private_accounting import Guarantee
 from llava.train.train import prepare_output
 
 
@@ -91,10 +95,16 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
         barrier=_barrier if group.alone else group.barrier,
     )
     logger.start()
+    if fed_args.private and run.main and group.main:
+        private_statement.write(run.output_dir, _guarantees(run, driver))
     final = loop.run(driver.initial)
     driver.store.config.use_cache = True
     if group.main:
         driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
+        if fed_args.private:
+            title = f"{len(run.specs)} clients by {method.name}"
+            own = [run.output_dir / "clients" / name for name in final.personal]
+            private_run.finish(run.output_dir, _guarantees(run, driver), title, own)
     logger.close()
 
 
@@ -102,6 +112,11 @@ def _secure(fed_args: FedArguments) -> Secure | None:
     if not fed_args.fed_secure:
         return None
     return Secure(fed_args.fed_secure_min, fed_args.fed_secure_norm)
+
+
+def _guarantees(run: Run, driver: Driver) -> dict[str, Guarantee]:
+    """What the records of the clients that are known are promised."""
+    return guarantees(run, cast(Any, driver.clients), driver.datasets)
 
 
 def _measurer(driver: Driver, arguments: Arguments) -> Measure | None:

@@ -22,6 +22,7 @@ from fed.methods import Method
 from fed.yaml_file import read_yaml
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.private_arguments import check_goes_with, check_privacy
 
 LONGEST = 1e6  # of an update: beyond it, squares of it leave few digits
 
@@ -91,6 +92,7 @@ def check_flags(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
     _check_method(method, kind, arguments._replace(fed=fed_args))
     if fed_args.fed_secure:
         _check_secure(method, fed_args, options)
+    _check_private(method, options, kind, arguments)
     return arguments._replace(fed=fed_args), options
 
 
@@ -202,6 +204,36 @@ def _check_steps_changed(
             )
 
 
+def _check_private(
+    method: Method, options: Mapping[str, Any], kind: type[Driver], arguments: Arguments
+) -> None:
+    """Refuse flags of private training that do not go together, or with driver and method."""
+    fed_args = arguments.fed
+    check_privacy(fed_args)
+    if not fed_args.private:
+        return
+    check_goes_with(arguments.training)
+    if not (kind.trains_here or kind.clients_keep):
+        raise InputError(
+            f"private training is of the clients' own steps, which a script of --fed_driver "
+            f"{fed_args.fed_driver} does not know of; give --fed_dp_* to the script itself"
+        )
+    if method.connector:
+        raise InputError(
+            f"--fed_method {method.name} has no place in private training: its connector adds "
+            "losses over the pictures of a batch, in which no sample's part can be told"
+        )
+    if fed_args.fed_weighting == "explained" or method.asks_explained(options):
+        option, value = method.explained_by or ("", "")
+        how = f"--fed_method {method.name} with {option}={value}"
+        if fed_args.fed_weighting == "explained":
+            how = "--fed_weighting explained"
+        raise InputError(
+            f"{how} has no place in private training: clients would tell what their pictures "
+            "explain, which --fed_dp_metrics off leaves out"
+        )
+
+
 def driver_keys() -> dict[str, str]:
     """The keys of clients.yaml that are a driver's own, with the driver's name."""
     return {key: name for name in drivers.names() for key in drivers.get(name).keys}
@@ -307,6 +339,8 @@ def arguments_of(
             own = [text for key, value in spec.overrides.items() for text in (f"--{key}", value)]
             _, data_args, training_args, _ = parse_arguments([*argv, *own])
         _check_steps(training_args)
+        if arguments.fed.private:
+            check_goes_with(training_args)
     return data_args, training_args
 
 

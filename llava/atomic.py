@@ -64,6 +64,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode())
 
 
+def write_secret(path: str | os.PathLike, content: str | bytes) -> None:
+    """A file that its owner alone can read, whole, and on the disk with its name: after a power cut
+    an older one is not back."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_write(path) as file:
+        os.fchmod(file.fileno(), 0o600)  # before it has any content
+        file.write(data)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` at the end of the block, or goes if it raises.

@@ -367,9 +367,12 @@ class RemoteDriver(Driver):
         if not secure:
             check_not_zero(update.state, task.state, "its state")
         metrics = update.metrics
-        told = ["steps", "seconds"] if secure else ["loss", "steps", "seconds"]
-        numbers = [metrics.get(key) for key in told]
-        beyond = metrics.keys() - {*told, "parameters", *(() if secure else ("explained",))}
+        # A client that trains in private tells neither its loss nor its seconds; one whose update
+        # is in a secure sum no loss.
+        told = {"seconds"} if secure else {"loss", "seconds"}
+        numbers = [metrics.get("steps"), *(metrics[name] for name in told if name in metrics)]
+        beyond = metrics.keys() - {"steps", *told, "parameters"}
+        beyond -= set() if secure else {"explained"}
         counts = metrics.get("parameters", {})
         numbers += counts.values() if isinstance(counts, dict) else [None]
         if beyond or not all(_is_number(number) for number in numbers):

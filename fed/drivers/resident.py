@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -33,6 +34,7 @@ from fed.clients.wire import carried
 from fed.drivers.client_steps import ClientSteps
 from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.flags import ParallelFlags
+from fed.drivers.private_clients import PrivateClients, guarantees
 from fed.drivers.resident_data import load_clients_data, pool
 from fed.drivers.worker_group import WorkerGroup, join
 from fed.state import State
@@ -44,6 +46,9 @@ from llava.train.arguments import TrainingArguments, check_deepspeed, modernise
 from llava.train.data import DataCollatorForSupervisedDataset, LazySupervisedDataset
 from llava.train.llava_trainer import LLaVATrainer, last_checkpoint, steps_of
 from llava.train.optimizer_copy import StartInFloat32, float32_copies
+from llava.train.private_model import check_model
+from llava.train.private_run import check_records
+from llava.train.private_trainer import PrivateTrainer
 from llava.train.session import Session, load_session
 from llava.train.train import make_trainer
 from llava.transformers_private import release
@@ -97,6 +102,7 @@ class ResidentDriver(Driver):
         with self.group.main_first() if in_folder else contextlib.nullcontext():
             self.datasets = load_clients_data(run.specs, args.data, run.client_args, self.session)
         self.clients = self._clients(run)
+        self.private = self._private(run)
         self.collator = DataCollatorForSupervisedDataset(self.session.tokenizer)
         self.schedule, self.wire = args.fed.fed_lr_schedule, args.fed.fed_wire
         self.explains = run.explains
@@ -151,6 +157,16 @@ class ResidentDriver(Driver):
             for spec, client_args, dataset, slices in zip(specs, args, datasets, cuts, strict=True)
         ]
 
+    def _private(self, run: Run) -> PrivateClients | None:
+        """The clients' private training, where it is asked for."""
+        if not run.arguments.fed.private:
+            return None
+        check_model(self.session.model)
+        for dataset in self.datasets:
+            check_records(dataset)
+        stated = guarantees(run, cast(Any, self.clients), self.datasets)
+        return PrivateClients(stated, run.output_dir)
+
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]
     ) -> Generator[tuple[ClientTask, Update], None, None]:
@@ -196,7 +212,8 @@ class ResidentDriver(Driver):
         Returns:
             The update; `metrics` has `loss` (mean over the steps), `steps`, `seconds` between the
             first and the last step, `parameters`: how many numbers were trained, sent to the client
-            (`received`) and sent by it, and, where it is asked for, `explained`.
+            (`received`) and sent by it, and, where it is asked for, `explained`. In private
+            training what follows from the data without noise, `loss` and `seconds`, is left out.
         """
         client, model = task.client, self.session.model
         start = dict(self.store.enter(task) or {})
@@ -208,10 +225,16 @@ class ResidentDriver(Driver):
         start |= {shared[name]: tensor for name, tensor in task.state.items()}
         before = sum(client.steps(round) for round in range(1, task.round))
         title = f"round {task.round} client {client.name}"
-        watch = _Watch(title, before, self.store.log_of(client.name, self._log_of(client.name)))
+        log = self.store.log_of(client.name, self._log_of(client.name))
+        how: dict[str, Any] = {}
+        if self.private is not None:
+            how = {"kind": PrivateTrainer, "private": self.private.steps(task)}
+            log = _without_loss(log)
+        watch = _Watch(title, before, log, self.private is None)
         trainer = make_trainer(
             self.session,
             self._arguments(task),
+            **how,
             train_dataset=client.dataset.select(client.slices[task.round - 1]),
             data_collator=self.collator,
             callbacks=[watch, StartInFloat32(start)],
@@ -228,6 +251,8 @@ class ResidentDriver(Driver):
         self.store.leave(task)
         release(trainer)
         metrics = {"loss": loss, "steps": result.global_step, "seconds": watch.seconds}
+        if self.private is not None:  # --fed_dp_metrics off
+            metrics = {"steps": result.global_step}
         update = Update(trained, samples, metrics)
         if steps is not None:
             steps.finish(update)
@@ -288,6 +313,11 @@ class ResidentDriver(Driver):
         return steps
 
 
+def _without_loss(log: Log) -> Log:
+    """The taker of a client's logs, told all but what was measured on its data."""
+    return lambda step, values: log(step, {k: v for k, v in values.items() if k != "loss"})
+
+
 def _zero_stage(argv: list[str]) -> int:
     """The ZeRO stage of the file of --deepspeed; 0 without one."""
     file = check_deepspeed(modernise(argv))
@@ -308,8 +338,9 @@ def _numbers(state: State) -> int:
 class _Watch(TrainerCallback):
     """Times the steps, hands logs on, and says every ten seconds how far a long task is."""
 
-    def __init__(self, title: str, before: int, log):
+    def __init__(self, title: str, before: int, log: Log, shows_loss: bool = True):
         self.title, self.before, self.log, self.seconds = title, before, log, 0.0
+        self.shows_loss = shows_loss
         self._begun = self._spoken = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -325,10 +356,5 @@ class _Watch(TrainerCallback):
         self.log(self.before + state.global_step, shown)
         if state.is_world_process_zero and time.perf_counter() - self._spoken > 10:
             self._spoken = time.perf_counter()
-            logger.info(
-                "%s: step %d/%d loss %.4f",
-                self.title,
-                state.global_step,
-                state.max_steps,
-                logs["loss"],
-            )
+            loss = f" loss {logs['loss']:.4f}" if self.shows_loss else ""
+            logger.info("%s: step %d/%d%s", self.title, state.global_step, state.max_steps, loss)

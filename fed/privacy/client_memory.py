@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fed.privacy.keys import new_key, new_seed, write_secret
+from fed.privacy.keys import new_key, new_seed
 from fed.privacy.terms import PROTOCOL, Terms
+from llava.atomic import write_secret
 from llava.errors import InputError
 from llava.json_files import read_json
 

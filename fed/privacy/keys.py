@@ -7,12 +7,11 @@ which run, round, exchange and attempt, and between whom: keys of different use 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from llava.atomic import atomic_write
+from llava.atomic import write_secret
 from llava.errors import InputError, reason
 
 try:
@@ -56,18 +55,6 @@ def read_site_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"{path}: expected an Ed25519 key, found a {type(key).__name__}")
     return key
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that its owner alone may read, whole and on the disk, its name included."""
-    with atomic_write(path) as file:
-        os.fchmod(file.fileno(), 0o600)  # before it has any content
-        file.write(content)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # after a power cut an older state must not be back
-    finally:
-        os.close(folder)
 
 
 def is_signed(signature: bytes, content: bytes, public: bytes) -> bool:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import hmac
 import json
 import platform
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from llava.atomic import write_text
+from llava.atomic import write_secret, write_text
 from llava.errors import InputError
 from llava.json_files import read_json
 from llava.train.settings import fingerprint
@@ -82,9 +84,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def data_fingerprint(content: str, run: str) -> str:
-    """`content`, a fingerprint of records, as one that has no meaning outside the run."""
-    return hashlib.sha256(f"{run}\0{content}".encode()).hexdigest()[:16]
+def data_fingerprint(content: str, run: str, file: Path) -> str:
+    """`content`, a fingerprint of records, as one that has no meaning outside the run.
+
+    Who guesses the records cannot see whether the guess is right: a secret of the site, which is
+    drawn once and kept in `file`, is part of it.
+    """
+    if not file.exists():
+        write_secret(file, secrets.token_hex(32))
+    key = file.read_text().encode()
+    return hmac.new(key, f"{run}\0{content}".encode(), hashlib.sha256).hexdigest()[:16]
 
 
 def model_fingerprint(path: str, cache: Path) -> str:

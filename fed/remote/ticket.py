@@ -39,13 +39,14 @@ _OF_RUN = tuple(
     "auto_find_batch_size average_tokens_across_devices train_sampling_strategy "
     # the federation
     "fed_rounds fed_method fed_options fed_one_pass fed_lr_schedule fed_wire "
-    "fed_weighting fed_secure fed_secure_min fed_secure_norm".split()
+    "fed_weighting fed_secure fed_secure_min fed_secure_norm "
+    "fed_dp_epsilon fed_dp_noise fed_dp_delta fed_dp_clip fed_dp_metrics".split()
 )
 # What a site may say of itself in site.yaml: how it computes, and how its clients step.
 OWN_FLAGS = (
     *CLIENT_FLAGS,
     *"use_cpu bf16 fp16 tf32 attn_implementation feature_cache feature_cache_gb cache_dir "
-    "deepspeed".split(),
+    "deepspeed fed_dp_epsilon fed_dp_noise fed_dp_delta fed_dp_clip".split(),
 )
 
 Flag = str | list[str]

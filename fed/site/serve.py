@@ -25,6 +25,7 @@ from fed.site.trainer import Trainer, make_run, remove_run
 from llava.atomic import own_name, write_text
 from llava.errors import InputError
 from llava.json_files import read_json
+from llava.train.private_statement import sentence
 
 PAUSE = 0.2  # seconds between two looks at the spools
 BEAT = 1.0  # seconds between two calls of the courier
@@ -162,6 +163,8 @@ class Site:
             except InputError as error:  # of flags alone: neither data nor model are looked at
                 raise RefusalError(str(error)) from None
             self._trainer, self._mark = Trainer(self.config, run, folder), mark
+            for name, stated in self._trainer.stated.items():
+                _say(sentence(f"client {name}", stated))
         self._trainer.folder = folder
         return self._trainer
 

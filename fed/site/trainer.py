@@ -31,7 +31,10 @@ from fed.remote.site_yaml import SiteConfig
 from fed.remote.ticket import Ticket, words
 from fed.state import State
 from llava.errors import InputError
+from llava.train import private_run
 from llava.train.data import load_records
+from llava.train.private_accounting import Guarantee
+from llava.train.private_arguments import PrivacyArguments
 from llava.train.settings import DECIDING, fingerprint
 
 Tell = Callable[[Mapping[str, Any]], None]
@@ -73,7 +76,9 @@ class Trainer:
     def mark(config: SiteConfig, ticket: Ticket) -> tuple[Any, ...]:
         """Tickets of one mark are served by one trainer."""
         method = methods.get(str(ticket.flags.get("fed_method", "fedavg")))
-        return ticket.settings(), method.store and ticket.run
+        private = PrivacyArguments.DECIDING & {*ticket.flags, *config.flags}
+        # What is kept between a run's tasks, its noise's secret too, is kept in the run's folder.
+        return ticket.settings(), (method.store or private) and ticket.run
 
     def close(self) -> None:
         """Give the memory back."""
@@ -100,7 +105,7 @@ class Trainer:
         return Hello(
             signing=signing,
             samples=len(self.driver.datasets[0]),
-            data=data_fingerprint(self._data, run),
+            data=data_fingerprint(self._data, run, self.config.work / "fingerprint-secret"),
             model=model,
             tower=tower,
             flags=flags,
@@ -166,6 +171,14 @@ class Trainer:
         self.driver.store.config.use_cache = True
         self.driver.store.export(cast(Any, final), lambda client: (state, extras), self.folder)
         self.driver.store.config.use_cache = False
+        if stated := self.stated:
+            private_run.finish(self.folder, stated, f"{name}, by {self.run.method.name}")
+
+    @property
+    def stated(self) -> Mapping[str, Guarantee]:
+        """What the site's records are promised, where it trains in private."""
+        private = getattr(self.driver, "private", None)
+        return {} if private is None else private.stated
 
     def _kept_file(self, round: int) -> Path:
         return self.folder / "kept" / f"{round:04d}.safetensors"

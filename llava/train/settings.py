@@ -60,12 +60,18 @@ def deciding_flags(arguments: Iterable, names: Iterable[str] = DECIDING) -> dict
     }
 
 
-def training_settings(model_args: Any, data_args: Any, training_args: Any) -> dict[str, Any]:
-    """The settings that (Model, Data, Training)Arguments stand for, JSON types only."""
-    arguments = (model_args, data_args, training_args)
+def training_settings(
+    model_args: Any, data_args: Any, training_args: Any, *others: Any
+) -> dict[str, Any]:
+    """The settings that (Model, Data, Training)Arguments stand for, JSON types only.
+
+    Of `others`, dataclasses of flags, their `DECIDING` decide.
+    """
+    arguments = (model_args, data_args, training_args, *others)
     best = training_args.load_best_model_at_end
     connectors = {field.name for kind in connector_flags() for field in dataclasses.fields(kind)}
     names = DECIDING | connectors | (BEST if best else frozenset())
+    names = names.union(*(other.DECIDING for other in others))
     settings: dict[str, Any] = deciding_flags(arguments, names)
     for name in (*CONTENT, "eval_data_path") if best else CONTENT:
         value = next(getattr(args, name) for args in arguments if hasattr(args, name))

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error, reason
 from llava.model.lora import find_all_linear_names
 from llava.progress import progress_shown
+from llava.train import private_run, private_statement
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import (
     CheckReport,
@@ -32,6 +34,9 @@ from llava.train.distributed import start_process_group
 from llava.train.feature_cache import FeatureCache
 from llava.train.llava_trainer import LLaVATrainer, PlainProgress
 from llava.train.preprocess import preprocess_multimodal
+from llava.train.private_arguments import PrivacyArguments, check_goes_with, check_privacy
+from llava.train.private_model import check_model
+from llava.train.private_trainer import PrivateTrainer
 from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import Session, load_session, smart_tokenizer_and_embedding_resize
 from llava.train.settings import training_settings
@@ -143,7 +148,16 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
     if attn_implementation:
         argv = ["--attn_implementation", attn_implementation, *argv]  # a later one is stronger
     start_process_group(argv)
-    model_args, data_args, training_args = parse([*argv, "--prediction_loss_only", "True"])
+    model_args, data_args, training_args, privacy = parse(
+        [*argv, "--prediction_loss_only", "True"],
+        ModelArguments,
+        DataArguments,
+        TrainingArguments,
+        PrivacyArguments,
+    )
+    check_privacy(privacy)
+    if privacy.private:
+        check_goes_with(training_args)
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {training_args.eval_strategy} needs --eval_data_path")
     prepare_output(training_args)
@@ -153,8 +167,11 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         file = getattr(data_args, flag)
         if file and not os.path.exists(file):
             raise InputError(f"--{flag} {file}: no such file")
-    settings = training_settings(model_args, data_args, training_args)
+    settings = training_settings(model_args, data_args, training_args, privacy)
     checkpoint = starting_point(training_args, settings)
+    if privacy.private and private_statement.finished(Path(training_args.output_dir)):
+        logger.info("%s: already trained, nothing to do", training_args.output_dir)
+        return
     session = load_session(model_args, data_args, training_args)
     data = make_supervised_data_module(session.tokenizer, data_args, session.sample_format)
     # In memory the features of a picture that is seen once are of no use to anybody.
@@ -163,12 +180,20 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         if data[name] is not None:
             cache = session.feature_cache if reused or name == "eval_dataset" else None
             prepare(data[name], title, cache, training_args.world_size)
-    trainer = make_trainer(session, training_args, callbacks=[SayWhereItBegins()], **data)
+    how: dict[str, Any] = {}
+    if privacy.private:
+        check_model(session.model)
+        stated, steps = private_run.begin(privacy, training_args, data["train_dataset"], settings)
+        how = {"kind": PrivateTrainer, "private": steps}
+    trainer = make_trainer(session, training_args, callbacks=[SayWhereItBegins()], **how, **data)
     record(training_args, settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     session.model.config.use_cache = True
     trainer.save_model()
+    if privacy.private:
+        output = Path(training_args.output_dir)
+        private_run.finish(output, {"run": stated}, output.absolute().name)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from fed.drivers.driver import get, names
 from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector_flags
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.private_arguments import PrivacyArguments
 from llava.train.settings import (
     BEST,
     CONTENT,
@@ -31,7 +32,14 @@ FED_DECIDING = FedArguments.DECIDING.union(
     *(of for name in names() for of in declared(get(name).flags or object, "DECIDING"))
 )
 OF_DRIVERS = [field for name in names() for field in own_flags(get(name))]
-OWN = (ModelArguments, DataArguments, TrainingArguments, FedArguments, *CONNECTORS)
+OWN = (
+    ModelArguments,
+    DataArguments,
+    TrainingArguments,
+    FedArguments,
+    PrivacyArguments,
+    *CONNECTORS,
+)
 
 # Ours that do not decide: where things lie, what is measured or said, how a machine does its part.
 NOT_DECIDING = set(
