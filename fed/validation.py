@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ def _check_method(method: Method, kind: type[Driver], arguments: Arguments) -> N
 
 def _check_secure(method: Method, fed_args: FedArguments, options: Mapping[str, Any]) -> None:
     """Refuse secure sums where single clients are looked at, or nothing is sent."""
+    importlib.import_module("fed.privacy.keys")  # says what is to be installed
     try:
         method.summed(options)
     except InputError as error:

@@ -76,11 +76,17 @@ def clients_yaml(folder: Path, *entries: dict) -> Path:
     return path
 
 
-def start_run(rig: Rig, flags: Callable[..., list[str]], model: Path, **common) -> Path:
-    """Let the rig's driver and sites be a run of `fed.train`; its output folder."""
+def start_run(
+    rig: Rig, flags: Callable[..., list[str]], model: Path, of_site: dict | None = None, **common
+) -> Path:
+    """Let the rig's driver and sites be a run of `fed.train`; its output folder.
+
+    `of_site` has more keys of site.yaml, by site.
+    """
     kits_of, output = rig.folder / "kits", rig.folder / "out"
     for name in SITES:
         site = {"courier": "flare", "folder": None, "kit": str(kits_of / name)}
+        site |= (of_site or {}).get(name, {})
         file = site_yaml(rig.folder, model, name, "", **site)
         rig.commands[name] = ["fed.site", str(file)]
     names = clients_yaml(rig.folder, *({"name": name} for name in SITES))

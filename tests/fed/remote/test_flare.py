@@ -11,10 +11,14 @@ import pytest
 
 pytest.importorskip("nvflare", reason="the extra `remote` is not installed")
 
+from fed.remote.site_yaml import read_site
+from fed.site.held import Held
+from fed.state import load
 from fed.train import train
+from tests.conftest import assert_moved_alike
 from tests.fed.drivers.test_remote import weights
 from tests.fed.remote.rig import ROOT, SITES
-from tests.fed.remote.sites import is_at_work, rounds_of, start_run
+from tests.fed.remote.sites import is_at_work, rounds_of, site_yaml, start_run
 
 
 def test_sites_end_in_the_bits_of_a_resident_run_through_kills(rig, flags, tiny, tmp_path):
@@ -40,6 +44,32 @@ def test_sites_end_in_the_bits_of_a_resident_run_through_kills(rig, flags, tiny,
                 assert not re.search(
                     rb"a (red|green|blue) picture|[ab]-\d+\.png", file.read_bytes()
                 )
+
+
+def test_sums_alone_come_through_kills(rig, flags, tiny, tmp_path):
+    """Two sites in secure sums: one is killed in a sum, the driver in another."""
+    configs = {n: read_site(site_yaml(tmp_path, tiny, n, tmp_path)) for n in SITES}
+    keys = {name: Held.public_key(config) for name, config in configs.items()}
+    of_site = {
+        name: {"secure_min": 2, "trust": {n: k for n, k in keys.items() if n != name}}
+        for name in SITES
+    }
+    common = {"fed_rounds": 2, "fed_method": "fedavgm", "learning_rate": 1e-2}
+    sums = {"fed_secure": True, "fed_secure_min": 2}
+    there = start_run(rig, flags, tiny, of_site, **common, **sums)
+    rig.wait(lambda: list(there.glob("fed/round-0001/sum-0/*.json")), "a sum of the first round")
+    rig.kill("a")
+    rig.start("a")
+    rig.wait(lambda: list(there.glob("fed/round-0002/sum-0/*.json")), "a sum of the second round")
+    rig.kill("driver")
+    rig.start("driver")
+    rig.wait(rig.done, "the end of the run")
+    runs = {"open": {}, "still": {"learning_rate": 0}}
+    for name, changes in runs.items():
+        out = tmp_path / name
+        train(flags(fed_clients=tiny / "clients.yaml", output_dir=out, **{**common, **changes}))
+    ends = [load(folder / "mm_projector.bin") for folder in (there, *map(tmp_path.joinpath, runs))]
+    assert_moved_alike(*ends, 0.01)
 
 
 def test_a_running_server_refuses_second_processes_and_withdrawn_sites(rig, tmp_path):
