@@ -275,6 +275,10 @@ def rehearse(fed_args: FedArguments, options: Mapping[str, Any], counts: Sequenc
     sizes: dict[int, str] = {}
     for round, count in enumerate(counts, start=1):
         drawn = min(fed_args.fed_clients_per_round or count, count)
+        if fed_args.fed_secure and 0 < drawn < fed_args.fed_secure_min:
+            raise InputError(
+                f"--fed_secure_min is {fed_args.fed_secure_min}, round {round} has {drawn} clients"
+            )
         sizes.setdefault(drawn, f"round {round} has {drawn}")
         if 0 < fed_args.fed_min_clients < drawn:
             least = fed_args.fed_min_clients
@@ -306,10 +310,6 @@ def check_round(
     if fed_args.fed_min_clients > (asked or there):
         raise InputError(
             f"--fed_min_clients is {fed_args.fed_min_clients}, a round has {asked or there} clients"
-        )
-    if fed_args.fed_secure and fed_args.fed_secure_min > (asked or there):
-        raise InputError(
-            f"--fed_secure_min is {fed_args.fed_secure_min}, a round has {asked or there} clients"
         )
     if all(spec.from_round > 1 for spec in specs):
         raise InputError("--fed_clients: no client has from_round 1")

@@ -255,7 +255,7 @@ def test_a_run_of_sums_ends_as_the_open_run(flags, tiny, tmp_path, capsys):
         ({"fed_pool": True}, "no place with --fed_pool"),
         ({"fed_wire": "bf16"}, "--fed_wire bf16 has no place with --fed_secure"),
         ({"fed_secure_min": 1}, "--fed_secure_min is 1, 2 or more"),
-        ({"fed_secure_min": 3}, "--fed_secure_min is 3, a round has 2 clients"),
+        ({"fed_secure_min": 3}, "--fed_secure_min is 3, round 1 has 2 clients"),
         ({"fed_secure_norm": 0}, "--fed_secure_norm is 0.0, above 0"),
         ({"fed_secure_norm": float("nan")}, "--fed_secure_norm is nan, above 0"),
     ],

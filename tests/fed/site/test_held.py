@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 
 from fed.clients.tensor_file import load_with_facts
 from fed.remote.site_yaml import read_site
+from fed.remote.spool import Spool
+from fed.remote.ticket import Ticket
 from fed.site.__main__ import site
 from fed.site.held import Held
+from fed.site.serve import Site
 from fed.state import load
 from fed.train import train
 from llava.errors import InputError
@@ -104,29 +108,24 @@ def test_sites_send_sums_alone_and_end_as_the_open_run(flags, tiny, tmp_path):
         assert not (tmp_path / f"work-{site_name}" / "runs" / name / "held").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "secure", "message"),
+    ("trust", "flags", "message"),
     [
-        ({"trust": None}, True, "site north says: its site.yaml has no `trust`"),
-        ({}, False, "site .* says: its site.yaml has `trust`.* --fed_secure True alone"),
-        ({"trust": {"south": "0" * 64}}, True, "3 clients are needed in AdvertiseKeys, there are"),
+        ({}, {"fed_secure": "True"}, "its site.yaml has no `trust`, the public keys of the other"),
+        ({"south": "0" * 64}, {}, "its site.yaml has `trust`: .* --fed_secure True alone"),
+        ({"south": "0" * 64}, {"fed_secure": "False"}, "--fed_secure True alone"),
     ],
 )
-def test_who_takes_part_in_what(flags, tiny, tmp_path, changes, secure, message):
-    spool = tmp_path / "out" / "fed" / "spool"
-    files = yamls(tmp_path, tiny, spool)
-    if changes:
-        files["north"] = site_yaml(
-            tmp_path, tiny, "north", spool, **{"data_path": str(tiny / "a.json"), **changes}
-        )
-    names = clients_yaml(tmp_path, *({"name": name} for name in NAMES))
-    values = {**RUN, "fed_secure": secure, "fed_client_timeout": 60, **REMOTE}
-    with at_work(files, tmp_path), pytest.raises(InputError, match=message):
-        train(flags(fed_clients=names, output_dir=tmp_path / "out", **values))
-    if "needed" in message:  # the reason stays at the site, in its own output
-        said = (tmp_path / "north.log").read_text()
-        assert "client north: does not trust the key that the terms have for south" in said
+@pytest.mark.parametrize("kind", ["hello", "task", "sum"])
+def test_who_takes_part_in_what(tiny, tmp_path, trust, flags, message, kind):
+    file = site_yaml(tmp_path, tiny, "a", tmp_path, trust=trust)
+    spool = Spool(tmp_path / "spool" / "a", "a")
+    said = {"sha256": "", "bytes": 0} if kind != "hello" else None
+    key = spool.ask(Ticket(kind, "0" * 32, "a", flags=flags, round=1, state=said).as_json())
+    assert Site(read_site(file)).look(spool)  # before any model is loaded
+    answer = spool.answer(key)
+    assert answer.refused
+    assert re.search(message, answer.reason)
 
 
 def test_a_site_prints_its_public_key(tiny, tmp_path, capsys):
