@@ -247,6 +247,17 @@ def test_a_run_of_sums_ends_as_the_open_run(flags, tiny, tmp_path, capsys):
     assert not list((tmp_path / "secure" / "fed").glob("round-*"))
 
 
+def test_records_may_be_private_in_secure_sums(flags, tiny, tmp_path):
+    pytest.importorskip("opacus")
+    private = {"fed_dp_epsilon": 8.0, "fed_dp_delta": 1e-2, "fed_dp_clip": 1.0}
+    common = {"fed_clients": tiny / "clients.yaml", "fed_secure": True, "fed_secure_min": 2}
+    train(flags(**common, **private, output_dir=tmp_path / "run"))
+    (record,) = map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())
+    assert all(client.keys() == {"samples", "steps"} for client in record["clients"].values())
+    stated = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert all(0 < of["epsilon"] <= 8.01 for of in stated["guarantees"].values())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
