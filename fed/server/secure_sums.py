@@ -51,7 +51,7 @@ class SecureSums:
         self.gone: Gone = {}
 
     def outcome(self, sums: Sums, round: Round) -> Outcome:
-        """The method's outcome, from sums over the clients that stay.
+        """The method's outcome, from sums over the clients that stay, its facts' `clients`.
 
         Raises:
             InputError: too few clients are there; what is known of single ones is nothing.
@@ -63,6 +63,7 @@ class SecureSums:
             try:
                 given = server.send(total)
             except StopIteration as end:
+                end.value.facts["clients"] = there
                 return end.value
         raise AssertionError
 

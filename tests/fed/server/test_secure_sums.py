@@ -120,6 +120,7 @@ def test_a_client_that_vanishes_is_left_out_once_it_has_sent_nothing(tmp_path, s
     masked = STEPS.index(step) > STEPS.index("MaskedInputCollection")
     assert_near(found, sites.expected(without=() if masked else ("west",)), sites.base)
     assert server.gone == {"west": "client west: away"}
+    assert found.facts["clients"] == [n for n in NAMES if n != "west" or masked]
 
 
 def test_with_too_few_there_is_no_sum_and_the_next_start_has_fresh_masks(tmp_path):
@@ -253,7 +254,9 @@ def test_records_may_be_private_in_secure_sums(flags, tiny, tmp_path):
     common = {"fed_clients": tiny / "clients.yaml", "fed_secure": True, "fed_secure_min": 2}
     train(flags(**common, **private, output_dir=tmp_path / "run"))
     (record,) = map(json.loads, (tmp_path / "run" / "rounds.jsonl").read_text().splitlines())
-    assert all(client.keys() == {"samples", "steps"} for client in record["clients"].values())
+    open_ = {"samples", "steps", "parameters"}
+    assert all(client.keys() == open_ for client in record["clients"].values())
+    assert record["facts"]["clients"] == ["a", "b"]
     stated = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert all(0 < of["epsilon"] <= 8.01 for of in stated["guarantees"].values())
 
