@@ -158,6 +158,8 @@ def _of_run(rounds: list[dict]) -> str:
     if last["failed"]:
         why = "; ".join(f"{name}: {reason}" for name, reason in last["failed"].items())
         parts.append(f"**Left out:** {html.escape(why)}.")
+    if last["norms"] is None:
+        parts.append("Sums are secure: no client's loss or update is known here.")
     if last["drift"] is not None:
         parts.append(f"Drift {last['drift']:.2f}: 0 is when all clients move alike, 1 when their "
                      "updates cancel.")  # fmt: skip

@@ -161,6 +161,8 @@ def _with_mean(record: dict) -> list[float | None]:
 
 
 def _with_others(record: dict) -> list[float | None]:
+    if record["cosines"] is None:  # of secure sums nobody's update is known
+        return [None] * len(record["clients"])
     rows = [
         [c for j, c in enumerate(row) if j != i and _number(c)]
         for i, row in enumerate(record["cosines"])

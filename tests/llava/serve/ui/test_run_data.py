@@ -7,7 +7,8 @@ import json
 import pytest
 
 from fed.remote.board import Board
-from llava.serve.ui import run_data
+from fed.train import train
+from llava.serve.ui import run, run_data
 from llava.serve.ui.worker_client import PageError
 
 
@@ -37,6 +38,20 @@ def test_a_runs_records_become_plots(recorded):
     )
     alone = run_data.heldout_losses(run_data.read(recorded / "local")[0])
     assert {row["of"] for row in alone} == {"a on heldout", "b on heldout"}
+
+
+def test_a_run_of_secure_sums_has_plots_of_what_is_known(recorded, flags, tiny, tmp_path):
+    sums = {"fed_secure": True, "fed_secure_min": 2, "fed_eval_data_path": tiny / "heldout.json"}
+    train(
+        flags(fed_clients=tiny / "clients.yaml", output_dir=tmp_path, fed_method="fedcmp", **sums)
+    )
+    rounds, none = run_data.read(tmp_path)
+    assert none is None
+    assert len(run_data.heldout_losses(rounds)) == 1
+    assert run_data.spectrum(rounds)
+    for plot in (run_data.client_losses, run_data.reliabilities, run_data.agreements):
+        assert plot(rounds) == []
+    assert "no client's loss or update is known here" in run.seen_in(tmp_path)[0]
 
 
 def test_a_merges_weights_become_plots(recorded):
