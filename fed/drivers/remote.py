@@ -43,6 +43,7 @@ from fed.remote.ticket import Ticket, flags_of
 from llava.atomic import write_text
 from llava.errors import InputError
 from llava.json_files import read_json
+from llava.train.private_arguments import PrivacyArguments
 
 if TYPE_CHECKING:  # `fed.privacy` needs an extra
     from fed.clients.sum_client import Agreed, SumRequest
@@ -88,7 +89,6 @@ class RemoteDriver(Driver):
 
     flags = RemoteFlags
     clients_keep = True
-    hides = True
     data_here = False
     may_fail = True
 
@@ -274,20 +274,23 @@ class RemoteDriver(Driver):
                     yield task, error
 
     def _ask(self, task: ClientTask, sender: Sender) -> _Asked:
+        ticket = self._ticket_of(task, "task", nonce=f"{self._tries(task):032x}")
+        key = sender.ask(self.spools[task.name], task.state, task.extras, ticket)
+        return _Asked(task.client, key, f"round {task.round}", task, time.monotonic())
+
+    def _ticket_of(self, task: ClientTask, kind: str, **more: Any) -> Callable[..., Ticket]:
+        """The maker of a ticket on a task, for `Sender.ask`."""
         client: RemoteClient = task.client
         assert client.hello is not None
-        ticket = functools.partial(
+        return functools.partial(
             self._ticket,
-            "task",
+            kind,
             client,
             round=task.round,
             last_round=task.last_round,
             facts=client.hello.digest,
-            nonce=f"{self._tries(task):032x}",
+            **more,
         )
-        spool = self.spools[client.name]
-        key = sender.ask(spool, task.state, task.extras, ticket)
-        return _Asked(client, key, f"round {task.round}", task, time.monotonic())
 
     def _ticket(self, kind: str, client: RemoteClient, **more: Any) -> Ticket:
         spec = self._spec(client)
@@ -367,17 +370,22 @@ class RemoteDriver(Driver):
         if not secure:
             check_not_zero(update.state, task.state, "its state")
         metrics = update.metrics
-        # A client that trains in private tells neither its loss nor its seconds; one whose update
-        # is in a secure sum no loss.
-        told = {"seconds"} if secure else {"loss", "seconds"}
-        numbers = [metrics.get("steps"), *(metrics[name] for name in told if name in metrics)]
-        beyond = metrics.keys() - {"steps", *told, "parameters"}
-        beyond -= set() if secure else {"explained"}
+        told = self._told(task.client)
+        numbers = [metrics.get(name) for name in told]
+        beyond = metrics.keys() - {*told, "parameters", *(() if secure else ("explained",))}
         counts = metrics.get("parameters", {})
         numbers += counts.values() if isinstance(counts, dict) else [None]
         if beyond or not all(_is_number(number) for number in numbers):
             raise InputError(f"its measures are {str(metrics):.200}")
         reliability.read(metrics.get("explained"))
+
+    def _told(self, client: RemoteClient) -> list[str]:
+        """The numbers that a site tells of a task: no loss of one whose update is in a secure sum,
+        and no time either of one that trains in private, because the run or the site says so."""
+        fed, hello = self.run_of.arguments.fed, client.hello
+        if fed.private or (hello is not None and PrivacyArguments.DECIDING & hello.flags.keys()):
+            return ["steps"]
+        return ["steps", "seconds"] if fed.fed_secure else ["steps", "seconds", "loss"]
 
     # Secure sums.
 
@@ -403,21 +411,13 @@ class RemoteDriver(Driver):
 
         sender, asked = Sender(), []
         for name, request in requests.items():
-            task, client = tasks[name], tasks[name].client
-            ticket = functools.partial(
-                self._ticket,
-                "sum",
-                client,
-                round=task.round,
-                last_round=task.last_round,
-                facts=client.hello.digest,
-                exchange=request.exchange,
-                step=request.step,
-                weight=weight,
+            task = tasks[name]
+            ticket = self._ticket_of(
+                task, "sum", exchange=request.exchange, step=request.step, weight=weight
             )
             key = sender.ask(self.spools[name], state_of(request), request.given, ticket)
             what = f"sums of round {task.round}"
-            asked.append(_Asked(client, key, what, None, time.monotonic()))
+            asked.append(_Asked(task.client, key, what, None, time.monotonic()))
         keys = {one.key for one in asked}
         for name in requests:
             self.spools[name].withdraw_all(but=keys)

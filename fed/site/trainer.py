@@ -94,7 +94,8 @@ class Trainer:
         cache = self.config.work / "fingerprints.json"
         model = model_fingerprint(self.config.model_name_or_path, cache)
         tower = model_fingerprint(self.config.vision_tower, cache)
-        flags = {k: v for k, v in self.config.flags.items() if k in DECIDING}
+        deciding = DECIDING | PrivacyArguments.DECIDING
+        flags = {k: v for k, v in self.config.flags.items() if k in deciding}
         if self.config.process.command:
             flags["command"] = "its own"
         signing = ""
