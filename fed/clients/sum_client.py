@@ -9,7 +9,6 @@ names of the terms are what client and run have agreed on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,7 @@ def sums_of(method: Method, options: Mapping[str, Any], explains: bool) -> Sums:
 
 def exchange_name(exchange: int, given: State) -> str:
     """The name of an exchange in its terms: the number, and a digest of what is given for it."""
-    return f"e{exchange}-{hashlib.sha256(fingerprint(given).encode()).hexdigest()[:40]}"
+    return f"e{exchange}-{fingerprint(given)[:56]}"
 
 
 class SumClient:

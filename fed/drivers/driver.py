@@ -102,10 +102,10 @@ class Driver(ABC):
         trains_here: whether clients step in this process, on its model: then a method may change
             their steps and keep parameters with them, and --fed_pool has a meaning.
         clients_keep: whether clients step in this package's own processes elsewhere, and what they
-            keep from task to task stays there: a method may do what it may where `trains_here`.
+            keep from task to task stays there, with --fed_secure their updates, too: a method may
+            do what it may where `trains_here`.
         hands_over: whether clients are processes that are given what they keep from task to task
             (`ClientStore.given`), and give it back: a method may have private parameters.
-        hides: whether, with --fed_secure, clients keep their updates and send none.
         data_here: whether the clients' data lie on this machine, where clients.yaml says.
         may_fail: whether a client that fails need not end the run; then --fed_min_clients has a
             meaning.
@@ -125,7 +125,6 @@ class Driver(ABC):
     trains_here: ClassVar[bool] = False
     clients_keep: ClassVar[bool] = False
     hands_over: ClassVar[bool] = False
-    hides: ClassVar[bool] = False
     data_here: ClassVar[bool] = True
     may_fail: ClassVar[bool] = False
     writes_updates: bool = False

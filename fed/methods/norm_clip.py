@@ -24,9 +24,9 @@ from fed.methods.interface.registry import method
 from fed.methods.interface.sums import (
     STATE,
     Exchanges,
-    MeanOnly,
     Own,
     Round,
+    Sums,
     differences,
     parts_of,
     weighted,
@@ -36,7 +36,7 @@ from fed.numerics.weighted_mean import shares
 from fed.state import State
 
 
-class NormClipSums(MeanOnly):
+class NormClipSums(Sums):
     """Clients shorten their own updates; only a fixed bound is known to them."""
 
     def terms(self, exchange: int, own: Own, given: State) -> State:

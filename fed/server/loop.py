@@ -284,7 +284,7 @@ class RoundLoop:
     def _check(self, task: ClientTask, update: Update) -> None:
         """Refuse, by the client's name, what no method should see."""
         who = f"client {task.name}"
-        if self.secure is not None and self.driver.hides:
+        if self.secure is not None and self.driver.clients_keep:
             states.check(update.state | update.extras | update.kept, like={}, who=who)
             return
         states.check(update.state, like=task.state, who=who)

@@ -8,7 +8,6 @@ answered is over unless somebody may have unmasked it; the next one has fresh ke
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -58,14 +57,15 @@ class SecureSums:
         """
         server = sums.exchanges(round)
         given, there = next(server), list(self.sites)
-        for exchange in itertools.count():
+        exchange = 0
+        while True:
             total, there = self._sum(sums, round, exchange, given, there)
             try:
                 given = server.send(total)
             except StopIteration as end:
                 end.value.facts["clients"] = there
                 return end.value
-        raise AssertionError
+            exchange += 1
 
     def _sum(
         self, sums: Sums, round: Round, exchange: int, given: State, asked: list[str]

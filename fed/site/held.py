@@ -20,11 +20,11 @@ from fed.remote.site_yaml import SiteConfig
 from fed.remote.sums import MESSAGE, TERMS, bytes_of
 from fed.remote.ticket import Ticket
 from fed.server.reliability import gathered_sums
+from fed.server.round_metrics import OPEN
 from fed.state import State
 from llava.errors import InputError
 
 PARTS = ("state", "extras", "base")
-OPEN = ("steps", "seconds", "parameters")  # what is told of a task
 
 
 class Held:
@@ -92,16 +92,17 @@ class Held:
             {name: bytes.fromhex(key) for name, key in self.config.trust.items()},
             self.folder,
             sums,
-            self._own(ticket.round),
+            self._own(ticket.round, check=ticket.step == "MaskedInputCollection"),
             agreed,
         )
         return client.answer(request)
 
-    def _own(self, round: int) -> Own:
+    def _own(self, round: int, check: bool) -> Own:
+        """What the round's task has left; `check` reads all of it, for the step that uses it."""
         file = self._file(round)
         if not file.exists():
             raise InputError(f"{file}: no such file; the task of round {round} was not done here")
-        tensors, facts = load_with_facts(file)
+        tensors, facts = load_with_facts(file, check)
         parts: dict[str, State] = {part: {} for part in PARTS}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)

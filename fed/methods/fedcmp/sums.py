@@ -58,7 +58,7 @@ class FedCMPSums(Sums):
         self.tau = checked_tau(*(self.options[name] for name in names))
 
     @property
-    def most_exchanges(self) -> int:  # type: ignore[override]
+    def most_exchanges(self) -> int:
         """Frames are turned in all passes but the first, then S is taken within them."""
         return 1 + PASSES + math.isfinite(self.tau)
 

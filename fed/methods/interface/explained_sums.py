@@ -28,7 +28,7 @@ class ExplainedSums(Sums):
         self.inner = inner
 
     @property
-    def most_exchanges(self) -> int:  # type: ignore[override]
+    def most_exchanges(self) -> int:
         return 1 + self.inner.most_exchanges
 
     def terms(self, exchange: int, own: Own, given: State) -> State:

@@ -67,7 +67,10 @@ class Sums(ABC):
     def __init__(self, method: Method, options: Mapping[str, Any]):
         self.method, self.options = method, {**method.defaults, **method.parse(options)}
 
-    most_exchanges = 1
+    @property
+    def most_exchanges(self) -> int:
+        """How many exchanges a round has at most: a client answers no more."""
+        return 1
 
     @abstractmethod
     def terms(self, exchange: int, own: Own, given: State) -> State:
