@@ -16,6 +16,7 @@ from playground.studies.plan import Job
 from playground.studies.plots import GREY, Bars, draw_bars, draw_curves, panels
 from playground.studies.results import Results
 from playground.studies.tables import (
+    Cell,
     TableColumn,
     mean_cell,
     paired_table,
@@ -43,23 +44,49 @@ def drift(row: Mapping) -> float:
     return statistics.mean(value for value in row["drift"] if value is not None)
 
 
+CENTRALISED = "centralised"
 LOSS, EXACT = TableColumn("loss", final_loss, 3), TableColumn("exact %", final_exact, 1, better=1)
 RISES, DRIFT = TableColumn("rises", rises, 3), TableColumn("drift", drift, 2)
 
 
-def main_table(results: Results) -> str:
-    columns = [
-        (f"{scenario}: {column.name}", spread_cell(results, scenario, column))
-        for scenario, column in itertools.product(results.scenarios, (LOSS, EXACT))
-    ]
-    columns += [(f"mean {column.name}", mean_cell(results, column)) for column in (LOSS, EXACT)]
+def main_table(results: Results, column: TableColumn, *more: tuple[str, Cell]) -> str:
+    """Every method by scenario, in the order of the mean loss.
+
+    Args:
+        more: columns behind the mean.
+    """
+    columns = [(s, spread_cell(results, s, column)) for s in results.scenarios]
+    columns += [("mean", mean_cell(results, column)), *more]
     titles = sorted(results.methods, key=lambda title: results.mean(title, final_loss))
     return table("method", titles, columns)
 
 
+def loss_table(results: Results) -> str:
+    """The main table of losses, with the way where the plan has all data in one place."""
+    pooled = CENTRALISED in results.methods
+    return main_table(
+        results, LOSS, *([("way, %", functools.partial(way, results))] if pooled else [])
+    )
+
+
+def way(results: Results, title: str) -> str:
+    """How much of the mean loss between the reference and all data in one place is gone, in %."""
+    start, end, here = (
+        results.mean(t, final_loss) for t in (results.plan.reference, CENTRALISED, title)
+    )
+    return f"{100 * (start - here) / (start - end):.0f}"
+
+
+def on_the_way(results: Results) -> list[str]:
+    """The scenarios in which more than the end is measured."""
+    title = results.plan.ours
+    return [s for s, seed in dict(results.places).items()
+            if len(results.row(title, s, seed)["rounds"]) > 1]  # fmt: skip
+
+
 def dynamics_table(results: Results) -> str:
     columns = []
-    for scenario in results.scenarios:
+    for scenario in on_the_way(results):
         columns += [
             (f"{scenario}: rounds", functools.partial(rounds_to_reference, results, scenario)),
             (f"{scenario}: rises", mean_cell(results, RISES, [scenario])),
@@ -144,8 +171,7 @@ def draw_gains(results: Results, path: Path) -> None:
     plan = results.plan
     titles = sorted(results.compared, key=lambda title: results.mean(title, final_loss))
     titles.remove(plan.reference)
-    size = (2.9 * len(results.scenarios) + 1.4, 0.36 * len(titles) + 1.4)
-    figure, axes = panels(results, size, sharey=True)
+    figure, axes = panels(results.scenarios, (2.9, 0.3 * len(titles) + 1.2), sharey=True)
     bars = Bars(
         lambda title, s: results.differences(title, plan.reference, final_loss, s),
         lambda title: PALETTE[0] if title == plan.ours else GREY,
@@ -156,8 +182,8 @@ def draw_gains(results: Results, path: Path) -> None:
 
 def write_report(plan: FedCMPPlan, rows: Sequence[Mapping], folder: Path, name: str) -> None:
     results = Results(plan, rows)
-    draw_curves(results, final_loss, "centralised", "held-out caption loss (nats a token)",
-                folder / f"{name}-curves.png")  # fmt: skip
+    draw_curves(results, on_the_way(results), final_loss, CENTRALISED,
+                "held-out caption loss (nats a token)", folder / f"{name}-curves.png")  # fmt: skip
     draw_gains(results, folder / f"{name}-gains.png")
     write_text(folder / f"{name}.md", page(results, name))
 
@@ -178,7 +204,14 @@ Loss: caption loss in nats a token, lower is better. Exact: share of pictures wh
 the model's first choice, token by token; captions are names, but in the caption scenario, where a
 picture has four right captions and only one counts.
 
-{main_table(results)}
+### Loss
+
+`way`: how much of the distance from {plan.reference} to all data in one place is gone, on the mean.
+
+{loss_table(results)}
+### Exact, %
+
+{main_table(results, EXACT)}
 ![held-out loss over rounds]({name}-curves.png)
 
 ## {plan.ours} against {plan.reference}, pair by pair
@@ -196,6 +229,7 @@ Best by the mean loss over scenarios, on these very runs: the comparison favours
 
 {left_out_section(results)}## On the way
 
+Measured in {", ".join(on_the_way(results))}.
 `rounds`: after how many {plan.reference}'s final loss is reached (the same seed). `rises`: by how
 much the held-out loss rose, added up over the rounds in which it did, the mean over seeds: what
 oscillation costs. `drift`: how far clients are from their mean update over how far they went (root
@@ -205,7 +239,7 @@ mean squares; 0 alike, 1 cancelling), the mean over rounds and seeds.
 ## How settings were chosen
 
 {"/".join(map(str, sorted(settings)))} settings a method, by the mean final loss on the development
-part: pictures `heldout_dev`, scenarios {" and ".join(plan.scenarios("development"))}, seed
+part: pictures `heldout_dev`, scenarios {", ".join(plan.scenarios("development"))}, seed
 {plan.seeds("development")[0]}. The chosen ones are marked. The other scenarios, and the seeds and
 pictures above, had no part in it.
 

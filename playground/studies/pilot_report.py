@@ -133,8 +133,7 @@ def tuned_table(results: Results) -> str:
 def draw(results: Results, path: Path) -> None:
     """Exact answers of own and of other clients' models: a bar the mean, a dot a seed."""
     titles = ordered(results, results.methods, results.scenarios)
-    size = (3.9 * len(results.scenarios) + 1.8, 0.5 * len(titles) + 1.4)
-    figure, axes = panels(results, size, sharey=True)
+    figure, axes = panels(results.scenarios, (3.9, 0.5 * len(titles) + 1.4), sharey=True)
     bars = [
         Bars(
             lambda title, scenario, whose=whose: results.values(

@@ -140,8 +140,7 @@ def tuned_table(results: PivotMergeResults) -> str:
 def draw(results: PivotMergeResults, path: Path) -> None:
     """Loss over the mean's: a bar the mean over seeds, a dot a seed."""
     titles = [title for title in results.ordered() if title != BEST]
-    size = (2.5 * len(results.scenarios) + 1.8, 0.3 * len(titles) + 1.2)
-    figure, axes = panels(results, size, sharey=True)
+    figure, axes = panels(results.scenarios, (2.5, 0.3 * len(titles) + 1.2), sharey=True)
     bars = Bars(
         lambda title, scenario: results.values(title, scenario, results.relative),
         lambda title: PALETTE[0] if title == results.plan.ours else GREY,

@@ -33,19 +33,31 @@ class Bars:
     height: float = 0.7
 
 
-def panels(results: Results, size: tuple[float, float], sharey: bool) -> tuple[Any, Sequence[Any]]:
-    """A figure and its axes, one for each scenario."""
+def panels(
+    scenarios: Sequence[str], size: tuple[float, float], sharey: bool, columns: int = 4
+) -> tuple[Any, Sequence[Any]]:
+    """A figure and its axes, one for each scenario, in rows of at most `columns`.
+
+    Args:
+        size: of a panel, in inches.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(results.scenarios), figsize=size, layout="constrained", sharey=sharey, squeeze=False
-    )
-    for panel in axes[0]:
+    width = min(columns, len(scenarios))
+    height = -(-len(scenarios) // width)
+    figure, grid = pyplot.subplots(
+        height, width, figsize=(size[0] * width + 1.4, size[1] * height),
+        layout="constrained", sharey=sharey, squeeze=False,
+    )  # fmt: skip
+    axes = grid.flatten()
+    for panel in axes[len(scenarios) :]:
+        panel.set_axis_off()
+    for panel in axes[: len(scenarios)]:
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, axes[: len(scenarios)]
 
 
 def draw_bars(
@@ -75,18 +87,25 @@ def draw_bars(
     axes[0].invert_yaxis()
 
 
-def draw_curves(results: Results, loss: Measure, level: str, ylabel: str, path: Path) -> None:
+def draw_curves(
+    results: Results,
+    scenarios: Sequence[str],
+    loss: Measure,
+    level: str,
+    ylabel: str,
+    path: Path,
+) -> None:
     """The loss over rounds: the mean over seeds, with the spread.
 
     Args:
         loss: of a row's end.
         level: a method of which only the end is shown, a dotted line.
     """
-    columns, ours = len(results.scenarios), results.plan.ours
-    figure, axes = panels(results, (3.6 * columns + 1.6, 3.8), sharey=False)
+    ours = results.plan.ours
+    figure, axes = panels(scenarios, (3.6, 3.8), sharey=False)
     styles = itertools.product(("-", "--", ":"), PALETTE[1:])
     style = {t: ("-", PALETTE[0]) if t == ours else next(styles) for t in results.compared}
-    for panel, scenario in zip(axes, results.scenarios, strict=True):
+    for panel, scenario in zip(axes, scenarios, strict=True):
         lowest, highest = float("inf"), 0.0
         for title, (line, colour) in style.items():
             rows = [results.row(title, scenario, seed) for seed in results.seeds(scenario)]

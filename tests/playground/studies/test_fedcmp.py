@@ -149,9 +149,12 @@ def test_the_report_says_what_was_measured(plan):
     text = fedcmp_report.page(results, "fedcmp")
     assert "| all " in text
     assert "20 of 20" in text
-    line = next(li for li in text.splitlines() if li.startswith("| Fed-CMP ") and "±" in li)
-    assert "0.823 ± 0.002" in line
-    assert line.rstrip(" |").endswith("50.0")
+    losses, exact = [
+        line for line in text.splitlines() if line.startswith("| Fed-CMP ") and "±" in line
+    ]
+    assert "0.823 ± 0.002" in losses
+    assert losses.rstrip(" |").endswith(" 40")  # 0.2 of the 0.5 to all data in one place
+    assert exact.rstrip(" |").endswith("50.0")
     losses = tables.paired_table(results, "FedAvg", [LOSS])
     assert "-0.200 ± 0.000" in losses
     dynamics = fedcmp_report.dynamics_table(results)
@@ -160,6 +163,23 @@ def test_the_report_says_what_was_measured(plan):
     assert reached == "2.0"
     assert fedcmp_report.rounds_to_reference(results, "topic", "FedProx") == "never"
     assert " ←" in fedcmp_report.tuned_table(results)
+
+
+def test_a_whole_variant_of_ours_is_no_baseline(whole):
+    rows = rows_of(whole, {"Fed-CMP with momentum": -0.3, "FedExP": -0.1, "centralised": -0.5})
+    assert Results(whole, rows).best_baseline(final_loss) == "FedExP"
+
+
+def test_only_what_is_measured_on_the_way_is_shown_there(plan, tmp_path):
+    rows = rows_of(plan, {"centralised": -0.5})
+    for one in rows:
+        if one["job"]["scenario"] == "style":
+            one.update({key: one[key][-1:] for key in ("rounds", "loss", "exact")})
+    results = Results(plan, rows)
+    assert fedcmp_report.on_the_way(results) == ["topic", "caption", "skew"]
+    assert "style" not in fedcmp_report.dynamics_table(results)
+    fedcmp_report.write_report(plan, rows, tmp_path, "found")
+    assert (tmp_path / "found-curves.png").stat().st_size > 10_000
 
 
 def test_only_seeds_that_all_methods_have_count(plan):
