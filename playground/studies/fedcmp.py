@@ -14,7 +14,10 @@ LEFT_OUT = "left_out"  # the part of a plan, and of its jobs
 
 
 class FedCMPPlan(FederatedPlan):
-    """A plan, which may have the part `left_out`: our method without some of the clients."""
+    """A plan, which may have the part `left_out`: our method without some of the clients.
+
+    `base` is the section of playground/flags.yaml that all runs share, `pretrain` if not named.
+    """
 
     def stages(self, chosen: Mapping[str, str]) -> list[Iterator[Job]]:
         reporting, ablating = super().stages(chosen)
@@ -36,7 +39,7 @@ class FedCMPPlan(FederatedPlan):
         elif not reported:
             clients = scenario.get("development", clients)
         return {
-            **flags("pretrain"),
+            **flags(self.document.get("base", "pretrain")),
             "fed_clients": f"playground/fed/{clients}.yaml",
             "fed_rounds": scenario["rounds"],
             "fed_eval_data_path": f"{DATA}/{self.heldout(job)}.json",

@@ -182,10 +182,35 @@ def draw_gains(results: Results, path: Path) -> None:
 
 def write_report(plan: FedCMPPlan, rows: Sequence[Mapping], folder: Path, name: str) -> None:
     results = Results(plan, rows)
-    draw_curves(results, on_the_way(results), final_loss, CENTRALISED,
-                "held-out caption loss (nats a token)", folder / f"{name}-curves.png")  # fmt: skip
+    if on_the_way(results):
+        label, path = "held-out caption loss (nats a token)", folder / f"{name}-curves.png"
+        draw_curves(results, on_the_way(results), final_loss, CENTRALISED, label, path)
     draw_gains(results, folder / f"{name}-gains.png")
     write_text(folder / f"{name}.md", page(results, name))
+
+
+def named(plan: FedCMPPlan, part: str) -> str:
+    """The sets of held-out pictures of a part of the plan."""
+    jobs = [Job(part, plan.ours, "{}", *place) for place in plan.places(part)]
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(map(plan.heldout, jobs)))
+
+
+def on_the_way_section(results: Results, name: str) -> str:
+    if not on_the_way(results):
+        return ""
+    reference = results.plan.reference
+    return f"""## On the way
+
+![held-out loss over rounds]({name}-curves.png)
+
+Measured in {", ".join(on_the_way(results))}. `rounds`: after how many {reference}'s final loss is
+reached (the same seed). `rises`: by how much the held-out loss rose, added up over the rounds in
+which it did, the mean over seeds: what oscillation costs. `drift`: how far clients are from their
+mean update over how far they went (root mean squares; 0 alike, 1 cancelling), the mean over rounds
+and seeds.
+
+{dynamics_table(results)}
+"""
 
 
 def page(results: Results, name: str) -> str:
@@ -195,9 +220,9 @@ def page(results: Results, name: str) -> str:
     ablated = plan.seeds("ablation")
     return f"""# Fed-CMP and its baselines on the playground
 
-Made by `bash scripts/fed/study.sh` from the {results.count} runs in `{name}.jsonl`, each one of
-`fed.train`, whose flags stand in its line. One pass over the data, the projector alone trains.
-Held-out pictures (`heldout_test`), mean ± standard deviation over seeds
+Made from the {results.count} runs in `{name}.jsonl` (the plan: `../studies/{name}.yaml`),
+each one of `fed.train`, whose flags stand in its line. One pass over the data, the projector alone
+trains. Held-out pictures ({named(plan, "report")}), mean ± standard deviation over seeds
 ({"; ".join(f"{s}: {', '.join(map(str, k))}" for s, k in seeds.items())}).
 
 Loss: caption loss in nats a token, lower is better. Exact: share of pictures whose whole caption is
@@ -212,8 +237,6 @@ picture has four right captions and only one counts.
 ### Exact, %
 
 {main_table(results, EXACT)}
-![held-out loss over rounds]({name}-curves.png)
-
 ## {plan.ours} against {plan.reference}, pair by pair
 
 The same scenario and seed make a pair; negative loss differences are in favour of {plan.ours}. p is
@@ -227,26 +250,17 @@ Best by the mean loss over scenarios, on these very runs: the comparison favours
 {paired_table(results, best, [LOSS, EXACT], "scenario")}
 ![each method less FedAvg]({name}-gains.png)
 
-{left_out_section(results)}## On the way
-
-Measured in {", ".join(on_the_way(results))}.
-`rounds`: after how many {plan.reference}'s final loss is reached (the same seed). `rises`: by how
-much the held-out loss rose, added up over the rounds in which it did, the mean over seeds: what
-oscillation costs. `drift`: how far clients are from their mean update over how far they went (root
-mean squares; 0 alike, 1 cancelling), the mean over rounds and seeds.
-
-{dynamics_table(results)}
-## How settings were chosen
+{left_out_section(results)}{on_the_way_section(results, name)}## How settings were chosen
 
 {"/".join(map(str, sorted(settings)))} settings a method, by the mean final loss on the development
-part: pictures `heldout_dev`, scenarios {", ".join(plan.scenarios("development"))}, seed
-{plan.seeds("development")[0]}. The chosen ones are marked. The other scenarios, and the seeds and
-pictures above, had no part in it.
+part: pictures {named(plan, "development")}, scenarios
+{", ".join(plan.scenarios("development"))}, seed {plan.seeds("development")[0]}. The chosen ones
+are marked. The other scenarios, and the seeds and pictures above, had no part in it.
 
 {tuned_table(results)}
 ## Ablations of {plan.ours}
 
-On the development part (pictures `heldout_dev`, seeds {ablated[0]} to {ablated[-1]}), the learning
-rate as chosen above.
+On the development part (pictures {named(plan, "ablation")}, seeds {ablated[0]} to {ablated[-1]}),
+the learning rate as chosen above.
 
 {ablation_table(results)}"""

@@ -28,11 +28,16 @@ def plan():
 
 
 @pytest.fixture(scope="module")
+def real():
+    return read_plan(ROOT / "playground/studies/fedcmp_real.yaml")
+
+
+@pytest.fixture(scope="module")
 def whole():
     return read_plan(ROOT / "playground/studies/fedcmp_whole.yaml")
 
 
-@pytest.mark.parametrize("which", ["plan", "whole"])
+@pytest.mark.parametrize("which", ["plan", "whole", "real"])
 def test_every_method_has_as_many_settings(which, request):
     plan = request.getfixturevalue(which)
     assert len({len(plan.settings(title)) for title in plan.methods}) == 1
@@ -40,7 +45,7 @@ def test_every_method_has_as_many_settings(which, request):
         assert len(set(plan.settings(title))) == len(plan.settings(title))
 
 
-@pytest.mark.parametrize("which", ["plan", "whole"])
+@pytest.mark.parametrize("which", ["plan", "whole", "real"])
 def test_development_and_report_have_nothing_in_common_but_the_private_pictures(which, request):
     plan = request.getfixturevalue(which)
     assert not set(plan.seeds("development")) & set(plan.seeds("report"))
@@ -52,7 +57,7 @@ def test_development_and_report_have_nothing_in_common_but_the_private_pictures(
     places = len(plan.scenarios("report")) * len(plan.seeds("report"))
     assert len(reports) == len(plan.methods) * places
     for job in [*reports, *plan.leaving_out(chosen)]:
-        assert plan.heldout(job).startswith("heldout_test")
+        assert plan.heldout(job).startswith(("heldout_test", "unseen"))
         assert "-dev.yaml" not in shlex.join(plan.argv(job))
     for job in [*plan.tuning(), *plan.ablating(chosen)]:
         for cut in ("skew", "noisy", "crawl"):
@@ -70,7 +75,7 @@ def test_what_is_left_out_is_what_is_wrong(whole):
     assert left == {name for name, share in noisy_shares(TOPICS, NOISE[""]).items() if share}
 
 
-@pytest.mark.parametrize("which", ["plan", "whole"])
+@pytest.mark.parametrize("which", ["plan", "whole", "real"])
 def test_every_run_has_flags_that_fed_train_knows(which, request):
     plan = request.getfixturevalue(which)
     from fed import validation
