@@ -59,7 +59,7 @@ class FedArguments(PrivacyArguments):
     }
     DECIDING: ClassVar = frozenset(
         "fed_rounds fed_method fed_clients_per_round fed_one_pass fed_lr_schedule fed_pool "
-        "fed_wire fed_weighting fed_secure fed_secure_min fed_secure_norm".split()
+        "fed_wire fed_weighting fed_secure fed_secure_min fed_secure_norm fed_dp_shares".split()
     ).union(PrivacyArguments.DECIDING)
 
     fed_clients: str | None = field(
@@ -150,6 +150,13 @@ class FedArguments(PrivacyArguments):
         metadata={
             "help": "The largest length of a client's update, or of one layer of it, that a secure "
             "sum has room for."
+        },
+    )
+    fed_dp_shares: bool = field(
+        default=False,
+        metadata={
+            "help": "Private training with secure sums: --fed_secure_min clients add the noise "
+            "together, a share each."
         },
     )
 

@@ -19,6 +19,7 @@ from fed.clients.clients_yaml import ClientSpec, named
 from fed.clients.wire import WIRES
 from fed.drivers import driver as drivers
 from fed.drivers.driver import Driver
+from fed.drivers.noise_shares import check_own, check_shares
 from fed.methods import Method
 from fed.yaml_file import read_yaml
 from llava.errors import InputError
@@ -212,6 +213,8 @@ def _check_private(
     """Refuse flags of private training that do not go together, or with driver and method."""
     fed_args = arguments.fed
     check_privacy(fed_args)
+    if fed_args.fed_dp_shares:
+        check_shares(method, options, fed_args, arguments.training)
     if not fed_args.private:
         return
     check_goes_with(arguments.training)
@@ -343,6 +346,8 @@ def arguments_of(
         _check_steps(training_args)
         if arguments.fed.private:
             check_goes_with(training_args)
+        if arguments.fed.fed_dp_shares:
+            check_own(spec)
     return data_args, training_args
 
 

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from fed.clients.task import ClientTask
 from fed.drivers.driver import Run
+from fed.drivers.noise_shares import check_slices
 from fed.state import fingerprint
 from llava.train.arguments import TrainingArguments
 from llava.train.private_accounting import Guarantee, guarantee
@@ -66,10 +67,14 @@ def guarantees(
         InputError: delta is above 1 / records of a client, which is named.
     """
     fed = run.arguments.fed
+    shares = fed.fed_secure_min if fed.fed_dp_shares else 1
     if fed.fed_pool:
         args, sizes = [run.arguments.training], [sum(map(len, datasets))]
     else:
         args, sizes = [own for _, own in run.client_args], list(map(len, datasets))
+    if fed.fed_dp_shares:
+        for client, own in zip(clients, args, strict=True):
+            check_slices(client.name, client.slices, own)
     return {
         client.name: guarantee(
             fed,
@@ -77,6 +82,7 @@ def guarantees(
             records=size,
             step=samples_of_step(own),
             who=f"client {client.name}",
+            shares=shares,
         )
         for client, own, size in zip(clients, args, sizes, strict=True)
         if client.slices
@@ -110,4 +116,4 @@ class PrivateClients:
         title = f"round {task.round} of client {task.name}"
         parts = (task.state, task.extras, task.kept)
         secret.begin(title, " ".join(fingerprint(part) for part in parts))
-        return PrivateSteps(of.clip, of.noise, secret, title)
+        return PrivateSteps(of.clip, of.own_noise, secret, title)

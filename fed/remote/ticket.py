@@ -40,7 +40,7 @@ _OF_RUN = tuple(
     # the federation
     "fed_rounds fed_method fed_options fed_one_pass fed_lr_schedule fed_wire "
     "fed_weighting fed_secure fed_secure_min fed_secure_norm "
-    "fed_dp_epsilon fed_dp_noise fed_dp_delta fed_dp_clip fed_dp_metrics".split()
+    "fed_dp_epsilon fed_dp_noise fed_dp_delta fed_dp_clip fed_dp_metrics fed_dp_shares".split()
 )
 # What a site may say of itself in site.yaml: how it computes, and how its clients step.
 OWN_FLAGS = (

@@ -237,6 +237,12 @@ def make_run(config: SiteConfig, ticket: Ticket, folder: Path) -> Run:
     argv = [*words(ticket.flags), *words(own)]
     argv = validation.driver_of(argv).command_line(argv)
     arguments, options = validation.check_flags(validation.parse_arguments(argv))
+    privacy = sorted(PrivacyArguments.DECIDING & config.flags.keys())
+    if arguments.fed.fed_dp_shares and privacy:
+        raise InputError(
+            f"{config.source}: {privacy[0]} under flags has no place in a run with noise in "
+            "shares, --fed_dp_shares True, of which all clients add the same"
+        )
     spec = ClientSpec(
         config.name,
         str(config.data_path),

@@ -48,6 +48,8 @@ class Guarantee:
         entries: the most steps that a record enters in the run.
         records: how many there are; public.
         step: the number of samples by which a step's sum is divided.
+        shares: how many clients' noise makes up `noise`, where nobody sees less than their sum.
+        betrayed: epsilon where one of them tells its own; None above 500, and where there is one.
     """
 
     epsilon: float
@@ -58,6 +60,13 @@ class Guarantee:
     entries: int
     records: int
     step: int
+    shares: int = 1
+    betrayed: float | None = None
+
+    @property
+    def own_noise(self) -> float:
+        """The noise that each adds by itself, in units of `clip`."""
+        return self.noise / math.sqrt(self.shares)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,7 +103,13 @@ def noise_for(epsilon: float, delta: float, entries: int) -> float:
 
 
 def guarantee(
-    privacy: PrivacyArguments, *, entries: int, records: int, step: int, who: str
+    privacy: PrivacyArguments,
+    *,
+    entries: int,
+    records: int,
+    step: int,
+    who: str,
+    shares: int = 1,
 ) -> Guarantee:
     """The guarantee of a run of these flags; `who` opens messages.
 
@@ -119,7 +134,9 @@ def guarantee(
             f"{who}: --fed_dp_noise {noise:g} with {entries} steps a record has an epsilon above "
             f"{LARGEST:g}, which protects nobody"
         )
-    replaced = epsilon_of(noise / 2, entries, delta)
+    replaced, betrayed = epsilon_of(noise / 2, entries, delta), math.inf
+    if shares > 1:
+        betrayed = epsilon_of(noise * math.sqrt(1 - 1 / shares), entries, delta)
     return Guarantee(
         epsilon,
         delta,
@@ -129,4 +146,6 @@ def guarantee(
         entries,
         records,
         step,
+        shares,
+        None if betrayed > LARGEST else betrayed,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,19 @@ ASSUMPTIONS = (
 )
 
 
+SHARES = (
+    "Noise in shares: each client adds what makes up `noise` in a sum over `shares` of them, which "
+    "is the least that the server may get. Single updates stay with their clients. If one of them "
+    "tells the server what it has added, epsilon is `betrayed` for the others."
+)
+
+
+def assumptions(stated: Iterable[Guarantee | Mapping[str, Any]]) -> list[str]:
+    """All that guarantees rest on."""
+    values = [of if isinstance(of, Mapping) else of.as_json() for of in stated]
+    return [*ASSUMPTIONS, *([SHARES] if any(of.get("shares", 1) > 1 for of in values) else [])]
+
+
 def finished(output: Path) -> bool:
     """Whether `output` holds a private run that has come to its end."""
     file = output / FILE
@@ -66,7 +79,7 @@ def write(output: Path, stated: Mapping[str, Guarantee], finished: bool = False)
     values = {
         "finished": finished,
         "guarantees": {name: of.as_json() for name, of in stated.items()},
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": assumptions(stated.values()),
     }
     write_text(output / FILE, json.dumps(values, indent=1) + "\n")
 
@@ -74,11 +87,17 @@ def write(output: Path, stated: Mapping[str, Guarantee], finished: bool = False)
 def sentence(who: str, stated: Guarantee) -> str:
     """The guarantee on one line."""
     often = "one step" if stated.entries == 1 else f"{stated.entries} steps"
+    shares = ""
+    if stated.shares > 1:
+        shares = (
+            f"; noise in shares, of {stated.shares} clients together: epsilon "
+            f"{rounded_up(stated.betrayed)} if one of them tells its own"
+        )
     return (
         f"{who} is private: epsilon {rounded_up(stated.epsilon)} at delta {stated.delta:g} for a "
         f"record of {stated.records}, which enters {often} (noise {stated.noise:.4g}, clip "
         f"{stated.clip:g}, no amplification by sampling; epsilon {rounded_up(stated.replaced)} if "
-        "it is replaced)"
+        f"it is replaced{shares})"
     )
 
 
@@ -96,7 +115,7 @@ def section(stated: Mapping[str, Guarantee | Mapping[str, Any]]) -> str:
             f"| {rounded_up(values['replaced'])} | {values['records']} | {values['entries']} "
             f"| {values['noise']:.4g} | {values['clip']:g} | {values['step']} |"
         )
-    return "\n".join([*lines, "", *(f"- {text}" for text in ASSUMPTIONS)])
+    return "\n".join([*lines, "", *(f"- {text}" for text in assumptions(stated.values()))])
 
 
 def card(title: str, stated: Mapping[str, Guarantee]) -> str:
