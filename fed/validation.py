@@ -316,8 +316,31 @@ def check_round(
         )
     if all(spec.from_round > 1 for spec in specs):
         raise InputError("--fed_clients: no client has from_round 1")
+    if fed_args.fed_secure and methods.get(fed_args.fed_method).summed(options).by_task:
+        _check_tasks(specs, fed_args)
     joined = [sum(spec.from_round <= r for spec in specs) for r in range(1, rounds + 1)]
     rehearse(fed_args, options, [1] if fed_args.fed_pool else joined)
+
+
+def _check_tasks(specs: Sequence[ClientSpec], fed_args: FedArguments) -> None:
+    """Refuse secure sums of so few clients of a task that there would be none of it."""
+    who, least = (
+        f"--fed_method {fed_args.fed_method} has a sum of each task",
+        fed_args.fed_secure_min,
+    )
+    if fed_args.fed_clients_per_round:
+        raise InputError(
+            f"--fed_clients_per_round has no place with --fed_secure: {who}, and too few of one "
+            "might be drawn"
+        )
+    for task in dict.fromkeys(spec.task for spec in specs):
+        joins = [spec.from_round for spec in specs if spec.task == task]
+        first = min(joins)
+        if (there := joins.count(first)) < least:
+            raise InputError(
+                f"--fed_secure_min is {least}: {who}, and {task} has {there} clients in round "
+                f"{first}"
+            )
 
 
 def check_samples(fed_args: FedArguments, samples: Sequence[int], rounds: int) -> None:

@@ -364,7 +364,10 @@ class RoundLoop:
         sums = sums_of(self.method, self.options, self.explains)
         clients = self.driver.summing(self._folder / "sums", tasks, sums, agreed, explained)
         secure = SecureSums(self._round_folder(round), agreed, clients.keys, clients.ask)
-        known = Round(state.shared, state.memory, len(tasks), len(self.driver.clients))
+        names = [task.name for task in tasks]
+        of_task = [self.task_of.get(name, "") for name in names]
+        total = len(self.driver.clients)
+        known = Round(state.shared, state.memory, len(tasks), total, names, of_task)
         try:
             return secure.outcome(sums, known)
         finally:

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from fed.clients.sum_client import Agreed, SumRequest, exchange_name
 from fed.clients.task import ClientError
 from fed.clients.tensor_file import load_with_facts, save_with_facts
 from fed.methods.interface.method import Outcome
-from fed.methods.interface.sums import Own, Round, Sums
+from fed.methods.interface.sums import Given, Own, Round, Sums, groups_of
 from fed.privacy.client_memory import STEPS
 from fed.privacy.server import Server
 from fed.privacy.terms import Terms
@@ -59,7 +59,7 @@ class SecureSums:
         given, there = next(server), list(self.sites)
         exchange = 0
         while True:
-            total, there = self._sum(sums, round, exchange, given, there)
+            total, there = self._exchange(sums, round, exchange, given, there)
             try:
                 given = server.send(total)
             except StopIteration as end:
@@ -67,11 +67,33 @@ class SecureSums:
                 return end.value
             exchange += 1
 
+    def _exchange(
+        self, sums: Sums, round: Round, exchange: int, given: Given, asked: list[str]
+    ) -> tuple[Any, list[str]]:
+        """The sum of an exchange, or those of its groups by name, and whose they are."""
+        groups, folder = groups_of(given), self.folder / f"sum-{exchange}"
+        if groups is None:
+            return self._sum(folder, sums, round, exchange, cast(State, given), asked)
+        totals, there = {}, set[str]()
+        for number, (name, group) in enumerate(groups.items()):
+            place, clients = folder / str(number), [n for n in asked if n in group.clients]
+            try:
+                found = self._sum(place, sums, round, exchange, group.given, clients)
+            except InputError as error:
+                raise InputError(f"the sum of {name}: {error}") from None
+            totals[name], there = found[0], there.union(found[1])
+        return totals, [name for name in asked if name in there]
+
     def _sum(
-        self, sums: Sums, round: Round, exchange: int, given: State, asked: list[str]
+        self,
+        folder: Path,
+        sums: Sums,
+        round: Round,
+        exchange: int,
+        given: State,
+        asked: list[str],
     ) -> tuple[State, list[str]]:
-        """The sum of an exchange, and whose it is."""
-        folder = self.folder / f"sum-{exchange}"
+        """A sum of an exchange, and whose it is."""
         file = folder / "total.safetensors"
         if not file.exists():
             terms = self._attempt(folder, sums, round, exchange, given, asked)

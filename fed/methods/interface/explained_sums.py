@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from fed.methods.interface.sums import Exchanges, Own, Round, Sums, number_of
+from fed.methods.interface.sums import Exchanges, Own, Round, Sums, given_too, number_of
 from fed.numerics.shrinkage import Measured, Spread, share_of
 from fed.state import State
 
@@ -26,6 +26,10 @@ class ExplainedSums(Sums):
     def __init__(self, inner: Sums):
         super().__init__(inner.method, inner.options)
         self.inner = inner
+
+    @property
+    def by_task(self) -> bool:  # type: ignore[override]
+        return self.inner.by_task
 
     @property
     def most_exchanges(self) -> int:
@@ -55,7 +59,7 @@ class ExplainedSums(Sums):
         inner = self.inner.serve(round)
         given = next(inner)
         while True:
-            sums = yield given | more
+            sums = yield given_too(given, more)
             try:
                 given = inner.send(sums)
             except StopIteration as end:

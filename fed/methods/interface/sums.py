@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,8 +27,33 @@ if TYPE_CHECKING:
 WEIGHT, COUNT = "weight", "clients"  # the terms that are a client's weight, and 1
 STATE, EXTRAS = "state/", "extras/"  # how the terms of what a client sends begin
 
-# Yields what the server gives for an exchange, is sent the sums, and returns the outcome.
-Exchanges: TypeAlias = "Generator[State, State, Outcome]"
+
+@dataclass(frozen=True)
+class Group:
+    """Clients whose terms make a sum by itself, and what they are given for it."""
+
+    given: State
+    clients: Sequence[str]
+
+
+# Yields what the server gives to all for an exchange, or groups of them by name, each client in one
+# at most; is sent the sums, or those of each group; and returns the outcome.
+Given: TypeAlias = "State | dict[str, Group]"
+Exchanges: TypeAlias = "Generator[Given, Any, Outcome]"
+
+
+def given_too(given: Given, more: State) -> Given:
+    """What is given for an exchange, and more."""
+    groups = groups_of(given)
+    if groups is None:
+        return given | more  # type: ignore[operator]
+    return {name: Group(group.given | more, group.clients) for name, group in groups.items()}
+
+
+def groups_of(given: Given) -> dict[str, Group] | None:
+    """The groups of an exchange; None where it is of all clients."""
+    groups = {name: of for name, of in given.items() if isinstance(of, Group)}
+    return groups or None
 
 
 @dataclass(frozen=True)
@@ -52,17 +77,31 @@ class Own:
 
 @dataclass(frozen=True)
 class Round:
-    """The server's side: the state that all began with, the method's memory, and how many clients
-    are asked, of `total` in the run."""
+    """The server's side.
+
+    Attributes:
+        base: the state that all began with.
+        memory: the method's.
+        clients: how many are asked, of `total` in the run.
+        names, tasks: theirs, where the method is one of tasks.
+    """
 
     base: State
     memory: Mapping[str, Tensor]
     clients: int
     total: int
+    names: Sequence[str] = ()
+    tasks: Sequence[str] = ()
 
 
 class Sums(ABC):
-    """A method's two sides of a round, for its options."""
+    """A method's two sides of a round, for its options.
+
+    Attributes:
+        by_task: whether there are sums over the clients of one task.
+    """
+
+    by_task: ClassVar[bool] = False
 
     def __init__(self, method: Method, options: Mapping[str, Any]):
         self.method, self.options = method, {**method.defaults, **method.parse(options)}

@@ -39,6 +39,7 @@ from fed.methods.pilot import run
 from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot.neighbours import distances, mixture, nearest
 from fed.methods.pilot.send import ADAPTER, lora_of, send
+from fed.methods.pilot.sums import PilotSums
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
 from llava.errors import InputError
@@ -50,6 +51,7 @@ from llava.errors import InputError
     cross_layer=True,
     send=send,
     exchanges=run.exchanges,
+    sums=PilotSums,
     connector="pilot",
     flags=run.PilotFlags,
     prepare=run.prepare,

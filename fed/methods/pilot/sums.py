@@ -1,0 +1,86 @@
+"""Pilot from sums: a task's adapter from those of its clients, LoRA from all of them.
+
+First every task has a sum by itself, over its clients alone; then there is one of LoRA over all,
+which is what `weighting=mean` asks for. Distances between two clients' LoRA are in no sum, so that
+the other weightings are refused.
+"""
+
+from __future__ import annotations
+
+from fed.methods.interface.each import Each
+from fed.methods.interface.method import Outcome
+from fed.methods.interface.sums import (
+    STATE,
+    Exchanges,
+    Group,
+    Own,
+    Round,
+    Sums,
+    differences,
+    parts_of,
+    weighted,
+)
+from fed.methods.pilot.send import ADAPTER, lora_of
+from fed.state import State
+
+
+class PilotSums(Sums):
+    """Pilot's two sides."""
+
+    by_task = True
+
+    @property
+    def most_exchanges(self) -> int:
+        """Of the adapters, and of LoRA."""
+        return 2
+
+    def refusal(self) -> str | None:
+        for option, found, summed in (
+            ("weighting", self.options["weighting"], "mean"),
+            ("average", self.options["average"], "factors"),
+        ):
+            if found != summed:
+                return f"{option}={found} looks at single clients' LoRA; {option}={summed} does not"
+        return None
+
+    def terms(self, exchange: int, own: Own, given: State) -> State:
+        names = _parts(own.base)[exchange]
+        if names[0].startswith(ADAPTER):  # a task's clients have all begun with its adapter
+            moved = differences(own.state, {name: own.base[name] for name in names})
+        else:  # who missed a round has begun with an older LoRA: nothing is taken off
+            moved = {name: own.state[name].double() for name in names}
+        return weighted({STATE: moved}, own.weight)
+
+    def serve(self, round: Round) -> Exchanges:
+        base, memory, lora = round.base, dict(round.memory), {}
+        of_task = {
+            task: tuple(
+                n for n, other in zip(round.names, round.tasks, strict=True) if other == task
+            )
+            for task in dict.fromkeys(round.tasks)
+        }
+        for names in _parts(base):
+            if names[0].startswith(ADAPTER):
+                found = yield {task: Group({}, clients) for task, clients in of_task.items()}
+                for task, sums in found.items():
+                    (moved,) = parts_of(sums, STATE)
+                    for name in names:
+                        before = memory.get(f"{task}/{name}", base[name])
+                        after = before.double() + moved[name]
+                        memory[f"{task}/{name}"] = after.to(base[name].dtype)
+            else:
+                (lora,) = parts_of((yield {}), STATE)
+
+        def of_client(k: int) -> State:
+            task = round.tasks[k]
+            return {n: lora.get(n, memory.get(f"{task}/{n}", t)) for n, t in base.items()}
+
+        facts = {"tasks": {task: list(clients) for task, clients in of_task.items()}}
+        return Outcome(Each(len(round.names), of_client), memory, facts)
+
+
+def _parts(state: State) -> list[list[str]]:
+    """The names of an exchange each: of the task adapter, and of LoRA, as far as they train."""
+    lora = lora_of(state)
+    adapter = [name for name in state if name not in lora]
+    return [names for names in (adapter, list(lora)) if names]

@@ -1,0 +1,168 @@
+"""Pilot from sums: every task's adapter and the mean LoRA, while no single client is seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fed import methods
+from fed.clients.sum_client import Agreed, SumClient
+from fed.methods.interface.explained_sums import ExplainedSums
+from fed.methods.interface.sums import COUNT, Group, Own, Round
+from fed.methods.pilot.send import ADAPTER
+from fed.privacy.keys import Ed25519PrivateKey
+from fed.server.secure_sums import SecureSums
+from fed.train import train
+from llava.errors import InputError
+from tests.conftest import assert_moved_alike
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+TASKS = ("ask", "tell", "ask", "tell", "ask", "tell")
+WEIGHTS = [3.0, 1.0, 2.0, 7.0, 4.0, 5.0]
+MEAN = {"weighting": "mean"}
+SHAPES = {f"{ADAPTER}0.weight": (4, 3), f"{ADAPTER}0.bias": (4,), "x.lora_A.weight": (2, 5)}
+
+
+def draw(seed):
+    """A base, the starts of the clients (their task's adapter, a LoRA of their own), and ends."""
+    torch.manual_seed(seed)
+    base = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    memory = {
+        f"{t}/{n}": torch.randn(tensor.shape)
+        for t in dict.fromkeys(TASKS)
+        for n, tensor in base.items()
+        if n.startswith(ADAPTER)
+    }
+    starts = [
+        {n: memory.get(f"{task}/{n}", torch.randn(t.shape)) for n, t in base.items()}
+        for task in TASKS
+    ]
+    ends = [{n: t + 0.1 * torch.randn(t.shape) for n, t in start.items()} for start in starts]
+    return base, memory, starts, ends
+
+
+def opened(base, memory, ends):
+    given = {"weights": WEIGHTS, "base": base, "memory": memory, "clients": NAMES, "tasks": TASKS}
+    return methods.get("pilot")(ends, **given, **MEAN)
+
+
+def assert_alike(found, expected):
+    assert found.memory.keys() == expected.memory.keys()
+    for name, tensor in expected.memory.items():
+        torch.testing.assert_close(found.memory[name], tensor, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found.state, expected.state, strict=True):
+        for name, tensor in other.items():
+            torch.testing.assert_close(one[name], tensor, rtol=1e-5, atol=1e-5)
+    assert found.facts["tasks"] == expected.facts["tasks"]
+
+
+def known(base, memory):
+    return Round(base, memory, len(NAMES), len(NAMES), NAMES, TASKS)
+
+
+@pytest.mark.parametrize("explains", [False, True])
+def test_sums_are_the_open_round(explains):
+    base, memory, starts, ends = draw(1)
+    sums = methods.get("pilot").summed(MEAN)
+    sums = ExplainedSums(sums) if explains else sums
+    told = [9.0, 10.0, 0.5] if explains else None  # alike: weights are samples
+    owns = [Own(e, s, w, {}, told) for e, s, w in zip(ends, starts, WEIGHTS, strict=True)]
+    server = sums.exchanges(known(base, memory))
+    given, exchange, counted = next(server), 0, []
+    while True:
+        groups = given if any(isinstance(g, Group) for g in given.values()) else None
+        found = {}
+        for name, group in (groups or {"": Group(given, NAMES)}).items():
+            terms = [sums.terms(exchange, owns[NAMES.index(n)], group.given) for n in group.clients]
+            found[name] = {n: sum(of[n].double() for of in terms) for n in terms[0]}
+            counted.append(float(found[name].get(COUNT, torch.zeros(1))))
+        try:
+            given = server.send(found if groups else found[""])
+        except StopIteration as end:
+            assert_alike(end.value, opened(base, memory, ends))
+            break
+        exchange += 1
+    assert counted[-3:] == [3, 3, 6]
+    assert exchange + 1 == sums.most_exchanges
+
+
+def test_each_task_is_masked_by_its_own_clients(tmp_path):
+    base, memory, starts, ends = draw(2)
+    sums = methods.get("pilot").summed(MEAN)
+    keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
+    sites = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    agreed, asked = Agreed("0" * 32, 1, weight=10.0, norm=100.0), []
+
+    def ask(requests):
+        asked.append(set(requests))
+        for name, request in requests.items():
+            k = NAMES.index(name)
+            own, place = Own(ends[k], starts[k], WEIGHTS[k]), tmp_path / name
+            client = SumClient(name, keys[name], sites, place, sums, own, agreed)
+            yield name, client.answer(request)
+
+    secure = SecureSums(tmp_path / "round", agreed, sites, ask)
+    assert_alike(secure.outcome(sums, known(base, memory)), opened(base, memory, ends))
+    assert [len(of) for of in asked] == [3] * 10 + [6] * 5
+    asked.clear()
+    few = Round(base, memory, 6, 6, NAMES, ("ask", "tell", "ask", "tell", "tell", "tell"))
+    with pytest.raises(InputError, match="the sum of ask: .*3"):
+        SecureSums(tmp_path / "few", agreed, sites, ask).outcome(sums, few)
+
+
+@pytest.fixture
+def pilot(flags, tiny, tmp_path):
+    """`pilot(output, **changes)`: four clients with two tasks."""
+    entry = "  - {{name: {}, task: {}, data_path: {}/{}.json, image_folder: {}/images}}\n"
+    named = (("a", "colour"), ("b", "colour"), ("c", "shape"), ("d", "shape"))
+    lines = [entry.format(n, task, tiny, "ab"[n in "bd"], tiny) for n, task in named]
+    (tmp_path / "pilot.yaml").write_text("clients:\n" + "".join(lines))
+
+    def run(output, **changes):
+        values = {
+            "fed_clients": tmp_path / "pilot.yaml", "fed_method": "pilot", "fed_rounds": 1,
+            "mm_projector_type": "pilot", "tune_mm_mlp_adapter": False, "lora_enable": True,
+            "lora_r": 2, "fed_options": ["weighting=mean"], "output_dir": output, **changes,
+        }  # fmt: skip
+        train(flags(**values))
+        return [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_a_run_of_sums_ends_as_the_open_run(pilot, tmp_path):
+    pilot(tmp_path / "open")
+    records = pilot(tmp_path / "secure", fed_secure=True, fed_secure_min=2)
+    pilot(tmp_path / "start", learning_rate=0)
+    for record in records:
+        assert record["norms"] is None
+        assert record["facts"]["tasks"] == {"colour": ["a", "b"], "shape": ["c", "d"]}
+        assert "lora" not in record["facts"]
+    for file in ("tasks/shape/mm_projector.bin", "tasks/colour/mm_projector.bin"):
+        parts = [
+            torch.load(tmp_path / name / file, weights_only=True)
+            for name in ("secure", "open", "start")
+        ]
+        assert_moved_alike(*parts, 0.01)
+    file = "clients/c/adapter_model.safetensors"
+    assert_moved_alike(
+        *(load_file(tmp_path / name / file) for name in ("secure", "open", "start")), 0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fed_options": ["weighting=literal"]}, "weighting=literal looks at single clients' LoRA"),
+        ({"fed_options": ["weighting=mean", "average=product"]}, "average=product looks at single"),
+        ({"fed_secure_min": 3}, "--fed_secure_min is 3: .*, and colour has 2 clients in round 1"),
+        ({"fed_clients_per_round": 3}, "--fed_clients_per_round has no place with --fed_secure"),
+    ],
+)
+def test_what_no_sum_says_is_refused(pilot, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        pilot(tmp_path / "run", **{"fed_secure": True, "fed_secure_min": 2, **changes})
+    assert not (tmp_path / "run").exists()
