@@ -63,10 +63,14 @@ def main_table(results: Results, column: TableColumn, *more: tuple[str, Cell]) -
 
 def loss_table(results: Results) -> str:
     """The main table of losses, with the way where the plan has all data in one place."""
-    pooled = CENTRALISED in results.methods
-    return main_table(
-        results, LOSS, *([("way, %", functools.partial(way, results))] if pooled else [])
-    )
+    if CENTRALISED not in results.methods:
+        return main_table(results, LOSS)
+    whole = main_table(results, LOSS, ("way, %", functools.partial(way, results)))
+    reference = results.plan.reference
+    return f"""`way`: how much of the distance from {reference} to all data in one place is gone,
+on the mean.
+
+{whole}"""
 
 
 def way(results: Results, title: str) -> str:
@@ -217,8 +221,8 @@ def page(results: Results, name: str) -> str:
     plan, best = results.plan, results.best_baseline(final_loss)
     seeds = {scenario: results.seeds(scenario) for scenario in results.scenarios}
     settings = {len(plan.settings(title)) for title in results.methods}
-    ablated = plan.seeds("ablation")
-    return f"""# Fed-CMP and its baselines on the playground
+    title = plan.document.get("title", "Fed-CMP and its baselines on the playground")
+    return f"""# {title}
 
 Made from the {results.count} runs in `{name}.jsonl` (the plan: `../studies/{name}.yaml`),
 each one of `fed.train`, whose flags stand in its line. One pass over the data, the projector alone
@@ -230,8 +234,6 @@ the model's first choice, token by token; captions are names, but in the caption
 picture has four right captions and only one counts.
 
 ### Loss
-
-`way`: how much of the distance from {plan.reference} to all data in one place is gone, on the mean.
 
 {loss_table(results)}
 ### Exact, %
@@ -248,7 +250,7 @@ of a two-sided sign-flip test over all pairs.
 Best by the mean loss over scenarios, on these very runs: the comparison favours the baseline.
 
 {paired_table(results, best, [LOSS, EXACT], "scenario")}
-![each method less FedAvg]({name}-gains.png)
+![each method less {plan.reference}]({name}-gains.png)
 
 {left_out_section(results)}{on_the_way_section(results, name)}## How settings were chosen
 
@@ -258,7 +260,15 @@ part: pictures {named(plan, "development")}, scenarios
 are marked. The other scenarios, and the seeds and pictures above, had no part in it.
 
 {tuned_table(results)}
-## Ablations of {plan.ours}
+{ablation_section(results)}"""
+
+
+def ablation_section(results: Results) -> str:
+    plan = results.plan
+    if not plan.variants:
+        return ""
+    ablated = plan.seeds("ablation")
+    return f"""## Ablations of {plan.ours}
 
 On the development part (pictures {named(plan, "ablation")}, seeds {ablated[0]} to {ablated[-1]}),
 the learning rate as chosen above.
