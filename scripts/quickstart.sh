@@ -2,7 +2,7 @@
 # From a fresh clone to a federated LLaVA on real pictures: bash scripts/quickstart.sh
 # Eight clients, each with pictures of one topic, train one projector together; the result is
 # compared with each client alone and with all data in one place. Ends in runs/quickstart/.
-# Flags at the end go to every training run: bash scripts/quickstart.sh --learning_rate 1e-3
+# Flags at the end go to every training run: bash scripts/quickstart.sh --learning_rate 1
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -13,7 +13,7 @@ from fed.report import PALETTE, write_figure
 from llava.atomic import write_text
 from playground.studies.fedcmp import LEFT_OUT, FedCMPPlan
 from playground.studies.plan import Job
-from playground.studies.plots import GREY, Bars, draw_bars, draw_curves, panels
+from playground.studies.plots import GREY, Bars, cut_longest, draw_bars, draw_curves, panels
 from playground.studies.results import Results
 from playground.studies.tables import (
     Cell,
@@ -78,7 +78,7 @@ def way(results: Results, title: str) -> str:
     start, end, here = (
         results.mean(t, final_loss) for t in (results.plan.reference, CENTRALISED, title)
     )
-    return f"{100 * (start - here) / (start - end):.0f}"
+    return str(round(100 * (start - here) / (start - end)))
 
 
 def on_the_way(results: Results) -> list[str]:
@@ -181,6 +181,8 @@ def draw_gains(results: Results, path: Path) -> None:
         lambda title: PALETTE[0] if title == plan.ours else GREY,
     )
     draw_bars(figure, axes, results, titles, [bars], f"loss less {plan.reference}'s", origin=0)
+    less = [[statistics.mean(bars.values(t, s)) for t in titles] for s in results.scenarios]
+    cut_longest(axes, less)
     write_figure(figure, path)
 
 

@@ -87,6 +87,21 @@ def draw_bars(
     axes[0].invert_yaxis()
 
 
+def cut_longest(axes: Sequence[Any], means: Sequence[Sequence[float]]) -> None:
+    """End each panel where the longest bar but one is whole; the longest says how far it goes.
+
+    Args:
+        means: of each panel, how far each bar goes from the origin 0, in the bars' order.
+    """
+    for panel, values in zip(axes, means, strict=True):
+        *rest, longest = sorted(values)
+        end = 1.6 * max(abs(value) for value in rest) if rest else longest
+        if longest > end:
+            panel.set_xlim(right=end)
+            panel.text(end, values.index(longest), f"{longest:.2f} → ", ha="right", va="center",
+                       fontsize=8)  # fmt: skip
+
+
 def draw_curves(
     results: Results,
     scenarios: Sequence[str],
@@ -106,7 +121,7 @@ def draw_curves(
     styles = itertools.product(("-", "--", ":"), PALETTE[1:])
     style = {t: ("-", PALETTE[0]) if t == ours else next(styles) for t in results.compared}
     for panel, scenario in zip(axes, scenarios, strict=True):
-        lowest, highest = float("inf"), 0.0
+        lowest, middles = float("inf"), []
         for title, (line, colour) in style.items():
             rows = [results.row(title, scenario, seed) for seed in results.seeds(scenario)]
             rounds, losses = rows[0]["rounds"], numpy.array([row["loss"] for row in rows])
@@ -115,11 +130,15 @@ def draw_curves(
                        label=title, zorder=3 if title == ours else 2)  # fmt: skip
             panel.fill_between(rounds, mean - deviation, mean + deviation, color=colour,
                                alpha=0.12, lw=0)  # fmt: skip
-            lowest, highest = min(lowest, mean.min()), max(highest, float(numpy.median(mean)))
+            lowest = min(lowest, mean.min())
+            middles.append(float(numpy.median(mean)))
         if level in results.methods:
             end = statistics.mean(results.values(level, scenario, loss))
             panel.axhline(end, color="0.4", lw=1, ls=(0, (1, 2)), label=level)
             lowest = min(lowest, end)
+        highest = sorted(middles)[-2:][
+            0
+        ]  # the worst is let out, so that the rest can be told apart
         margin = 0.1 * (highest - lowest)
         panel.set(xlabel="round", title=scenario, ylim=(lowest - margin, highest + 4 * margin))
         panel.xaxis.get_major_locator().set_params(integer=True)
