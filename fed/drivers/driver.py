@@ -25,7 +25,7 @@ from llava.train.session import Session
 
 if TYPE_CHECKING:  # `fed.privacy` needs an extra
     from fed.clients.sum_client import Agreed
-    from fed.drivers.sums_here import Summing
+    from fed.clients.sums_here import Summing
     from fed.methods.interface.sums import Sums
 
 _DRIVERS: dict[str, type[Driver]] = {}
@@ -172,7 +172,7 @@ class Driver(ABC):
             folder: of the run, for what clients on this machine remember of their sums.
             explained: [H, H + I, spread] by client, where their pictures are measured here.
         """
-        from fed.drivers.sums_here import SumsHere
+        from fed.clients.sums_here import SumsHere
 
         return SumsHere(folder, tasks, sums, agreed, explained)
 

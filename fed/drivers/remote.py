@@ -47,7 +47,7 @@ from llava.train.private_arguments import PrivacyArguments
 
 if TYPE_CHECKING:  # `fed.privacy` needs an extra
     from fed.clients.sum_client import Agreed, SumRequest
-    from fed.drivers.sums_here import Summing
+    from fed.clients.sums_here import Summing
     from fed.methods.interface.sums import Sums
 
 PAUSE = 0.2  # seconds between two looks at the spools
