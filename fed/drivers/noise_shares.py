@@ -82,7 +82,8 @@ def check_slices(name: str, slices: Sequence[Sequence[int]], args: TrainingArgum
     for round, indices in enumerate(slices, start=1):
         count = len(indices)
         if (steps := steps_of(args, count)) != 1:
+            more = "raise --gradient_accumulation_steps or --fed_rounds"
             raise InputError(
                 f"client {name} takes {steps} steps on the {count} records of round {round}, "
-                f"{WHO} needs just one: raise --gradient_accumulation_steps or --fed_rounds"
+                f"{WHO} needs just one: {more if steps else 'lower --fed_rounds'}"
             )

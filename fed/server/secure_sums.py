@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,7 +20,7 @@ from fed.clients.sum_client import Agreed, SumRequest, exchange_name
 from fed.clients.task import ClientError
 from fed.clients.tensor_file import load_with_facts, save_with_facts
 from fed.methods.interface.method import Outcome
-from fed.methods.interface.sums import Given, Own, Round, Sums, groups_of
+from fed.methods.interface.sums import Given, Groups, Own, Round, Sums
 from fed.privacy.client_memory import STEPS
 from fed.privacy.server import Server
 from fed.privacy.terms import Terms
@@ -71,11 +71,11 @@ class SecureSums:
         self, sums: Sums, round: Round, exchange: int, given: Given, asked: list[str]
     ) -> tuple[Any, list[str]]:
         """The sum of an exchange, or those of its groups by name, and whose they are."""
-        groups, folder = groups_of(given), self.folder / f"sum-{exchange}"
-        if groups is None:
-            return self._sum(folder, sums, round, exchange, cast(State, given), asked)
+        folder = self.folder / f"sum-{exchange}"
+        if not isinstance(given, Groups):
+            return self._sum(folder, sums, round, exchange, given, asked)
         totals, there = {}, set[str]()
-        for number, (name, group) in enumerate(groups.items()):
+        for number, (name, group) in enumerate(given.items()):
             place, clients = folder / str(number), [n for n in asked if n in group.clients]
             try:
                 found = self._sum(place, sums, round, exchange, group.given, clients)

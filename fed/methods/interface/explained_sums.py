@@ -28,10 +28,6 @@ class ExplainedSums(Sums):
         self.inner = inner
 
     @property
-    def by_task(self) -> bool:  # type: ignore[override]
-        return self.inner.by_task
-
-    @property
     def most_exchanges(self) -> int:
         return 1 + self.inner.most_exchanges
 

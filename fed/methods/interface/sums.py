@@ -36,24 +36,21 @@ class Group:
     clients: Sequence[str]
 
 
-# Yields what the server gives to all for an exchange, or groups of them by name, each client in one
-# at most; is sent the sums, or those of each group; and returns the outcome.
-Given: TypeAlias = "State | dict[str, Group]"
+class Groups(dict[str, Group]):
+    """An exchange of several sums, by name; a client is in one of them at most."""
+
+
+# Yields what the server gives to all for an exchange, or groups; is sent the sums, or those of each
+# group by its name; and returns the outcome.
+Given: TypeAlias = "State | Groups"
 Exchanges: TypeAlias = "Generator[Given, Any, Outcome]"
 
 
 def given_too(given: Given, more: State) -> Given:
     """What is given for an exchange, and more."""
-    groups = groups_of(given)
-    if groups is None:
-        return given | more  # type: ignore[operator]
-    return {name: Group(group.given | more, group.clients) for name, group in groups.items()}
-
-
-def groups_of(given: Given) -> dict[str, Group] | None:
-    """The groups of an exchange; None where it is of all clients."""
-    groups = {name: of for name, of in given.items() if isinstance(of, Group)}
-    return groups or None
+    if isinstance(given, Groups):
+        return Groups((name, Group(of.given | more, of.clients)) for name, of in given.items())
+    return given | more
 
 
 @dataclass(frozen=True)

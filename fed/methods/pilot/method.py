@@ -38,7 +38,7 @@ from fed.methods.interface.registry import method
 from fed.methods.pilot import run
 from fed.methods.pilot.lora_average import averaged_lora
 from fed.methods.pilot.neighbours import distances, mixture, nearest
-from fed.methods.pilot.send import ADAPTER, lora_of, send
+from fed.methods.pilot.send import ADAPTER, lora_of, of_task, send
 from fed.methods.pilot.sums import PilotSums
 from fed.numerics.weighted_mean import shares, towards_mean
 from fed.state import State
@@ -101,7 +101,7 @@ def pilot(
         }
 
     def of_client(k: int) -> State:
-        return {n: memory.get(f"{tasks[k]}/{n}", t) for n, t in base.items()} | theirs[k]
+        return of_task(tasks[k], base, memory) | theirs[k]
 
     return Outcome(Each(len(states), of_client), memory, facts)
 

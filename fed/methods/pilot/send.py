@@ -21,11 +21,15 @@ def send(
     theirs, lora = personal.get(client), lora_of(shared)
     if theirs is None and len(personal) > 1:
         theirs = towards_mean(list(personal.values()), lora, shares([1] * len(personal)))
-    start = {
-        name: (theirs or shared)[name] if name in lora else memory.get(f"{task}/{name}", tensor)
-        for name, tensor in shared.items()
+    own = {name: theirs[name] for name in lora} if theirs else {}
+    return of_task(task, shared, memory) | own, {
+        n: t for n, t in memory.items() if n.partition("/")[0] != task
     }
-    return start, {n: t for n, t in memory.items() if n.partition("/")[0] != task}
+
+
+def of_task(task: str, state: State, memory: State) -> State:
+    """A state with the task's adapter in the place of its own, where the task has one."""
+    return {name: memory.get(f"{task}/{name}", tensor) for name, tensor in state.items()}
 
 
 def lora_of(state: State) -> State:

@@ -13,6 +13,7 @@ from fed.methods.interface.sums import (
     STATE,
     Exchanges,
     Group,
+    Groups,
     Own,
     Round,
     Sums,
@@ -20,7 +21,7 @@ from fed.methods.interface.sums import (
     parts_of,
     weighted,
 )
-from fed.methods.pilot.send import ADAPTER, lora_of
+from fed.methods.pilot.send import ADAPTER, lora_of, of_task
 from fed.state import State
 
 
@@ -53,7 +54,7 @@ class PilotSums(Sums):
 
     def serve(self, round: Round) -> Exchanges:
         base, memory, lora = round.base, dict(round.memory), {}
-        of_task = {
+        clients_of = {
             task: tuple(
                 n for n, other in zip(round.names, round.tasks, strict=True) if other == task
             )
@@ -61,7 +62,7 @@ class PilotSums(Sums):
         }
         for names in _parts(base):
             if names[0].startswith(ADAPTER):
-                found = yield {task: Group({}, clients) for task, clients in of_task.items()}
+                found = yield Groups((task, Group({}, there)) for task, there in clients_of.items())
                 for task, sums in found.items():
                     (moved,) = parts_of(sums, STATE)
                     for name in names:
@@ -72,10 +73,9 @@ class PilotSums(Sums):
                 (lora,) = parts_of((yield {}), STATE)
 
         def of_client(k: int) -> State:
-            task = round.tasks[k]
-            return {n: lora.get(n, memory.get(f"{task}/{n}", t)) for n, t in base.items()}
+            return of_task(round.tasks[k], base, memory) | lora
 
-        facts = {"tasks": {task: list(clients) for task, clients in of_task.items()}}
+        facts = {"tasks": {task: list(clients) for task, clients in clients_of.items()}}
         return Outcome(Each(len(round.names), of_client), memory, facts)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from fed import methods
 from fed.clients.sum_client import Agreed, SumClient
 from fed.methods.interface.explained_sums import ExplainedSums
-from fed.methods.interface.sums import COUNT, Group, Own, Round
+from fed.methods.interface.sums import COUNT, Group, Groups, Own, Round
 from fed.methods.pilot.send import ADAPTER
 from fed.privacy.keys import Ed25519PrivateKey
 from fed.server.secure_sums import SecureSums
@@ -73,9 +73,8 @@ def test_sums_are_the_open_round(explains):
     server = sums.exchanges(known(base, memory))
     given, exchange, counted = next(server), 0, []
     while True:
-        groups = given if any(isinstance(g, Group) for g in given.values()) else None
-        found = {}
-        for name, group in (groups or {"": Group(given, NAMES)}).items():
+        groups, found = isinstance(given, Groups), {}
+        for name, group in (given if groups else {"": Group(given, NAMES)}).items():
             terms = [sums.terms(exchange, owns[NAMES.index(n)], group.given) for n in group.clients]
             found[name] = {n: sum(of[n].double() for of in terms) for n in terms[0]}
             counted.append(float(found[name].get(COUNT, torch.zeros(1))))
