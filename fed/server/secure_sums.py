@@ -20,7 +20,7 @@ from fed.clients.sum_client import Agreed, SumRequest, exchange_name
 from fed.clients.task import ClientError
 from fed.clients.tensor_file import load_with_facts, save_with_facts
 from fed.methods.interface.method import Outcome
-from fed.methods.interface.sums import Given, Groups, Own, Round, Sums
+from fed.methods.interface.sums import Given, Groups, Own, Round, Summed, Sums
 from fed.privacy.client_memory import STEPS
 from fed.privacy.server import Server
 from fed.privacy.terms import Terms
@@ -70,7 +70,7 @@ class SecureSums:
     def _exchange(
         self, sums: Sums, round: Round, exchange: int, given: Given, asked: list[str]
     ) -> tuple[Any, list[str]]:
-        """The sum of an exchange, or those of its groups by name, and whose they are."""
+        """The sums of an exchange, or by its groups' names `Summed`, and whose they are."""
         folder = self.folder / f"sum-{exchange}"
         if not isinstance(given, Groups):
             return self._sum(folder, sums, round, exchange, given, asked)
@@ -81,7 +81,7 @@ class SecureSums:
                 found = self._sum(place, sums, round, exchange, group.given, clients)
             except InputError as error:
                 raise InputError(f"the sum of {name}: {error}") from None
-            totals[name], there = found[0], there.union(found[1])
+            totals[name], there = Summed(*found), there.union(found[1])
         return totals, [name for name in asked if name in there]
 
     def _sum(

@@ -40,8 +40,16 @@ class Groups(dict[str, Group]):
     """An exchange of several sums, by name; a client is in one of them at most."""
 
 
-# Yields what the server gives to all for an exchange, or groups; is sent the sums, or those of each
-# group by its name; and returns the outcome.
+@dataclass(frozen=True)
+class Summed:
+    """A group's sums, and the clients that are in them: who vanished is not."""
+
+    sums: State
+    clients: Sequence[str]
+
+
+# Yields what the server gives to all for an exchange, or groups; is sent the sums, or `Summed` of
+# each group by its name; and returns the outcome.
 Given: TypeAlias = "State | Groups"
 Exchanges: TypeAlias = "Generator[Given, Any, Outcome]"
 

@@ -54,6 +54,7 @@ class PilotSums(Sums):
 
     def serve(self, round: Round) -> Exchanges:
         base, memory, lora = round.base, dict(round.memory), {}
+        made: dict[str, list[str]] = {}
         clients_of = {
             task: tuple(
                 n for n, other in zip(round.names, round.tasks, strict=True) if other == task
@@ -63,8 +64,9 @@ class PilotSums(Sums):
         for names in _parts(base):
             if names[0].startswith(ADAPTER):
                 found = yield Groups((task, Group({}, there)) for task, there in clients_of.items())
-                for task, sums in found.items():
-                    (moved,) = parts_of(sums, STATE)
+                made = {task: list(summed.clients) for task, summed in found.items()}
+                for task, summed in found.items():
+                    (moved,) = parts_of(summed.sums, STATE)
                     for name in names:
                         before = memory.get(f"{task}/{name}", base[name])
                         after = before.double() + moved[name]
@@ -75,8 +77,7 @@ class PilotSums(Sums):
         def of_client(k: int) -> State:
             return of_task(round.tasks[k], base, memory) | lora
 
-        facts = {"tasks": {task: list(clients) for task, clients in clients_of.items()}}
-        return Outcome(Each(len(round.names), of_client), memory, facts)
+        return Outcome(Each(len(round.names), of_client), memory, {"tasks": made})
 
 
 def _parts(state: State) -> list[list[str]]:

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from fed import methods
 from fed.clients.sum_client import Agreed, SumClient
+from fed.clients.task import ClientError
 from fed.methods.interface.explained_sums import ExplainedSums
-from fed.methods.interface.sums import COUNT, Group, Groups, Own, Round
+from fed.methods.interface.sums import COUNT, Group, Groups, Own, Round, Summed
 from fed.methods.pilot.send import ADAPTER
+from fed.privacy.client_memory import STEPS
 from fed.privacy.keys import Ed25519PrivateKey
 from fed.server.secure_sums import SecureSums
 from fed.train import train
@@ -76,10 +78,11 @@ def test_sums_are_the_open_round(explains):
         groups, found = isinstance(given, Groups), {}
         for name, group in (given if groups else {"": Group(given, NAMES)}).items():
             terms = [sums.terms(exchange, owns[NAMES.index(n)], group.given) for n in group.clients]
-            found[name] = {n: sum(of[n].double() for of in terms) for n in terms[0]}
-            counted.append(float(found[name].get(COUNT, torch.zeros(1))))
+            total = {n: sum(of[n].double() for of in terms) for n in terms[0]}
+            found[name] = Summed(total, group.clients)
+            counted.append(float(total.get(COUNT, torch.zeros(1))))
         try:
-            given = server.send(found if groups else found[""])
+            given = server.send(found if groups else found[""].sums)
         except StopIteration as end:
             assert_alike(end.value, opened(base, memory, ends))
             break
@@ -110,6 +113,38 @@ def test_each_task_is_masked_by_its_own_clients(tmp_path):
     few = Round(base, memory, 6, 6, NAMES, ("ask", "tell", "ask", "tell", "tell", "tell"))
     with pytest.raises(InputError, match="the sum of ask: .*3"):
         SecureSums(tmp_path / "few", agreed, sites, ask).outcome(sums, few)
+
+
+def test_who_vanishes_from_its_tasks_sum_is_in_no_fact(tmp_path):
+    base, memory, starts, ends = draw(3)
+    names, tasks = (*NAMES, "g", "h"), (*TASKS, "ask", "tell")
+    starts, ends = [*starts, *starts[:2]], [*ends, *ends[2:4]]
+    sums = methods.get("pilot").summed(MEAN)
+    keys = {name: Ed25519PrivateKey.generate() for name in names}
+    sites = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    agreed = Agreed("0" * 32, 1, weight=10.0, norm=100.0)
+
+    def ask(requests):
+        for name, request in requests.items():
+            if name == "g" and request.step in STEPS[2:]:
+                yield name, ClientError("client g: away")
+                continue
+            k = names.index(name)
+            own, place = Own(ends[k], starts[k], 1.0), tmp_path / name
+            client = SumClient(name, keys[name], sites, place, sums, own, agreed)
+            yield name, client.answer(request)
+
+    known = Round(base, memory, len(names), len(names), names, tasks)
+    found = SecureSums(tmp_path / "round", agreed, sites, ask).outcome(sums, known)
+    there = [k for k, name in enumerate(names) if name != "g"]
+    given = {key: [of[k] for k in there] for key, of in (("clients", names), ("tasks", tasks))}
+    expected = methods.get("pilot")(
+        [ends[k] for k in there], weights=[1.0] * 7, base=base, memory=memory, **given, **MEAN
+    )
+    assert found.facts["tasks"] == expected.facts["tasks"]
+    assert found.facts["clients"] == given["clients"]
+    for name, tensor in expected.memory.items():
+        torch.testing.assert_close(found.memory[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
