@@ -15,6 +15,7 @@ import transformers
 from llava.conversation import SeparatorStyle, get_template, template_of
 from llava.errors import InputError
 from llava.json_files import read_json
+from llava.model.attention_float32 import train_in_float32
 from llava.model.attention_impl import choose_attention
 from llava.model.builder import folder_of, from_pretrained, load_tokenizer
 from llava.model.checkpoint import (
@@ -91,6 +92,8 @@ def load_session(
         ),
     )
     keep_trainable(model)
+    if training_args.attn_implementation is None:
+        train_in_float32(model)
     model.config.use_cache = False
     tokenizer, version = _training_tokenizer(model_args, training_args, model)
     sample_format = SampleFormat(

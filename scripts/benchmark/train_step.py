@@ -16,6 +16,7 @@ to a picture.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -132,12 +133,14 @@ def twin_of(model, system: str, args: argparse.Namespace):
     """Another model with the very tensors of `model`, and a projector of its own that is equal."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+    from llava.model.attention_float32 import train_in_float32
+
     tower, ours = model.get_vision_tower(), system.startswith("ours")
-    config = model.config
+    config = copy.deepcopy(model.config)
     if not ours:
         config = LlavaConfig(
             vision_config=tower.config,
-            text_config=model.config,
+            text_config=config,
             image_token_index=_image_token(model),
         )
     config._attn_implementation = args.attention
@@ -161,6 +164,8 @@ def twin_of(model, system: str, args: argparse.Namespace):
             module._parameters[last] = torch.nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[last] = value
+    if ours:
+        train_in_float32(twin)
     return twin
 
 
