@@ -52,7 +52,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
-    parts = (part.float() for part in (query, key, value))
+    q, k, v = query.float(), key.float(), value.float()
     with torch.autocast("cpu", enabled=False):  # it would cast them back
-        output, _ = sdpa_attention_forward(module, *parts, attention_mask, **kwargs)
+        output, _ = sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     return output.to(query.dtype), None
