@@ -56,7 +56,8 @@ def main_table(results: Results, column: TableColumn, *more: tuple[str, Cell]) -
         more: columns behind the mean.
     """
     columns = [(s, spread_cell(results, s, column)) for s in results.scenarios]
-    columns += [("mean", mean_cell(results, column)), *more]
+    columns += [("mean", mean_cell(results, column))] if len(columns) > 1 else []
+    columns += more
     titles = sorted(results.methods, key=lambda title: results.mean(title, final_loss))
     return table("method", titles, columns)
 
@@ -115,15 +116,17 @@ def rounds_to_reference(results: Results, scenario: str, title: str) -> str:
 def tuned_table(results: Results) -> str:
     """Settings by the final loss on the development part, the mean over its seeds."""
     scenarios = results.plan.scenarios("development")
+    several = len(scenarios) > 1
 
     def cells(rows: Sequence[Mapping]) -> list[str]:
         means = [
             statistics.mean(final_loss(row) for row in rows if row["job"]["scenario"] == scenario)
             for scenario in scenarios
         ]
-        return [f"{value:.3f}" for value in [*means, statistics.mean(means)]]
+        means += [statistics.mean(means)] * several
+        return [f"{value:.3f}" for value in means]
 
-    return tuning_table(results, [*scenarios, "mean"], cells)
+    return tuning_table(results, [*scenarios, *["mean"] * several], cells)
 
 
 def ablation_table(results: Results) -> str:
@@ -220,7 +223,7 @@ and seeds.
 
 
 def page(results: Results, name: str) -> str:
-    plan, best = results.plan, results.best_baseline(final_loss)
+    plan = results.plan
     seeds = {scenario: results.seeds(scenario) for scenario in results.scenarios}
     settings = {len(plan.settings(title)) for title in results.methods}
     title = plan.document.get("title", "Fed-CMP and its baselines on the playground")
@@ -247,12 +250,7 @@ The same scenario and seed make a pair; negative loss differences are in favour 
 of a two-sided sign-flip test over all pairs.
 
 {paired_table(results, plan.reference, [LOSS, EXACT], "scenario")}
-## {plan.ours} against the best baseline, {best}
-
-Best by the mean loss over scenarios, on these very runs: the comparison favours the baseline.
-
-{paired_table(results, best, [LOSS, EXACT], "scenario")}
-![each method less {plan.reference}]({name}-gains.png)
+{baseline_section(results)}![each method less {plan.reference}]({name}-gains.png)
 
 {left_out_section(results)}{on_the_way_section(results, name)}## How settings were chosen
 
@@ -263,6 +261,19 @@ are marked. The other scenarios, and the seeds and pictures above, had no part i
 
 {tuned_table(results)}
 {ablation_section(results)}"""
+
+
+def baseline_section(results: Results) -> str:
+    """Our method against the best baseline, where that is not the reference."""
+    plan, best = results.plan, results.best_baseline(final_loss)
+    if best == plan.reference:
+        return ""
+    return f"""## {plan.ours} against the best baseline, {best}
+
+Best by the mean loss over scenarios, on these very runs: the comparison favours the baseline.
+
+{paired_table(results, best, [LOSS, EXACT], "scenario")}
+"""
 
 
 def ablation_section(results: Results) -> str:
