@@ -47,6 +47,7 @@ class FedCMPPlan(FederatedPlan):
             # Settings are chosen by the end alone.
             "fed_eval_every": 1 if reported else 1000,
             "seed": job.seed,
+            **self.begun(),
             **self.document["flags"],
             **scenario.get("flags", {}),
         }

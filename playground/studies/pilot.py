@@ -7,37 +7,23 @@ the three are the same.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from fed.clients.clients_yaml import load_clients
 from llava.errors import InputError
 from playground import ROOT
-from playground.flags import flags, words
-from playground.studies.plan import Job, Task
-from playground.studies.training import FederatedPlan, logged, whole_folder
+from playground.flags import flags
+from playground.studies.plan import Job
+from playground.studies.training import FederatedPlan
 
 WHOSE = ("own", "others", "all")
 
 
 class PilotPlan(FederatedPlan):
-    def __init__(self, document: Mapping[str, Any]):
-        super().__init__(document)
-        self.start = self.work / "start"
-
     def score(self, row: Mapping) -> float:
         """The held-out loss of the models of each task's own clients, the mean over tasks."""
         return over_tasks(row, "own", "loss")
-
-    def preparation(self) -> list[Task]:
-        """Align the projector that all runs begin with."""
-        if self.start.exists():
-            return []
-        argv = words(flags("pilot_start") | self.document["start"])
-        return [Task("the projector to start from", align, (self.start, argv))]
 
     def values(self, job: Job) -> dict:
         return {
@@ -45,7 +31,7 @@ class PilotPlan(FederatedPlan):
             **self.document["flags"],
             "fed_clients": self.data(job.scenario)["clients"],
             "fed_eval_data_path": f"{self.document['data']}/{self.heldout(job)}.json",
-            "pretrain_mm_mlp_adapter": os.path.relpath(self.start / "mm_projector.bin", ROOT),
+            **self.begun(),
             "seed": job.seed,
         }
 
@@ -78,14 +64,6 @@ class PilotPlan(FederatedPlan):
             means = {whose: _mean(sets) for whose, sets in by_whose.items()}
             measures.setdefault(task, {})[domain] = {"samples": first["samples"], **means}
         return {"measures": measures, "parameters": [_parameters(record) for record in records]}
-
-
-def align(folder: Path, argv: Sequence[str]) -> None:
-    """Train a projector by llava.train.train."""
-    from llava.train.train import train
-
-    with whole_folder(folder) as temporary, logged(folder.parent, argv):
-        train(argv=[*argv, "--output_dir", str(temporary)])
 
 
 def task_of(domain: str, tasks: set[str]) -> str:

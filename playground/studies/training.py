@@ -10,14 +10,16 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fed import methods
 from llava.atomic import own_name
 from llava.processes import name_of
-from playground.flags import words
-from playground.studies.plan import Job, Plan
+from playground import ROOT
+from playground.flags import flags, words
+from playground.studies.plan import Job, Plan, Task
 
 
 @contextlib.contextmanager
@@ -40,12 +42,39 @@ def logged(work: Path, argv: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def align(folder: Path, argv: Sequence[str]) -> None:
+    """Train a projector by llava.train.train."""
+    from llava.train.train import train
+
+    with whole_folder(folder) as temporary, logged(folder.parent, argv):
+        train(argv=[*argv, "--output_dir", str(temporary)])
+
+
 class FederatedPlan(Plan):
     """A study in which every job is a run of fed.train.
 
     Subclasses say which flags a job has and what is kept of its rounds. With `rank: true` in the
     plan a row also has the shares `first` and `among_five` of `fed.evaluate --rank` at the end.
+    `start`, if the plan has it, are flags of llava.train, beside the section of
+    playground/flags.yaml that it names: they align the projector that all runs begin with.
     """
+
+    def __init__(self, document: Mapping[str, Any]):
+        super().__init__(document)
+        self.start = self.work / "start"
+
+    def preparation(self) -> list[Task]:
+        if "start" not in self.document or self.start.exists():
+            return []
+        own = dict(self.document["start"])
+        argv = words(flags(own.pop("section")) | own)
+        return [Task("the projector to start from", align, (self.start, argv))]
+
+    def begun(self) -> dict[str, str]:
+        """The flag that names the projector to start from, if there is one."""
+        if "start" not in self.document:
+            return {}
+        return {"pretrain_mm_mlp_adapter": os.path.relpath(self.start / "mm_projector.bin", ROOT)}
 
     def values(self, job: Job) -> dict:
         """The flags of a job that do not depend on its method."""
@@ -57,11 +86,11 @@ class FederatedPlan(Plan):
 
     def argv(self, job: Job) -> list[str]:
         """The flags of fed.train, but for --output_dir, that make the job's run."""
-        flags = self.methods[self.ours if job.title in self.variants else job.title]["flags"]
-        known = methods.get(flags["fed_method"]).defaults
+        method = self.methods[self.ours if job.title in self.variants else job.title]["flags"]
+        known = methods.get(method["fed_method"]).defaults
         setting = json.loads(job.setting)
         options = {name: value for name, value in setting.items() if name in known}
-        values = self.values(job) | flags
+        values = self.values(job) | method
         values |= {name: value for name, value in setting.items() if name not in known}
         values.pop("output_dir", None)
         chosen = [f"{name}={value}" for name, value in options.items()]
