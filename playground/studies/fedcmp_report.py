@@ -35,6 +35,10 @@ def final_exact(row: Mapping) -> float:
     return 100 * row["exact"][-1]
 
 
+def final_explained(row: Mapping) -> float:
+    return 100 * row["explained"][-1]
+
+
 def rises(row: Mapping) -> float:
     """What the held-out loss gained in the rounds in which it rose, in nats: oscillation."""
     return sum(max(after - before, 0) for before, after in itertools.pairwise(row["loss"]))
@@ -46,6 +50,7 @@ def drift(row: Mapping) -> float:
 
 CENTRALISED = "centralised"
 LOSS, EXACT = TableColumn("loss", final_loss, 3), TableColumn("exact %", final_exact, 1, better=1)
+EXPLAINED = TableColumn("explained %", final_explained, 1, better=1)
 RISES, DRIFT = TableColumn("rises", rises, 3), TableColumn("drift", drift, 2)
 
 
@@ -60,6 +65,12 @@ def main_table(results: Results, column: TableColumn, *more: tuple[str, Cell]) -
     columns += more
     titles = sorted(results.methods, key=lambda title: results.mean(title, final_loss))
     return table("method", titles, columns)
+
+
+def measured(results: Results) -> list[TableColumn]:
+    """What the plan's runs end with."""
+    row = results.row(results.plan.ours, *results.places[0])
+    return [LOSS, EXACT, *[EXPLAINED] * ("explained" in row)]
 
 
 def loss_table(results: Results) -> str:
@@ -244,12 +255,12 @@ picture has four right captions and only one counts.
 ### Exact, %
 
 {main_table(results, EXACT)}
-## {plan.ours} against {plan.reference}, pair by pair
+{explained_section(results)}## {plan.ours} against {plan.reference}, pair by pair
 
 The same scenario and seed make a pair; negative loss differences are in favour of {plan.ours}. p is
 of a two-sided sign-flip test over all pairs.
 
-{paired_table(results, plan.reference, [LOSS, EXACT], "scenario")}
+{paired_table(results, plan.reference, measured(results), "scenario")}
 {baseline_section(results)}![each method less {plan.reference}]({name}-gains.png)
 
 {left_out_section(results)}{on_the_way_section(results, name)}## How settings were chosen
@@ -263,6 +274,18 @@ are marked. The other scenarios, and the seeds and pictures above, had no part i
 {ablation_section(results)}"""
 
 
+def explained_section(results: Results) -> str:
+    """How many of the captions' nats the pictures save, where the plan measures it."""
+    if EXPLAINED not in measured(results):
+        return ""
+    return f"""### Explained, %
+
+The share of the captions' nats that their pictures save, beside other pictures in their place.
+
+{main_table(results, EXPLAINED)}
+"""
+
+
 def baseline_section(results: Results) -> str:
     """Our method against the best baseline, where that is not the reference."""
     plan, best = results.plan, results.best_baseline(final_loss)
@@ -272,7 +295,7 @@ def baseline_section(results: Results) -> str:
 
 Best by the mean loss over scenarios, on these very runs: the comparison favours the baseline.
 
-{paired_table(results, best, [LOSS, EXACT], "scenario")}
+{paired_table(results, best, measured(results), "scenario")}
 """
 
 

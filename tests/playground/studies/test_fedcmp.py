@@ -158,6 +158,33 @@ def test_the_setting_with_the_least_development_loss_is_chosen(plan):
     assert first not in plan.chosen(rows[1:])  # not tuned through: not chosen
 
 
+def test_what_pictures_explain_has_tables_where_it_was_measured(plan):
+    rows = rows_of(plan, {"Fed-CMP": -0.2, "centralised": -0.5})
+    assert "Explained" not in fedcmp_report.page(Results(plan, rows), "fedcmp")
+    for of in rows:
+        of["explained"] = [0.1 + 0.05 * (of["job"]["title"] == "Fed-CMP")] * len(of["loss"])
+    text = fedcmp_report.page(Results(plan, rows), "fedcmp")
+    assert "### Explained, %" in text
+    assert "15.0 ± 0.0" in text
+    assert "5.0 ± 0.0 | 35 of 35" in " ".join(text.split())
+
+
+def test_real_runs_begin_with_one_projector_and_others_with_a_fresh_one(plan, real, monkeypatch):
+    assert not plan.preparation()
+    assert "--pretrain_mm_mlp_adapter" not in plan.argv(next(plan.tuning()))
+    monkeypatch.setattr(real, "start", ROOT / "nowhere")
+    (task,) = real.preparation()
+    folder, argv = task.arguments
+    assert folder == real.start
+    assert argv[argv.index("--data_path") + 1].endswith("common.json")
+    for job in [
+        next(real.tuning()),
+        next(real.reporting({real.ours: real.settings(real.ours)[0]})),
+    ]:
+        flags = real.argv(job)
+        assert flags[flags.index("--pretrain_mm_mlp_adapter") + 1] == "nowhere/mm_projector.bin"
+
+
 def test_the_report_says_what_was_measured(plan):
     offsets = {"Fed-CMP": -0.2, "FedAvg": 0.0, "FedExP": -0.1, "centralised": -0.5}
     rows = rows_of(plan, offsets)
