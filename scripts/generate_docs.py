@@ -60,7 +60,7 @@ def methods_page() -> str:
         "`paper_compat` is the form that research code commonly has instead.",
         _contents(),
     ]
-    described: set[str] = set()
+    described: dict[str, str] = {}
     for name in methods.names():
         method = methods.get(name)
         module = importlib.import_module(method.function.__module__)
@@ -72,10 +72,11 @@ def methods_page() -> str:
             ]
             parts.append("\n".join(["| option | default | values |", "|---|---|---|", *rows]))
         if module.__name__ in described:
-            parts.append(f"Described with the first method of `{module.__name__}` above.")
+            first = described[module.__name__]
+            parts.append(f"Described under [`{first}`](#{first}).")
         else:
             parts.append(f"```text\n{(module.__doc__ or '').strip()}\n```")
-        described.add(module.__name__)
+            described[module.__name__] = name
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,7 +85,8 @@ def flags_page() -> str:
     parts = [
         "# Flags",
         NOTE,
-        "Flags have upstream's names and defaults. Beside these, `llava.train` and `fed.train` "
+        "Flags have upstream's names, and its defaults but for `--version`, `--report_to` and "
+        "`--output_dir`. Beside these, `llava.train` and `fed.train` "
         "take all flags of transformers' `TrainingArguments`, also where a newer version renamed "
         "one. Booleans are written `--flag True`. `fed.merge`, `fed.evaluate`, `fed.report`, "
         "`fed.gallery` and `fed.data` take their flags with dashes, too: `--dry-run`.",

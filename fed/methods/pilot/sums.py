@@ -64,8 +64,8 @@ class PilotSums(Sums):
         for names in _parts(base):
             if names[0].startswith(ADAPTER):
                 found = yield Groups((task, Group({}, there)) for task, there in clients_of.items())
-                made = {task: list(summed.clients) for task, summed in found.items()}
                 for task, summed in found.items():
+                    made[task] = list(summed.clients)
                     (moved,) = parts_of(summed.sums, STATE)
                     for name in names:
                         before = memory.get(f"{task}/{name}", base[name])
