@@ -13,11 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fed.clients.clients_yaml import load_clients
+from playground import ROOT
 from playground.flags import flags, words
 from playground.studies.plan import Job, Plan, Task
 from playground.studies.training import logged, whole_folder
 
 PROJECTOR = "mm_projector.bin"
+EMOJI = ROOT / "playground/data/emoji"
 JOINT = "joint training"
 BATCH = 12  # jobs of one place that a process measures one after another
 CALIBRATION = 256  # pairs for a place; of the experts' own data so many together
@@ -142,16 +145,19 @@ class PivotMergePlan(Plan):
             with logged(self.work, argv):
                 train(argv)
 
-    def files(self, job: Job, looks_at: str) -> str:
-        """The data that a job calibrates on, with {expert} where each expert has a file of its own.
+    def files(self, job: Job, looks_at: str, experts: Sequence[str]) -> list[Path]:
+        """The data that a job calibrates on, for each expert.
 
         `own`: what the experts were aligned on. `held out`: pictures of the part that settings are
         chosen on, which nobody was aligned on.
         """
         if looks_at == "own":
-            return f"clients/{self.data(job.scenario)['clients']}/{{expert}}.json"
+            clients = ROOT / f"playground/fed/{self.data(job.scenario)['clients']}.yaml"
+            own = {spec.name: Path(spec.data_path).resolve() for spec in load_clients(clients, [])}
+            return [own[name] for name in experts]
         pictures = self.document["development"]["part"]
-        return f"{self.data(job.scenario)['heldout'].format(part=pictures)}.json"
+        heldout = self.data(job.scenario)["heldout"].format(part=pictures)
+        return [EMOJI / f"{heldout}.json"] * len(experts)
 
     def experts(self, scenario: str, seed: int) -> str:
         """The folder of the experts."""

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from fed import methods
 from fed.arguments import FedArguments
 from fed.clients.measures import evaluate
 from fed.merging.calibration import load_calibration
+from fed.methods import Calibration
 from fed.server.heldout import evaluation_set
 from fed.state import State, load
 from llava.model.checkpoint import projector_state
@@ -22,14 +24,13 @@ from playground import ROOT
 from playground.flags import words
 from playground.studies.pivotmerge import (
     CALIBRATION,
+    EMOJI,
     JOINT,
     PROJECTOR,
     PivotMergePlan,
     training_flags,
 )
 from playground.studies.plan import Job
-
-DATA = ROOT / "playground/data/emoji"
 
 KINDS = (ModelArguments, DataArguments, TrainingArguments, FedArguments)
 
@@ -56,7 +57,7 @@ class Bench:
         ProjectorPart().into_model(self.session.model, state, title)
         if (heldout, domain) not in self.sets:
             self.sets[heldout, domain] = evaluation_set(
-                str(DATA / f"{heldout}.json"), self.session, self.data_args, domain
+                str(EMOJI / f"{heldout}.json"), self.session, self.data_args, domain
             )
         data = self.sets[heldout, domain]
         model = self.session.model.eval()
@@ -98,24 +99,26 @@ def merged(plan: PivotMergePlan, job: Job, experts: Mapping[str, State]) -> Stat
     title = plan.ours if job.title in plan.variants else job.title
     method, options = methods.get(plan.methods[title]["method"]), json.loads(job.setting)
     if looks_at := plan.methods[title].get("calibration"):
-        folder = str(plan.work / plan.experts(*place) / "clients")
-        options["calibration"] = _calibration(folder, plan.files(job, looks_at), tuple(experts))
+        folder = plan.work / plan.experts(*place) / "clients" / min(experts)
+        data = plan.files(job, looks_at, list(experts))
+        options["calibration"] = _calibration(folder, *data)
     base, weights = load(plan.start_file(*place)), [1] * len(experts)
     return method(list(experts.values()), weights=weights, base=base, **options).state
 
 
 @functools.lru_cache(maxsize=2)
-def _calibration(folder: str, data: str, names: tuple[str, ...]) -> list:
-    """Pairs of one file for all experts, or of each expert's own, few where experts are many."""
-    files = list(dict.fromkeys(data.format(expert=name) for name in names))
+def _calibration(model: Path, *files: Path) -> list[Calibration]:
+    """Pairs of a file for each expert, few where files are many."""
+    distinct = list(dict.fromkeys(files))
     loaded = load_calibration(
-        f"{folder}/{names[0]}",
+        str(model),
         str(ROOT / "playground/backbones/llm"),
-        [str(DATA / file) for file in files],
-        str(DATA / "images"),
-        samples=CALIBRATION // len(files),
+        [str(file) for file in distinct],
+        str(EMOJI / "images"),
+        samples=CALIBRATION // len(distinct),
     )
-    return loaded * (len(names) // len(files))
+    by_file = dict(zip(distinct, loaded, strict=True))
+    return [by_file[file] for file in files]
 
 
 def _rounded(measures: Mapping) -> dict[str, float]:

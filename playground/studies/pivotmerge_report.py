@@ -66,6 +66,11 @@ class PivotMergeResults(Results):
         job = self.plan.job_of(row)
         return loss(row) / loss(self.row(self.plan.reference, job.scenario, job.seed))
 
+    def has_domains(self, scenario: str) -> bool:
+        """Whether each expert has a domain of its own."""
+        row = self.row(self.plan.reference, scenario, self.seeds(scenario)[0])
+        return set(row["of"]) <= row["domains"].keys()
+
     def kept(self, row: Mapping) -> float:
         """Mean over domains: the share of the domain's own expert's exact captions, in percent."""
         job = self.plan.job_of(row)
@@ -93,8 +98,9 @@ def titles_table(results: PivotMergeResults, titles: Sequence[str], column: Tabl
 
 def kept_table(results: PivotMergeResults) -> str:
     kept = TableColumn("mean", results.kept, 0, better=1)
-    columns = [(s, spread_cell(results, s, kept)) for s in results.scenarios]
-    columns.append((kept.name, mean_cell(results, kept)))
+    scenarios = [scenario for scenario in results.scenarios if results.has_domains(scenario)]
+    columns = [(s, spread_cell(results, s, kept)) for s in scenarios]
+    columns.append((kept.name, mean_cell(results, kept, scenarios)))
     return table("", results.ordered(), columns, results.marked)
 
 
@@ -157,26 +163,44 @@ def write_report(plan: PivotMergePlan, rows: Sequence[Mapping], folder: Path, na
     write_text(folder / f"{name}.md", page(results, name))
 
 
+def looks_at(plan: PivotMergePlan) -> str:
+    """Which data the methods look at that look at any."""
+    of = {title: plan.methods[title]["calibration"] for title in plan.not_compared}
+    own, held_out = ([t for t, data in of.items() if data == d] for d in ("own", "held out"))
+    said = f"† looks at data: {CALIBRATION} pairs, the experts' own ({', '.join(own)})"
+    if held_out:
+        said += (
+            f", or such as no expert has seen and settings are chosen on ({', '.join(held_out)}: "
+            "their own settings are chosen on the very pictures that they look at)"
+        )
+    return f"{said}."
+
+
 def page(results: PivotMergeResults, name: str) -> str:
     plan, best = results.plan, results.best_baseline(results.relative)
     report, development = plan.document["report"], plan.document["development"]
     epochs, cell = plan.document["joint"]["epochs"], plan.document["counts"]["cell"]
     seeds, ours = report["seeds"], plan.ours
+    about = "\n".join(
+        f"- {scenario}: {words}" for scenario, words in plan.document["about"].items()
+    )
     return f"""# Merging aligned projectors on the playground
 
 Made by `bash scripts/merge/study.sh` from [{name}.jsonl]({name}.jsonl);
-`playground/studies/pivotmerge.yaml` says what is run. Experts are aligned apart from one start,
+`playground/studies/{name}.yaml` says what is run. Experts are aligned apart from one start,
 each on its own data; `fresh`: the start is a projector as it is drawn, `brief`: after a brief
-alignment on a tenth of all pictures. topic: 8 experts, a topic each. style: 4, a vendor's drawings
-each. caption: 4, the same kinds of pictures described in different ways. mixed: 4, half of the
-topics in half of the styles. Held-out pictures (`{report["part"]}`), {len(seeds)} seeds
+alignment on a tenth of all pictures. The experts:
+
+{about}
+
+Held-out pictures (`{report["part"]}`), {len(seeds)} seeds
 ({seeds[0]} to {seeds[-1]}: of the start and of the order of the data), mean ± standard deviation.
 Settings were chosen on other pictures (`{development["part"]}`) and another seed,
-{development["seeds"][0]}, without mixed.
+{development["seeds"][0]}: {", ".join(development["cells"])}.
 
 Joint training: {epochs} epochs on all data from the same start, the upper reference. The
-best single expert is picked by the very loss that is shown. † looks at data: {CALIBRATION} pairs
-of the experts' own.
+best single expert is picked by the very loss that is shown.
+{looks_at(plan)}
 
 ## Held-out loss (nats a token)
 
@@ -190,8 +214,8 @@ of the experts' own.
 {titles_table(results, results.ordered(), EXACT)}
 ## What is kept of each expert
 
-On each expert's own domain: the share of its exact captions that the merged model has, in percent,
-the mean over experts.
+Where experts have domains, on each one's own: the share of its exact captions that the merged model
+has, in percent, the mean over experts.
 
 {kept_table(results)}
 ## {ours} against the mean

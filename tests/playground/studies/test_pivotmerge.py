@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fed import methods
+from fed.clients.clients_yaml import load_clients
 from llava.errors import InputError
 from playground import ROOT
 from playground.studies import pivotmerge, pivotmerge_report
@@ -69,9 +70,23 @@ def test_development_and_report_share_neither_seeds_nor_pictures(name):
 def test_data_to_calibrate_on_are_the_experts_own_or_nobodys():
     plan = read("pivotmerge_whole")
     job = Job("report", "PivotMerge with data", "{}", "caption fresh", 41)
-    assert plan.files(job, "own") == "clients/caption/{expert}.json"
-    assert plan.files(job, "held out") == "heldout_dev_caption.json"
+    names = ["name", "kind"]
+    assert [file.name for file in plan.files(job, "own", names)] == ["name.json", "kind.json"]
+    held_out = pivotmerge.EMOJI / "heldout_dev_caption.json"
+    assert plan.files(job, "held out", names) == [held_out, held_out]
     assert plan.heldout(job) == "heldout_test_caption"
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_experts_data_are_where_their_clients_have_them(name):
+    plan = read(name)
+    for part, place in ((p, place) for p in ("development", "report") for place in plan.places(p)):
+        clients = ROOT / f"playground/fed/{plan.data(place[0])['clients']}.yaml"
+        names = [spec.name for spec in load_clients(clients, [])]
+        files = plan.files(Job(part, "RegMean", "{}", *place), "own", names)
+        assert len(set(files)) == len(names)
+        assert all(file.is_relative_to(pivotmerge.EMOJI / "clients") for file in files)
+        assert [file for file in files if not file.is_file()] == []
 
 
 def test_all_of_a_cell_begin_with_one_start(plan):
@@ -140,6 +155,19 @@ def test_what_is_kept_of_each_expert(plan):
     best = results.row(BEST, *place)
     assert best["loss"] == pytest.approx(1.5)
     assert results.kept(best) == pytest.approx((25 + 100) / 2)
+
+
+def test_what_is_kept_is_told_where_experts_have_domains(plan):
+    results = PivotMergeResults.__new__(PivotMergeResults)
+    results.plan, results.chosen = plan, dict.fromkeys(plan.methods, "{}")
+    fresh, brief = (("topic fresh", 31), ("topic brief", 31))
+    merged = [
+        row(plan, Job("report", plan.reference, "{}", *p), 1.0, a=0.2) for p in (fresh, brief)
+    ]
+    merged[1]["of"] = ["client-01"]
+    results.by_job, results.places = plan.by_job(merged), [fresh, brief]
+    assert results.has_domains("topic fresh")
+    assert not results.has_domains("topic brief")
 
 
 def test_without_rows_there_is_no_page(plan):
