@@ -123,7 +123,8 @@ def explained_lines(facts: dict[str, Any]) -> list[str]:
     told = facts["method_facts"].get("explained") if facts["method_facts"] else None
     if told is None:
         return []
-    shares = {str(i): share for i, share in enumerate(told, 1)}
+    counted = [str(i) for i, expert in enumerate(facts["experts"], 1) if expert["weight"] > 0]
+    shares = dict(zip(counted, told, strict=True))
     listed = ", ".join(f"expert {i} {100 * share:.1f} %" for i, share in shares.items())
     said = [f"Of the calibration captions their pictures explain: {listed}."]
     for name, share, typical in doubtful(shares):

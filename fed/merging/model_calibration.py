@@ -71,9 +71,15 @@ class ModelCalibration:
     def explained(self, state: State) -> Explained:
         """Captions with their own pictures and with those of others, by `fed.clients.measures`."""
         self._put(state)
-        return explained_share(
+        found = explained_share(
             self.model, self._items, self._collate, self._batch_size, self.model.device
         )
+        if not found.samples:
+            raise InputError(
+                f"{self.source}: no record could be shown with another one's picture, as what "
+                "pictures explain is measured; records with different pictures are expected"
+            )
+        return found
 
     def gram(self, state: State) -> dict[str, Tensor]:
         """The mean of x x^T over the picture tokens that enter each layer of the projector.

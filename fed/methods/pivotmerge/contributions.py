@@ -3,8 +3,9 @@
 Of expert k the explained share r_k: what share of the captions its pictures explain
 (`fed.clients.measures`), drawn towards the experts' mean as far as it is uncertain
 (`fed.numerics.shrinkage`). Of its layer l the part d_kl of that share that is lost when the layer
-is the pivot's again. An expert weighs p_k r_k, its layer p_k r_k d_kl: one whose pictures explain
-nothing has no say, and a layer that nothing depends on has little. Reading and names are ours [R].
+is the pivot's again; of an expert whose share is none, the mean of the others' d_kl. An expert
+weighs p_k r_k, its layer p_k r_k d_kl: one whose pictures explain nothing has no say, and a layer
+that nothing depends on has little. Reading and names are ours [R].
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ def layer_weights(
         weights: p_k r_k.
     """
     pivot = {name: base[name] for name in (layer.weight, layer.bias) if name}
-    lost = []
+    lost: list[float | None] = []
     for state, each, share in zip(states, calibration, measured, strict=True):
         if share <= LEAST:
-            lost.append(1.0)  # it weighs next to nothing as a whole
+            lost.append(None)
             continue
         left = max(each.explained({**state, **pivot}).share or 0.0, 0.0)
         lost.append(min(max(1 - left / share, LEAST), 1.0))
-    return shares([w * d for w, d in zip(weights, lost, strict=True)])
+    known = [d for d in lost if d is not None]
+    typical = sum(known) / len(known) if known else 1.0
+    return shares([w * (typical if d is None else d) for w, d in zip(weights, lost, strict=True)])

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from fed.merge import list_methods, main, merge
+from fed.merging.card import explained_lines
 from fed.merging.config import MergeConfig
 from fed.merging.recipe import read_config
 from fed.state import fingerprint, load
@@ -81,6 +82,14 @@ def test_what_the_card_says(projectors, expert, tmp_path):
     shared = (0.25 * a + 0.75 * b).square().sum()
     whole = 0.25 * a.square().sum() + 0.75 * b.square().sum()
     assert told["kappa"] == pytest.approx(float(shared / whole))
+
+
+def test_an_expert_without_weight_is_left_out_where_shares_are_told():
+    experts = [{"weight": weight} for weight in (0.25, 0.0, 0.5, 0.25)]
+    facts = {"experts": experts, "method_facts": {"explained": [0.4, 0.0, 0.5]}}
+    listed, doubted = explained_lines(facts)
+    assert listed.endswith("explain: expert 1 40.0 %, expert 3 0.0 %, expert 4 50.0 %.")
+    assert doubted.startswith("The pictures of expert 3 explain 0.0 %")
 
 
 def test_the_command_does_it_again(projectors, expert, tmp_path):

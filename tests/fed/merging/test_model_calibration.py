@@ -182,6 +182,19 @@ def test_text_alone_counts_in_the_loss_and_nowhere_else(tiny, aligned, tmp_path)
     assert all(not t.any() for t in alone.fisher(state).values())
     with pytest.raises(InputError, match="text.json: no record has a picture"):
         alone.gram(state)
+    with pytest.raises(InputError, match="text.json: no record could be shown"):
+        alone.explained(state)
+
+
+def test_where_pictures_cannot_be_exchanged_nothing_is_measured(tiny, aligned, tmp_path):
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps(json.loads((tiny / "heldout.json").read_text())[:1]))
+    sound, single = load(tiny, aligned[0], ["heldout.json", str(one)])
+    state = projector_state(aligned[1].model)
+    with pytest.raises(InputError, match="one.json: no record could be shown with another one's"):
+        methods.get("pivotmerge")(
+            [state, moved(state, 1)], weights=[1, 1], base=state, calibration=[sound, single]
+        )
 
 
 def test_bad_input(tiny, aligned, calibration, tmp_path):

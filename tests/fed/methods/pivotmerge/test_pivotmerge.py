@@ -218,6 +218,18 @@ def test_equal_shares_give_what_no_data_give(mode, contribution):
         assert near(found.state, merge(states, base, [1, 2, 3], mode=mode).state)
 
 
+def test_an_expert_that_explains_nothing_has_layers_as_the_others_have():
+    base, states = draw(10)
+
+    def half(state):  # half of its share hangs on each layer
+        return 0.2 * sum(not torch.equal(state[n], base[n]) for n in ("0.weight", "2.weight"))
+
+    unsure = [Told(half, spread=1.0), *told(0.0), Told(half, spread=1.0)]  # all are drawn alike
+    found = merge(states, base, contribution="layer", calibration=unsure)
+    for facts in found.facts["layers"].values():
+        assert facts["alpha"] == pytest.approx([1 / 3] * 3)
+
+
 def test_data_is_not_looked_at_where_nothing_is_weighed_by_it():
     base, states = draw(9)
     data = told(0.6, 0.3, 0.1)
