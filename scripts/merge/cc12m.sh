@@ -32,9 +32,10 @@ EVALS=${EVALS-pope gqa textvqa sqa mme mmbench}  # of scripts/v1_5/eval; EVALS= 
 DRY_RUN=${DRY_RUN:-}                       # 1: print the commands
 # More flags of one step alone, split at spaces, for example:
 #   METHOD=ties NAME=ties-0.3 MERGE_FLAGS="--options density=0.3"
-#   NAME=calibrated MERGE_FLAGS="--model_base lmsys/vicuna-13b-v1.5
+#   START=fresh NAME=calibrated MERGE_FLAGS="--model_base lmsys/vicuna-13b-v1.5
 #     --calibration_data ./checkpoints/cc12m/clusters/heldout.json
 #     --image_folder ./checkpoints/cc12m/clusters/heldout/images --device cuda"
+# (pictures that nothing was aligned on: with START=brief, others than these)
 align_flags=(${ALIGN_FLAGS:-})
 merge_flags=(${MERGE_FLAGS:-})
 finetune_flags=(${FINETUNE_FLAGS:-})

@@ -95,4 +95,8 @@ def test_bad_input(pilot, newcomer, tmp_path):
     pilot(tmp_path / "other", fed_method="local", mm_projector_type="mlp2x_gelu")
     with pytest.raises(InputError, match="a Pilot run with a finished round is expected"):
         newcomer(pilot_run=tmp_path / "other")
+    with pytest.raises(InputError, match="--pilot_stage has no place with fed.personalise"):
+        newcomer(pilot_stage=1)
+    with pytest.raises(InputError, match="--pilot_mixture is False, so there is nothing to fit"):
+        newcomer(pilot_mixture=False)
     assert not (tmp_path / "new" / "config.json").exists()

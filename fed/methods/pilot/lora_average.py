@@ -3,7 +3,8 @@
 Client k's is sum_j w_kj Theta_j. With `factors` Theta is A and B, each averaged by itself, as is
 common; but LoRA adds B A to a weight, and B_1 A_1 + B_2 A_2 is not (B_1 + B_2)(A_1 + A_2). With
 `product` it is sum_j w_kj B_j A_j, cut back to the rank r by its SVD, U S V^T: the nearest of that
-rank. Then B = U sqrt(S), A = sqrt(S) V^T. The sum is never formed.
+rank. Then B = U sqrt(S), A = sqrt(S) V^T. The sum is never formed. Directions that it has not keep
+the mean's A beside a B of 0, as LoRA begins: where both were 0, neither would have a gradient.
 """
 
 from __future__ import annotations
@@ -48,5 +49,8 @@ def _averaged(states: Sequence[State], base: State, weights: Tensor, product: bo
         )
         right = torch.cat([state[stem + A].float() for state in states])
         found = truncated_sum(left, right, len(pair[0]))
-        result[stem + A], result[stem + B] = factored(*found, *pair)
+        a, b = factored(*found, *pair)
+        mean = torch.tensordot(shares.float(), right.view(len(states), *pair[0].shape), 1)
+        result[stem + A] = torch.where(found[1][:, None] > 0, a, mean.to(a.dtype))
+        result[stem + B] = b
     return result

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from fed.clients.store import FinishedRun
 from fed.methods.pilot.private_parameters import PrivateParameters
+from fed.methods.pilot.run import refuse_own_tasks
 from fed.methods.pilot.send import send
 from fed.state import check
 from llava.errors import InputError
@@ -82,7 +83,8 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     own.connector.train_groups("client", *(() if task in known else ("task",)))
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     if not trained:
-        raise InputError(f"--pilot_run {folder}: it has one task, {task}: nothing to fit")
+        why = f"it has one task, {task}" if tasks == [task] else "--pilot_mixture is False"
+        raise InputError(f"--pilot_run {folder}: {why}, so there is nothing to fit")
     kind = "a client of the known" if task in known else "the new"
     logger.info("%s task %s: %d parameters train", kind, task, trained)
 
@@ -109,6 +111,7 @@ def _checked(model_args: ModelArguments, own_args: PersonaliseArguments) -> tupl
         raise InputError(
             f"--mm_projector_type is {model_args.mm_projector_type!r}, `pilot` is expected here"
         )
+    refuse_own_tasks(model_args, "fed.personalise", "tasks and stage are those of --pilot_run")
     return Path(own_args.pilot_run), own_args.pilot_task
 
 

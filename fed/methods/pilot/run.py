@@ -44,14 +44,19 @@ def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
         raise InputError(
             f"{WHO} has no place with --fed_pool: all data in one place has no tasks to keep apart"
         )
-    for flag in ("pilot_tasks", "pilot_stage"):
-        if getattr(model, flag) != getattr(type(model)(), flag):
-            raise InputError(f"--{flag} has no place with {WHO}: tasks are in {fed.fed_clients}")
+    refuse_own_tasks(model, WHO, f"tasks are in {fed.fed_clients}")
     for spec in specs:
         if spec.task is None:
             raise InputError(f"{WHO}: client {spec.name} of {fed.fed_clients} has no `task`")
     tasks = list(dict.fromkeys(_task_of(specs).values()))
     return arguments._replace(model=dataclasses.replace(model, pilot_tasks=tasks))
+
+
+def refuse_own_tasks(model: Any, who: str, why: str) -> None:
+    """Refuse the connector's flags that a run sets itself."""
+    for flag in ("pilot_tasks", "pilot_stage"):
+        if getattr(model, flag) != getattr(type(model)(), flag):
+            raise InputError(f"--{flag} has no place with {who}: {why}")
 
 
 def _task_of(specs: Sequence[ClientSpec]) -> dict[str, str]:

@@ -78,7 +78,7 @@ class PilotSettings:
     )
     stage: int = _setting(2, "1 or 2.")
     init: str = _setting("split", "added adapters start at 0 (split), or as the projector (copy).")
-    top_k: int = _setting(0, "experts a token; 0: all.")
+    top_k: int = _setting(0, "experts a token, two at least; 0: all.")
     router_own: float = _setting(0.0, "the own adapter's logit at the start; 0: no bias.")
     difference: float = _setting(0.1, "weight of the difference loss of stage 1.")
     balance: float = _setting(0.1, "weight of the balance loss of stage 2.")
@@ -101,6 +101,11 @@ class PilotSettings:
         if not 0 <= self.top_k <= len(self.tasks):
             raise InputError(
                 f"pilot_top_k is {self.top_k}, expected 0 (all) to {len(self.tasks)}, the tasks"
+            )
+        if self.top_k == 1 < len(self.tasks):
+            raise InputError(
+                "pilot_top_k is 1: the only gate is always 1, so that no caption teaches the "
+                f"router; expected 0 (all) or 2 to {len(self.tasks)}"
             )
 
 

@@ -131,6 +131,21 @@ def test_product_is_the_best_of_that_rank(weighting, clients):
             torch.testing.assert_close(made_a @ made_a.T, made_b.T @ made_b, rtol=1e-3, atol=1e-4)
 
 
+def test_a_product_of_nothing_can_still_be_trained():
+    """LoRA begins with a B of 0: where nobody has moved it, A must stay, or it has no gradient."""
+    base, *states = draw(8, 2)
+    for state in states:
+        state[B] = torch.zeros_like(state[B])
+    outcome = pilot(
+        states, [1, 3], base, ["a", "b"], ["x", "y"], weighting="mean", average="product"
+    )
+    for state in (outcome.state[0], outcome.state[1]):
+        assert not state[B].any()
+        torch.testing.assert_close(state[A], 0.25 * states[0][A] + 0.75 * states[1][A])
+    one = pilot(states[:1], [1], base, ["a"], ["x"], average="product").state[0]
+    torch.testing.assert_close(one[A], states[0][A])
+
+
 def test_factors_and_product_differ_but_agree_on_a_client_alone():
     base, *states = draw(1)
     names, n = list("abcde"), [1] * 5

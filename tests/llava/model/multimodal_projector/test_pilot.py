@@ -220,6 +220,7 @@ def test_parts_may_be_left_out():
         ({"stage": 3}, "pilot_stage is 3; known are 1, 2"),
         ({"init": "zero"}, "pilot_init is 'zero'; known are copy, split"),
         ({"top_k": 4}, r"pilot_top_k is 4, expected 0 \(all\) to 3"),
+        ({"top_k": 1}, r"pilot_top_k is 1: .* expected 0 \(all\) or 2 to 3"),
         ({"tasks": ["a", "a"]}, "pilot_tasks are .*expected different names"),
         ({"balance": -1.0}, "pilot_balance is -1.0, expected 0 or more"),
         ({"difference_over": "tokens"}, "pilot_difference_over is 'tokens'"),
