@@ -238,13 +238,14 @@ def page(results: Results, name: str) -> str:
     seeds = {scenario: results.seeds(scenario) for scenario in results.scenarios}
     settings = {len(plan.settings(title)) for title in results.methods}
     title = plan.document.get("title", "Fed-CMP and its baselines on the playground")
+    about = plan.document.get("about", "")
     return f"""# {title}
 
 Made from the {results.count} runs in `{name}.jsonl` (the plan: `../studies/{name}.yaml`),
 each one of `fed.train`, whose flags stand in its line. One pass over the data, the projector alone
 trains. Held-out pictures ({named(plan, "report")}), mean ± standard deviation over seeds
 ({"; ".join(f"{s}: {', '.join(map(str, k))}" for s, k in seeds.items())}).
-
+{about}
 Loss: caption loss in nats a token, lower is better. Exact: share of pictures whose whole caption is
 the model's first choice, token by token; captions are names, but in the caption scenario, where a
 picture has four right captions and only one counts.
