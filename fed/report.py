@@ -130,7 +130,8 @@ def reliability_table(runs: Sequence[RunRecords]) -> str:
     ]  # fmt: skip
     few = f", the {MOST_CLIENTS} lowest" if len(every) > MOST_CLIENTS else ""
     lines = markdown_table(["reliability", *names], body)
-    return f"\nWhat the clients' pictures explain of their captions{few}:\n\n{lines}"
+    what = "What the clients' pictures explain of their captions, drawn to the mean"
+    return f"\n{what}{few}:\n\n{lines}"
 
 
 def _last_share(shown: Sequence[tuple[RunRecords, dict]], name: str) -> float:

@@ -50,9 +50,12 @@ class Spread(NamedTuple):
 
 def share_of(sums: Sequence[float]) -> Measured:
     """The explained share 1 - H / (H + I) of [H, H + I, spread], as
-    `fed.clients.measures.Explained` has them."""
+    `fed.clients.measures.Explained` has them; in [-1, 1], its error at most 1."""
     own, other, spread = sums
-    return Measured(1 - own / other, spread / other**2) if other > 0 else Measured(0.0, 0.0)
+    if other <= 0:
+        return Measured(0.0, 0.0)
+    # In bounds, or a client that tells nonsense would outweigh all others in their mean.
+    return Measured(max(1 - own / other, -1.0), min(spread / other / other, 1.0))
 
 
 def drawn_shares(sums: Sums, names: Iterable[str]) -> dict[str, float]:

@@ -188,7 +188,7 @@ class RoundLoop:
             )
         record |= {"heldout": heldout, "facts": facts}
         if self.explains and self.secure is None:
-            record["reliability"] = self._reliabilities(next_state, updates)
+            record["reliability"] = drawn_shares(next_state.explained, next_state.explained)
         record["seconds"] = self._watch.lap()  # the writing of this round's state is of the next
         self._records.add(record, write=self.main)
         next_state.records = self._records.mark

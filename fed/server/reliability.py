@@ -1,7 +1,7 @@
 """The reliability of clients: what share of its captions a client's pictures explain.
 
 r = I / (I + H): H nats of a client's captions with their own pictures, H + I with those of others,
-both over the samples that the client has measured so far, earlier rounds at `DECAY` a round. It is
+both over the samples that the client has measured so far, earlier tasks at `DECAY` a task. It is
 0 where captions do not belong to their pictures, as a part of every crawl's do not, and lies well
 above where they do, whatever the model has learnt. A client of n samples weighs n r in place of n
 (`--fed_weighting explained`, and `reliability` of Fed-CMP). Reading and name are ours [R].

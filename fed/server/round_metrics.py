@@ -92,17 +92,19 @@ def suspicions(record: dict) -> Iterator[str]:
 
 
 def _doubts_of_pictures(record: dict) -> Iterator[str]:
-    """Warnings: clients whose pictures explain nothing, and those that do not say."""
-    shares = record.get("reliability", {})
-    silent = [name for name in shares if not record["clients"][name].get("explained")]
-    told = {name: share for name, share in shares.items() if name not in silent}
-    for name, share, typical in doubtful(told):
-        yield (
-            f"the pictures of client {name} explain {100 * share:.0f} % of its captions, those of "
-            f"the others {100 * typical:.0f} %: do they belong together?"
-        )
+    """Warnings: clients whose pictures explain nothing, and those of whom nothing is known."""
+    shares = record.get("reliability")
+    if shares is None:
+        return
+    for name, share, typical in doubtful(shares):
+        if name in record["clients"]:
+            yield (
+                f"the pictures of client {name} explain {100 * share:.0f} % of its captions, those "
+                f"of the others {100 * typical:.0f} %: do they belong together?"
+            )
+    silent = [n for n, client in record["clients"].items() if client["samples"] and n not in shares]
     if silent:
-        instead = f"{shares[silent[0]]:.2f}, the others' mean" if told else "1 for all"
+        instead = "the others' mean" if shares else "1 for all"
         yield f"{', '.join(silent)} did not say what pictures explain; reliability: {instead}"
 
 

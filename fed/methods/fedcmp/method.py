@@ -60,7 +60,7 @@ from fed.numerics.layers import Parts, layers
 from fed.numerics.weighted_mean import shares
 from fed.state import State
 
-MIN_TAU = 0.01  # exp(-2 / tau) must stay a float
+MIN_TAU = 0.05  # the square of exp(-2 / tau) must stay a float32
 
 
 @method("fedcmp", explained_by=("reliability", "explained"), sums=FedCMPSums)
@@ -76,7 +76,7 @@ def fedcmp(
     basis: Literal["auto", "exact", "randomised"] = "auto",
     rest: Literal["keep", "drop"] = "keep",
     reliability: Literal["explained", "agreement", "none"] = "explained",
-    tau: Annotated[float, Range("[0.01, inf]", "at least 0.01")] | None = None,
+    tau: Annotated[float, Range(f"[{MIN_TAU}, inf]", f"at least {MIN_TAU}")] | None = None,
     rescale: Annotated[float, Range("[1, inf)", "at least 1 and finite")] = 4.0,
     flatten: Unit = 0.3,
     momentum: Literal["projected", "polar"] = "projected",

@@ -9,6 +9,13 @@ def test_shares_stay_in_range():
     assert shares == {"misled": LEAST, "perfect": 1.0, "nothing": LEAST}
 
 
+@pytest.mark.parametrize("told", [[1.0, 1e-160, 0.0], [1.0, 1e-200, 1.0], [1e15, 1e-9, 1e15]])
+def test_nonsense_of_one_leaves_the_others_apart(told):
+    sums = {f"sound {k}": [4.0, 10.0, 0.0] for k in range(4)} | {"none": [10.0, 10.0, 0.0]}
+    shares = drawn_shares(sums | {"liar": told}, sums)
+    assert shares["sound 0"] > shares["none"] + 0.2
+
+
 def test_who_says_nothing_has_the_mean_of_all_that_are_known():
     sums = {"a": [2.0, 10.0, 0.0], "b": [6.0, 10.0, 0.0], "away": [0.7, 1.0, 0.0]}
     shares = drawn_shares(sums, ["a", "silent", "b"])

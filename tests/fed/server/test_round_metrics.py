@@ -35,17 +35,25 @@ def test_who_should_be_looked_at():
 
 def test_pictures_that_do_not_belong_to_their_captions_are_named():
     record = record_of(a=[1.0, 0, 0], b=[0, 1.1, 0], c=[0, 0.3, 0.8], d=[0, 0.5, 0.1])
-    record["reliability"] = {"a": 0.5, "b": 0.6, "c": 0.1, "d": 0.4}
-    own = {"own": 1.0, "other": 2.0, "spread": 0.0, "tokens": 9, "samples": 3}
-    for name in "abc":
-        record["clients"][name]["explained"] = own
+    record["reliability"] = {"a": 0.5, "b": 0.6, "c": 0.1, "away": 0.1}
     assert list(suspicions(record)) == [
-        "the pictures of client c explain 10 % of its captions, those of the others 55 %: do they "
+        "the pictures of client c explain 10 % of its captions, those of the others 50 %: do they "
         "belong together?",
-        "d did not say what pictures explain; reliability: 0.40, the others' mean",
+        "d did not say what pictures explain; reliability: the others' mean",
     ]
     drawn = curves({**record, "heldout": {}, "seconds": {}})
     assert drawn["clients/c/reliability"] == 0.1
+
+
+def test_two_of_a_round_are_compared_with_all_that_are_known():
+    record = record_of(b=[1.0, 0, 0], c=[0, 0.3, 0.8])
+    record["reliability"] = {"a": 0.5, "b": 0.6, "c": 0.1, "d": 0.5}
+    (said,) = suspicions(record)
+    assert said.startswith("the pictures of client c explain 10 %")
+    record["reliability"] = {}
+    assert list(suspicions(record)) == [
+        "b, c did not say what pictures explain; reliability: 1 for all"
+    ]
 
 
 def test_a_driver_that_gives_no_metrics(tmp_path):
