@@ -7,7 +7,8 @@ DATA=${DATA:-./playground/data/eval/scienceqa}
 
 for IDX in $(seq 0 $((CHUNKS - 1))); do
     cat "./test_llava-13b-chunk$IDX.jsonl"
-done > test_llava-13b.jsonl
+done > test_llava-13b.jsonl.tmp
+mv test_llava-13b.jsonl.tmp test_llava-13b.jsonl
 
 python -m llava.eval.eval_science_qa \
     --base-dir "$DATA" \

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -16,19 +17,27 @@ logger = logging.getLogger(__name__)
 KINDS = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
-def choose_attention(requested: str | None, device: str) -> str:
+def choose_attention(requested: str | None, device: str, compute: torch.dtype | None = None) -> str:
     """`requested`, except that flash_attention_2 becomes sdpa where it cannot run, with a
-    warning."""
+    warning; None as `compute` is one of the types that it has."""
     if requested != "flash_attention_2":
         return requested or "sdpa"
     import torch
     from transformers.utils import is_flash_attn_2_available
 
-    found = device.startswith("cuda") and torch.cuda.is_available() and is_flash_attn_2_available()
-    if found:
+    if (
+        device.startswith("cuda")
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and compute in (None, torch.bfloat16, torch.float16)
+        and is_flash_attn_2_available()
+    ):
         return requested
     if os.environ.get("RANK", "0") == "0":
-        logger.warning("attention: sdpa (flash_attention_2 needs a GPU and the flash-attn package)")
+        logger.warning(
+            "attention: sdpa (flash_attention_2 needs the flash-attn package, a GPU of compute "
+            "capability 8.0 and bf16 or fp16)"
+        )
     return "sdpa"
 
 

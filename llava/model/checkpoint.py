@@ -274,7 +274,8 @@ def save_full(
     names = {name: on_disk(name) for name in state if not (tied and name == "lm_head.weight")}
     write_shards(folder, ((names[name], state[name]) for name in names))
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        # Its save_pretrained refuses what Vicuna has: a temperature without do_sample.
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     write_tokenizer(tokenizer, folder)
     write_config(model.config, folder, full=True)
 

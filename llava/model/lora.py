@@ -123,7 +123,13 @@ def attach_lora(
     if config.trainable_token_indices and separated_rows(model) is not None:
         raise InputError(f"{folder}: trainable_token_indices do not go with mm_use_im_start_end")
     tensors = _adapter_alone(folder)
-    leaked = any(".lora_" in name and _PICTURE.fullmatch(name) for name in tensors)
+    leaked = [name for name in tensors if ".lora_" in name and _PICTURE.fullmatch(name)]
+    on_tower = [name for name in leaked if "vision_tower." in name]
+    if on_tower and not any("vision_tower." in name for name, _ in model.named_modules()):
+        raise InputError(
+            f"{folder}: it has LoRA on the vision tower ({on_tower[0]}), as upstream trains it "
+            "where the tower lies in the base model's folder; such an adapter is not supported"
+        )
     try:
         wrapped = _inject(model, config, cast, spare_tower=not leaked)
     except (ValueError, TypeError, RuntimeError) as error:

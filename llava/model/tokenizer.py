@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,20 @@ def write_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
     source = getattr(tokenizer, "vocab_file", None)
     # Saving may write to the very folder that the tokenizer came from.
     model = Path(source).read_bytes() if source and Path(source).name == "tokenizer.model" else None
-    tokenizer.save_pretrained(folder)
-    if model is None:
-        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tokenizer-") as temporary:
+        made = Path(temporary)
+        tokenizer.save_pretrained(made)
+        if model is not None:
+            _as_sentencepiece(tokenizer, model, made)
+            (folder / "tokenizer.json").unlink(missing_ok=True)
+        for file in [path for path in made.rglob("*") if path.is_file()]:
+            place = folder / file.relative_to(made)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
+
+
+def _as_sentencepiece(tokenizer, model: bytes, folder: Path) -> None:
+    """Put `tokenizer.model` in the place of `tokenizer.json`; the config says what it lacks."""
     (folder / "tokenizer.model").write_bytes(model)
     (folder / "tokenizer.json").unlink()
     file = folder / "tokenizer_config.json"

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,8 +266,8 @@ def last_checkpoint(output_dir: str) -> str | None:
     """The newest complete `checkpoint-N` of a folder, or None.
 
     A checkpoint's `trainer_state.json` is written last; a folder without a whole one is what a
-    killed run left behind (or upstream, which writes none beside a projector). It is put away, so
-    that it is not counted when old ones are rotated out.
+    killed run left behind, or weights that somebody keeps there (upstream writes none beside a
+    projector). It is put away, so that it is not counted when old ones are rotated out.
     """
 
     def step(folder: Path) -> int:
@@ -287,15 +288,17 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 
 def _put_away(folder: Path) -> None:
-    """Remove what was not saved whole; upstream's checkpoints of a projector are kept aside."""
-    aside = folder.with_name(f"incomplete-{folder.name}")
-    only_projector = {p.name for p in folder.iterdir()} == {PROJECTOR_FILE, "config.json"}
-    if only_projector and not aside.exists():
-        folder.rename(aside)
-        logger.info("%s: cannot be continued; now called %s", folder, aside.name)
-    else:
+    """Rename it where its weights are whole, which config.json tells, written after them; a save
+    that was cut off before is removed."""
+    if not (folder / "config.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        logger.info("%s: removed, it was not saved whole", folder)
+        logger.info("%s: removed, its weights were not saved whole", folder)
+        return
+    name = f"incomplete-{folder.name}"
+    names = chain([name], (f"{name}.{n}" for n in count(2)))
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
+    folder.rename(aside)
+    logger.info("%s: cannot be continued; now called %s", folder, aside.name)
 
 
 class _SeedEachEpoch(TrainerCallback):

@@ -73,8 +73,10 @@ def load_session(
     # Seeded here and not by the Trainer, since a fresh projector is drawn now.
     transformers.set_seed(training_args.seed)
     config = training_config(model_args, data_args, training_args)
-    attention = choose_attention(training_args.attn_implementation, training_args.device.type)
     compute = compute_dtype(training_args)
+    attention = choose_attention(
+        training_args.attn_implementation, training_args.device.type, compute
+    )
     # What trains under --fp16 stays in float32, or its gradients could not be scaled.
     in_16_bits = training_args.bf16 or _frozen(model_args, training_args)
     model = from_pretrained(
@@ -92,7 +94,7 @@ def load_session(
         ),
     )
     keep_trainable(model)
-    if training_args.attn_implementation is None:
+    if training_args.attn_implementation in (None, "flash_attention_2"):  # no kind that must be
         train_in_float32(model)
     model.config.use_cache = False
     tokenizer, version = _training_tokenizer(model_args, training_args, model)

@@ -450,6 +450,22 @@ def test_attention_falls_back_with_a_word(caplog):
     assert choose_attention("eager", "cpu") == "eager"
 
 
+@pytest.mark.parametrize(
+    ("capability", "compute", "chosen"),
+    [
+        ((8, 0), torch.bfloat16, "flash_attention_2"),
+        ((9, 0), None, "flash_attention_2"),
+        ((7, 5), torch.float16, "sdpa"),
+        ((8, 6), torch.float32, "sdpa"),
+    ],
+)
+def test_flash_attention_runs_on_new_gpus_in_16_bits(monkeypatch, capability, compute, chosen):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert choose_attention("flash_attention_2", "cuda", compute) == chosen
+
+
 def test_data_that_teach_nothing_are_refused_or_left_out(flags, tiny, tmp_path, capfd):
     def told(**changes) -> str:
         with pytest.raises(InputError) as caught:
@@ -501,6 +517,20 @@ def test_upstreams_checkpoints_of_a_projector_are_put_aside_and_not_lost(flags, 
     }
     kept = tmp_path / "out" / "incomplete-checkpoint-1" / "mm_projector.bin"
     assert kept.read_bytes() == b"of an earlier night"
+
+
+def test_weights_without_a_trainers_state_are_put_aside_and_half_a_save_is_removed(tmp_path):
+    for time in range(3):
+        for step in (5, 7):
+            folder = tmp_path / f"checkpoint-{step}"
+            folder.mkdir()
+            (folder / "model.safetensors").write_text(f"of step {step}, time {time}")
+        (tmp_path / "checkpoint-5/config.json").write_text("{}")
+        assert last_checkpoint(str(tmp_path)) is None
+    names = ["incomplete-checkpoint-5", "incomplete-checkpoint-5.2", "incomplete-checkpoint-5.3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    kept = [(tmp_path / name / "model.safetensors").read_text() for name in names]
+    assert kept == [f"of step 5, time {time}" for time in range(3)]
 
 
 def test_workers_share_the_data_whatever_way_python_starts_processes(flags, tiny, tmp_path):

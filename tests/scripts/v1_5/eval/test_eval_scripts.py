@@ -98,7 +98,24 @@ def test_a_process_that_fails_stops_the_script(run, tmp_path):
     status, calls = run(SCRIPTS / "v1_5/eval/gqa.sh", gpus="0,broken,1")
     assert status != 0
     assert len(calls) == 3  # and nothing is converted or scored
-    assert not list(tmp_path.rglob("merge.jsonl*"))
+    assert not list(tmp_path.rglob("merge.jsonl"))
+
+
+def test_what_a_process_has_answered_is_not_asked_again(run, tmp_path):
+    script = SCRIPTS / "v1_5/eval/seed.sh"
+    folder = tmp_path / "playground/data/eval/seed_bench/answers/llava-v1.5-13b"
+    status, calls = run(script, gpus="0,broken,1")
+    assert status != 0
+    assert len(calls) == 3
+    folder.joinpath("3_0.jsonl").write_text("answered\n")
+    status, calls = run(script, gpus="0,2,1")  # the same call, on sound devices
+    assert status == 0
+    assert [gpus for gpus, argv in calls if argv[0] == "-m"] == ["2"]
+    assert (folder / "merge.jsonl").read_text() == "answered\n2\n1\n"
+    assert not (folder / "merge.jsonl.unfinished").exists()
+    status, calls = run(script, gpus="0,2,1")  # it was finished: all anew
+    assert len([argv for _, argv in calls if argv[0] == "-m"]) == 3
+    assert (folder / "merge.jsonl").read_text() == "0\n2\n1\n"
 
 
 def test_scienceqa_in_eight_and_gathered(run, tmp_path):
