@@ -156,6 +156,23 @@ class Conversation:
         image.save(buffer, format=image_format)
         return base64.b64encode(buffer.getvalue()).decode()
 
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """Pairs of what the user and the assistant say, after the template's own messages; a
+        picture stands before its text as an HTML image, as upstream's demo shows it."""
+        pairs: list[list[str | None]] = []
+        for i, (_, message) in enumerate(self.messages[self.offset :]):
+            text = _text(message)
+            if i % 2:
+                pairs[-1][1] = text
+                continue
+            if isinstance(message, tuple):
+                _, picture, _ = message
+                data = self.process_image(picture, "Default", image_format="JPEG")
+                shown = f'<img src="data:image/jpeg;base64,{data}" alt="user upload image" />'
+                text = shown + (text or "").replace(DEFAULT_IMAGE_TOKEN, "").strip()
+            pairs.append([text, None])
+        return pairs
+
     def copy(self) -> Conversation:
         """A copy whose turns can be added to."""
         return dataclasses.replace(self, messages=[list(message) for message in self.messages])
@@ -184,6 +201,14 @@ def get_template(name: str) -> Conversation:
         hint = f"did you mean {' or '.join(near)}" if near else f"known are {known}"
         raise InputError(f"{name!r} is no conversation template; {hint}")
     return conv_templates[name].copy()
+
+
+def default_template() -> str:
+    """The name of `default_conversation`, to which programs assign one of `conv_templates`."""
+    for name, template in conv_templates.items():
+        if template is default_conversation:
+            return name
+    raise InputError("llava.conversation.default_conversation is none of conv_templates")
 
 
 def template_of(tokenizer: Any) -> str | None:

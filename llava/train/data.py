@@ -193,7 +193,9 @@ class LazySupervisedDataset(Dataset):
     def _tokens_of(self, path: str) -> int:
         """The number of tokens that the picture takes; with tiles it depends on its size."""
         tiling = self.sample_format.tiling
-        return tiling.num_tokens(image_size(path)) if tiling else self.sample_format.image_tokens
+        return (
+            tiling.num_tokens(image_size(path)) if tiling else self.sample_format.image_tokens or 1
+        )
 
     def _segments(self, index: int) -> list[Segment]:
         """The record as pieces of text; `InputError` when text and pictures do not fit together."""
@@ -303,7 +305,8 @@ class DataCollatorForSupervisedDataset:
     `label_positions` are the places in the flattened batch whose next label counts. If a row has
     pictures, `images` are all of them, one tensor or, when their shapes differ, a list; of tiles,
     `image_sizes` are the (width, height) of their pictures; and `image_positions`, the places of
-    their tokens, all -200.
+    their tokens, all -200. Where a picture's number of tokens is not known (`SampleFormat`), it
+    stays one -200, and neither kind of position is given.
 
     The positions are found here, in the loader's process, so that no device is waited for.
     """
@@ -312,9 +315,11 @@ class DataCollatorForSupervisedDataset:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         limit = self.tokenizer.model_max_length
+        tokens = [item.get("image_tokens", []) for item in items]
+        expanded = all(count is not None for counts in tokens for count in counts)
         rows = [
-            fit(item["input_ids"], item["labels"], item.get("image_tokens", []), limit)
-            for item in items
+            fit(item["input_ids"], item["labels"], [count or 1 for count in counts], limit)
+            for item, counts in zip(items, tokens, strict=True)
         ]
         ids, labels = zip(*rows, strict=True)
         lengths = torch.tensor([len(row) for row in ids])
@@ -324,13 +329,15 @@ class DataCollatorForSupervisedDataset:
             "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": torch.arange(int(lengths.max())) < lengths[:, None],
         }
-        following = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        batch["label_positions"] = _places(following != IGNORE_INDEX)
+        if expanded:
+            following = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+            batch["label_positions"] = _places(following != IGNORE_INDEX)
         if images := [image for item in items for image in item.get("images", ())]:
             batch["images"] = stack_same(images)
             if sizes := [size for item in items for size in item.get("image_sizes", ())]:
                 batch["image_sizes"] = sizes
-            batch["image_positions"] = _places(batch["input_ids"] == IMAGE_TOKEN_INDEX)
+            if expanded:
+                batch["image_positions"] = _places(batch["input_ids"] == IMAGE_TOKEN_INDEX)
         return batch
 
 
@@ -354,7 +361,7 @@ def make_supervised_data_module(
 
     if not data_args.data_path:
         raise InputError("--data_path is missing: a JSON file of LLaVA records to train on")
-    evaluation = data_args.eval_data_path
+    evaluation = getattr(data_args, "eval_data_path", None)  # upstream has none
     return {
         "train_dataset": dataset(data_args.data_path),
         "eval_dataset": dataset(evaluation) if evaluation else None,

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llava.conversation import default_template
 from llava.mm_utils import image_pixels, open_image
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class SampleFormat:
         version: the conversation template.
         is_multimodal: False in a run without a vision tower, where a picture is an error.
         image_processor: the vision tower's.
-        image_tokens: tokens a picture takes, where it is not tiled.
+        image_tokens: tokens a picture takes, where it is not tiled; None: it stays one -200, to
+            which the model gives its places.
         tiling: for tiled pictures, how they are cut and how many tokens each takes; else None.
         image_aspect_ratio: `square`, `pad` or `anyres`.
         image_grid_pinpoints: the resolutions that `anyres` chooses from.
@@ -32,7 +34,7 @@ class SampleFormat:
     version: str
     is_multimodal: bool = False
     image_processor: Any = None
-    image_tokens: int = 1
+    image_tokens: int | None = 1
     tiling: Tiling | None = None
     image_aspect_ratio: str = "square"
     image_grid_pinpoints: Any = None
@@ -55,9 +57,13 @@ class SampleFormat:
 
     @classmethod
     def of_arguments(cls, data_args: Any) -> SampleFormat:
-        """The format in `data_args` that a program fills by itself, as those for upstream do."""
+        """The format in `data_args` that a program fills by itself, as those for upstream do.
+
+        Without a `version` it is that of `llava.conversation.default_conversation`.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: getattr(data_args, name) for name in names if hasattr(data_args, name)})
+        given = {name: getattr(data_args, name) for name in names if hasattr(data_args, name)}
+        return cls(**{"version": default_template(), "image_tokens": None, **given})
 
     def pixels(self, path: str) -> torch.Tensor:
         """The picture at `path` as the tower takes it: (3, H, W), or tiles of that shape."""

@@ -33,13 +33,13 @@ from llava.train.data import (
 from llava.train.distributed import start_process_group
 from llava.train.feature_cache import FeatureCache
 from llava.train.llava_trainer import LLaVATrainer, PlainProgress
-from llava.train.preprocess import preprocess_multimodal
 from llava.train.private_arguments import PrivacyArguments, check_goes_with, check_privacy
 from llava.train.private_model import check_model
 from llava.train.private_trainer import PrivateTrainer
 from llava.train.resume import SayWhereItBegins, record, starting_point
 from llava.train.session import Session, load_session, smart_tokenizer_and_embedding_resize
 from llava.train.settings import training_settings
+from llava.train.upstream import preprocess, preprocess_multimodal, rank0_print
 from llava.train.zero3 import (
     get_mm_adapter_state_maybe_zero_3,
     get_peft_state_maybe_zero_3,
@@ -65,7 +65,9 @@ __all__ = [
     "load_session",
     "make_supervised_data_module",
     "maybe_zero_3",
+    "preprocess",
     "preprocess_multimodal",
+    "rank0_print",
     "safe_save_model_for_hf_trainer",
     "smart_tokenizer_and_embedding_resize",
     "train",

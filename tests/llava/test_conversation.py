@@ -161,3 +161,16 @@ def test_the_templates_own_examples_hold_no_pictures_to_send():
     conv = get_template("default")
     conv.append_message("Human", ("what?", Image.new("RGB", (4, 4)), "Default"))
     assert len(conv.get_images(return_pil=True)) == 1
+
+
+def test_pairs_for_a_chatbot():
+    conv = get_template("v0")  # with two messages of its own
+    conv.append_message(conv.roles[0], ("<image>\nWhat is this?", Image.new("RGB", (8, 4)), "Pad"))
+    conv.append_message(conv.roles[1], "A square.")
+    conv.append_message(conv.roles[0], "Sure?")
+    conv.append_message(conv.roles[1], None)
+    first, second = conv.to_gradio_chatbot()
+    picture, text = first[0].split(" />")
+    data = picture.partition("base64,")[2].partition('"')[0]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (8, 4)
+    assert (text, first[1], second) == ("What is this?", "A square.", ["Sure?", None])
