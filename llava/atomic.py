@@ -64,6 +64,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode())
 
 
+def sync(folder: str | os.PathLike) -> None:
+    """Bring all files below a folder, and their names, to the disk."""
+    for place, _, files in os.walk(folder):
+        for path in (*(Path(place, name) for name in files), Path(place)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 def write_secret(path: str | os.PathLike, content: str | bytes) -> None:
     """A file that its owner alone can read, whole, and on the disk with its name: after a power cut
     an older one is not back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from transformers.trainer_callback import (
@@ -12,7 +13,10 @@ from transformers.trainer_callback import (
     TrainerState,
 )
 
+from llava.errors import reason
 from llava.train.arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class RunLogger:
@@ -23,10 +27,17 @@ class RunLogger:
         self.state = TrainerState(is_world_process_zero=args.process_index == 0)
         callbacks = [DefaultFlowCallback(), *reporters]
         self.handler = CallbackHandler(callbacks, None, None, None, None)
+        self._broken = False
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         self.state.global_step = step
-        self.handler.on_log(self.args, self.state, TrainerControl(), logs=values)
+        if self._broken:
+            return
+        try:
+            self.handler.on_log(self.args, self.state, TrainerControl(), logs=values)
+        except Exception as error:  # of whatever --report_to names; curves are worth no run
+            self._broken = True
+            logger.warning("--report_to: %s; nothing more is reported", reason(error))
 
     def start(self) -> None:
         self.handler.on_train_begin(self.args, self.state, TrainerControl())

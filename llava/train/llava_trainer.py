@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
+from llava.atomic import sync
 from llava.errors import InputError, reason
 from llava.model.checkpoint import (
     load_full,
@@ -34,7 +35,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.checkpoint_names import PROJECTOR_FILE
 from llava.model.lora import is_lora, load_lora, save_lora
-from llava.state import load, save
+from llava.state import is_finite, load, save
 from llava.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
@@ -126,6 +127,13 @@ class LLaVATrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = output_dir or self.args.output_dir
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not is_finite(parameter.detach()):
+                raise InputError(
+                    f"{folder}: the training has diverged, {name} is not finite after step "
+                    f"{self.state.global_step}; it is not saved, and older checkpoints are kept. "
+                    "A lower --learning_rate or --max_grad_norm, or a longer warm-up, may help"
+                )
         if not self.saves_part:
             super().save_model(folder, _internal_call)
             return
@@ -139,6 +147,9 @@ class LLaVATrainer(Trainer):
             save_full(self.model, self.processing_class, folder, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
+        # transformers deletes old checkpoints before the new one is on the disk, and tells which
+        # are old by the clock; so that is done here, afterwards and by step.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch.save's word for a full disk
@@ -149,6 +160,13 @@ class LLaVATrainer(Trainer):
                 f"{self.args.output_dir}: the checkpoint of step {self.state.global_step} "
                 f"cannot be written whole; {free:.1f} GB are free there"
             ) from None
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            sync(folder / f"checkpoint-{self.state.global_step}")
+            if limit is not None and limit > 0:
+                remove_oldest(folder, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         (load_part if self.saves_part else load_full)(self.model, resume_from_checkpoint)
@@ -270,27 +288,44 @@ def last_checkpoint(output_dir: str) -> str | None:
     projector). It is put away, so that it is not counted when old ones are rotated out.
     """
 
-    def step(folder: Path) -> int:
-        number = folder.name.removeprefix("checkpoint-")
-        return int(number) if number.isdigit() else -1
-
     complete = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if step(folder) < 0 or not folder.is_dir():
-            continue
+    for folder in checkpoints(Path(output_dir)):
+        file = folder / "trainer_state.json"
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            json.loads(file.read_text())
             complete.append(folder)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             if int(os.environ.get("RANK", 0)) == 0:
                 _put_away(folder)
-    return str(max(complete, key=step)) if complete else None
+        except OSError as error:  # a disk or network that fails now may work again
+            raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    return str(complete[-1]) if complete else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N`, by step."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _step(p) is not None and p.is_dir()]
+    return sorted(found, key=lambda path: _step(path) or 0)
+
+
+def _step(folder: Path) -> int | None:
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
+
+
+def remove_oldest(output_dir: Path, limit: int, best: str | None = None) -> None:
+    """Keep the `limit` newest checkpoints by step, of them always the last, and the best one."""
+    found = checkpoints(output_dir)
+    kept = {found[-1].name, *([Path(best).name] if best else [])} if found else set()
+    old = [folder for folder in found if folder.name not in kept]
+    for folder in old[: max(len(found) - max(limit, len(kept)), 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_away(folder: Path) -> None:
     """Rename it where its weights are whole, which config.json tells, written after them; a save
     that was cut off before is removed."""
-    if not (folder / "config.json").is_file():
+    if "config.json" not in os.listdir(folder):
         shutil.rmtree(folder, ignore_errors=True)
         logger.info("%s: removed, its weights were not saved whole", folder)
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,12 @@ from llava.model.checkpoint import projector_state, read_config, save_full, writ
 from llava.progress import progress_shown
 from llava.state import save
 from llava.train.arguments import ModelArguments, TrainingArguments, _check, modernise, parse
-from llava.train.llava_trainer import LLaVATrainer, last_checkpoint
+from llava.train.llava_trainer import (
+    LLaVATrainer,
+    checkpoints,
+    last_checkpoint,
+    remove_oldest,
+)
 from llava.train.session import (
     load_session,
     smart_tokenizer_and_embedding_resize,
@@ -531,6 +538,44 @@ def test_weights_without_a_trainers_state_are_put_aside_and_half_a_save_is_remov
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     kept = [(tmp_path / name / "model.safetensors").read_text() for name in names]
     assert kept == [f"of step 5, time {time}" for time in range(3)]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_where_it_is(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+
+    def fails(path, *args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(InputError, match="checkpoint-5/trainer_state.json cannot be read"):
+        last_checkpoint(str(tmp_path))
+    assert folder.is_dir()
+
+
+def test_the_oldest_checkpoints_are_those_of_the_least_steps_whatever_the_clock_says(tmp_path):
+    for age, step in enumerate((10, 3, 2, 9)):  # a clock that runs backwards
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (age, age))
+    (tmp_path / "checkpoint-best").mkdir()
+    remove_oldest(tmp_path, 3)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (3, 9, 10)]
+    remove_oldest(tmp_path, 1, best=str(tmp_path / "checkpoint-3"))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-10"]
+    assert (tmp_path / "checkpoint-best").is_dir()
+
+
+def test_what_has_diverged_is_not_saved(flags, tiny, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    wild = {"learning_rate": 1e30, "warmup_steps": 2, "max_grad_norm": 0}  # the first step is of 0
+    with pytest.raises(InputError, match="has diverged, .*mm_projector.* after step [2-6];"):
+        train(argv=flags(data_path=tiny / "a.json", **saving, **wild))
+    (kept,) = checkpoints(tmp_path / "out")
+    state = torch.load(kept / "mm_projector.bin", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert not (tmp_path / "out/mm_projector.bin").exists()
 
 
 def test_workers_share_the_data_whatever_way_python_starts_processes(flags, tiny, tmp_path):
