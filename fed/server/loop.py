@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import shutil
 import time
@@ -128,7 +129,7 @@ class RoundLoop:
         if self.main:
             for folder in (self.output_dir, self._folder):
                 remove_leftovers(folder)
-        begun = (self._folder / STATE_FILE).exists()
+        begun = self._begun()
         if self.main and not begun:
             # Written before anything trains: a round that is cut short belongs to these settings.
             first = RoundState.first(self._folder, initial, self.settings, self._records.mark)
@@ -144,6 +145,25 @@ class RoundLoop:
         if self.main:
             self._clean(state, range(1, state.round + 1))
         return state
+
+    def _begun(self) -> bool:
+        """Whether a state lies there.
+
+        Raises:
+            InputError: there are rounds, and no state that they are of.
+        """
+        try:
+            there = os.listdir(self._folder)
+        except FileNotFoundError:
+            return False
+        if STATE_FILE in there:
+            return True
+        if rounds := sorted(name for name in there if name.startswith("round-")):
+            raise InputError(
+                f"{self._folder}: {rounds[0]} of an earlier run lies there, and its {STATE_FILE} "
+                "does not; remove the folder, or name another --output_dir"
+            )
+        return False
 
     def _clean(self, state: RoundState, rounds: Iterable[int]) -> None:
         """Remove what finished rounds do not need any more."""
@@ -263,8 +283,10 @@ class RoundLoop:
             if not task.update_file.exists():
                 continue
             try:
-                updates[task.name] = load_update(task.update_file)
+                updates[task.name] = update = load_update(task.update_file)
+                self._check(task, update)
             except InputError as error:
+                updates.pop(task.name, None)
                 self._say(f"round {task.round}/{self.rounds}  {task.name} trains again: {error}")
                 task.update_file.unlink(missing_ok=True)
         return updates
@@ -278,6 +300,8 @@ class RoundLoop:
             raise
         if self.main and not task.update_file.exists():
             save_update(update, task.update_file)
+        if self.main:  # its checkpoints, which may be large
+            shutil.rmtree(task.work_dir, ignore_errors=True)
         if not self.driver.writes_updates:
             self.barrier()
 

@@ -135,3 +135,14 @@ def test_a_round_with_nobody_at_work_is_skipped(flags, tiny, tmp_path, capsys):
     assert [list(record["clients"]) for record in rest][0] == ["c1"]
     assert all(record["clients"] for record in rest)
     report(["--runs", f"x={tmp_path / 'out'}", "--output", str(tmp_path / "report")])
+
+
+def test_rounds_without_the_state_that_they_are_of_are_refused(flags, tiny, tmp_path):
+    left = tmp_path / "fed/round-0003/a.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of another run")
+    argv = flags(fed_clients=tiny / "clients.yaml", output_dir=tmp_path)
+    with pytest.raises(InputError, match=r"round-0003 of an earlier run lies there, and its state"):
+        train(argv)
+    assert left.read_bytes() == b"of another run"
+    assert not (tmp_path / "fed/state.safetensors").exists()
