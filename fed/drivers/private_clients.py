@@ -95,10 +95,17 @@ class PrivateClients:
     Args:
         stated: by client.
         folder: the run's, on this machine.
+        flags: by client, those that decide its steps; with others it would draw fresh noise over
+            the same records.
     """
 
-    def __init__(self, stated: Mapping[str, Guarantee], folder: Path):
-        self.stated, self.folder = stated, folder / FOLDER
+    def __init__(
+        self,
+        stated: Mapping[str, Guarantee],
+        folder: Path,
+        flags: Mapping[str, Mapping[str, str]],
+    ):
+        self.stated, self.folder, self.flags = stated, folder / FOLDER, flags
         for name, of in stated.items():
             logger.info("%s", sentence(f"client {name}", of))
 
@@ -106,12 +113,13 @@ class PrivateClients:
         """How the task's steps are made private.
 
         Raises:
-            InputError: the round has begun before from another state, or the run with other slices
-                or another noise.
+            InputError: the round has begun before from another state, or the run with other
+                slices, flags or another noise.
         """
         of = self.stated[task.name]
         secret = NoiseSecret(self.folder / f"{task.name}.json")
-        plan = json.dumps([task.client.slices, of.as_json()], sort_keys=True)
+        flags = dict(self.flags[task.name])
+        plan = json.dumps([task.client.slices, of.as_json(), flags], sort_keys=True)
         secret.begin("the run", hashlib.sha256(plan.encode()).hexdigest())
         title = f"round {task.round} of client {task.name}"
         parts = (task.state, task.extras, task.kept)

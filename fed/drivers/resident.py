@@ -50,6 +50,7 @@ from llava.train.private_model import check_model
 from llava.train.private_run import check_records
 from llava.train.private_trainer import PrivateTrainer
 from llava.train.session import Session, load_session
+from llava.train.settings import deciding_flags
 from llava.train.train import make_trainer
 from llava.transformers_private import release
 
@@ -165,7 +166,9 @@ class ResidentDriver(Driver):
         for dataset in self.datasets:
             check_records(dataset)
         stated = guarantees(run, cast(Any, self.clients), self.datasets)
-        return PrivateClients(stated, run.output_dir)
+        model_args, data_args = run.arguments[:2]
+        flags = {c.name: deciding_flags([model_args, data_args, c.args]) for c in self.clients}
+        return PrivateClients(stated, run.output_dir, flags)
 
     def run(
         self, tasks: Sequence[ClientTask], go_on: Callable[[], bool]

@@ -145,6 +145,10 @@ def read_ticket(given: Mapping[str, Any], site: str, allowed: frozenset[str]) ->
         value = given.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise InputError(f"the ticket's {name} is {value!r:.200}, a number is expected")
+    if given["kind"] in ("task", "sum") and given["round"] < 1:
+        raise InputError(
+            f"the ticket's round is {given['round']}, a {given['kind']} is of 1 or later"
+        )
     weight = given.get("weight")
     if not isinstance(weight, (int, float)) or not 0 < weight <= 1e30:
         raise InputError(f"the ticket's weight is {weight!r:.200}, a number above 0 is expected")

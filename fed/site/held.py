@@ -1,13 +1,14 @@
 """What a site holds of its tasks in a run with secure sums: no update leaves it.
 
 FOLDER/held/NNNN.safetensors is the round's state, what the method sends beside it, and the state
-that the task began with; its facts are the number of samples, and what the pictures have explained
-so far. The last round that counted and the newest are kept.
+that the task began with; its facts are the number of samples, what the pictures have explained so
+far, and how the run sums. The last round that counted and the newest are kept.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fed.clients import reliability
 from fed.clients.sum_client import Agreed, SumClient, SumRequest, sums_of
@@ -58,7 +59,11 @@ class Held:
             for part, state in zip(PARTS, (update.state, update.extras, base), strict=True)
             for name, tensor in state.items()
         }
-        facts = {"samples": update.num_samples, "explained": sums.get("")}
+        facts = {
+            "samples": update.num_samples,
+            "explained": sums.get(""),
+            "summed": self._summed(),
+        }
         save_with_facts(tensors, facts, self._file(ticket.round))
         for file in self.folder.glob("[0-9]*.safetensors"):
             if int(file.stem) not in (ticket.last_round, ticket.round):
@@ -103,12 +108,29 @@ class Held:
         if not file.exists():
             raise InputError(f"{file}: no such file; the task of round {round} was not done here")
         tensors, facts = load_with_facts(file, check)
+        if facts["summed"] != self._summed():
+            raise InputError(
+                f"the task of round {round} was for a sum by {facts['summed']}, "
+                f"it is asked for by {self._summed()}"
+            )
         parts: dict[str, State] = {part: {} for part in PARTS}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = tensor
         state, extras, base = (parts[part] for part in PARTS)
         return Own(state, base, float(facts["samples"]), extras, facts["explained"])
+
+    def _summed(self) -> dict[str, Any]:
+        """How the run sums: a site's update goes into such a sum alone."""
+        fed = self.run.arguments.fed
+        return {
+            "method": self.run.method.name,
+            "options": {name: str(value) for name, value in self.run.options.items()},
+            "explains": self.run.explains,
+            "least": fed.fed_secure_min,
+            "norm": fed.fed_secure_norm,
+            "shares": fed.fed_dp_shares,
+        }
 
     def _file(self, round: int) -> Path:
         return self.folder / f"{round:04d}.safetensors"

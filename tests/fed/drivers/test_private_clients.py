@@ -152,12 +152,13 @@ def test_a_round_from_another_state_is_not_trained_again(tmp_path):
     import torch
 
     of = Guarantee(8, 1e-6, 18, 0.65, 0.5, 1, 12, 4)
-    clients = PrivateClients({"a": of}, tmp_path)
+    flags = {"a": {"--learning_rate": "0.1"}}
+    clients = PrivateClients({"a": of}, tmp_path, flags)
     state = {"w": torch.zeros(3)}
     task = ClientTask(SimpleNamespace(name="a", slices=[[0], [1]]), state, 1, tmp_path)
     steps = clients.steps(task)
     assert (steps.clip, steps.noise, steps.task) == (0.5, 0.65, "round 1 of client a")
-    assert PrivateClients({"a": of}, tmp_path).steps(task).task == steps.task
+    assert PrivateClients({"a": of}, tmp_path, flags).steps(task).task == steps.task
     clients.steps(dataclasses.replace(task, round=2, state={"w": torch.ones(3)}))
     for change in ({"state": {"w": torch.ones(3)}}, {"extras": state}, {"kept": state}):
         with pytest.raises(InputError, match="round 1 of client a has begun before from another"):
@@ -166,7 +167,9 @@ def test_a_round_from_another_state_is_not_trained_again(tmp_path):
     with pytest.raises(InputError, match="the run has begun before from another state or under"):
         clients.steps(dataclasses.replace(task, client=other, round=2))
     with pytest.raises(InputError, match="the run has begun before"):
-        PrivateClients({"a": dataclasses.replace(of, noise=0.1)}, tmp_path).steps(task)
+        PrivateClients({"a": dataclasses.replace(of, noise=0.1)}, tmp_path, flags).steps(task)
+    with pytest.raises(InputError, match="the run has begun before"):
+        PrivateClients({"a": of}, tmp_path, {"a": {"--learning_rate": "0.2"}}).steps(task)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ BAD = [
     ({"nonce": "x/y"}, "nonce is 'x/y'"),
     ({"round": -1}, "round is -1"),
     ({"round": True}, "round is True"),
+    ({"round": 0}, "round is 0, a task is of 1 or later"),
+    ({"kind": "sum", "round": 0}, "round is 0, a sum is of 1 or later"),
     ({"last_round": "1"}, "last_round is '1'"),
     ({"from_round": 1.5}, "from_round is 1.5"),
     ({"state": None}, "state is None"),

@@ -6,11 +6,13 @@ import contextlib
 import json
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fed.clients.tensor_file import load_with_facts
+from fed.clients.update import Update
 from fed.remote.site_yaml import read_site
 from fed.remote.spool import Spool
 from fed.remote.ticket import Ticket
@@ -149,3 +151,21 @@ def test_a_site_prints_its_public_key(tiny, tmp_path, capsys):
 def test_bad_keys_in_site_yaml(tiny, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         read_site(site_yaml(tmp_path, tiny, "a", tmp_path, **changes))
+
+
+def test_a_tasks_update_goes_into_no_other_kind_of_sum(tmp_path):
+    def held(**changes):
+        flags = {"fed_secure_min": 8, "fed_secure_norm": 1000.0, "fed_dp_shares": True, **changes}
+        run = SimpleNamespace(
+            method=SimpleNamespace(name="fedavg"),
+            options={},
+            explains=False,
+            arguments=SimpleNamespace(fed=SimpleNamespace(**flags)),
+        )
+        return Held(None, run, tmp_path)
+
+    state = {"w": torch.ones(2)}
+    held().keep(Ticket("task", "0" * 32, "a", round=1), state, Update(state, 3, {}))
+    assert held()._own(1, check=True).weight == 3
+    with pytest.raises(InputError, match="the task of round 1 was for a sum by .*8.*asked for by"):
+        held(fed_secure_min=3)._own(1, check=True)
