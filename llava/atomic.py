@@ -66,7 +66,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def sync(folder: str | os.PathLike) -> None:
     """Bring all files below a folder, and their names, to the disk."""
-    for place, _, files in os.walk(folder):
+    for place, _, files in os.walk(os.fspath(folder)):
         for path in (*(Path(place, name) for name in files), Path(place)):
             descriptor = os.open(path, os.O_RDONLY)
             try:

@@ -165,9 +165,10 @@ class ResidentDriver(Driver):
         check_model(self.session.model)
         for dataset in self.datasets:
             check_records(dataset)
-        stated = guarantees(run, cast(Any, self.clients), self.datasets)
+        clients = cast(Any, self.clients)
+        stated = guarantees(run, clients, self.datasets)
         model_args, data_args = run.arguments[:2]
-        flags = {c.name: deciding_flags([model_args, data_args, c.args]) for c in self.clients}
+        flags = {c.name: deciding_flags([model_args, data_args, c.args]) for c in clients}
         return PrivateClients(stated, run.output_dir, flags)
 
     def run(
