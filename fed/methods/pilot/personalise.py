@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from fed.clients.store import FinishedRun
 from fed.methods.pilot.private_parameters import PrivateParameters
-from fed.methods.pilot.run import refuse_own_tasks
+from fed.methods.pilot.refusals import refuse_own_tasks
 from fed.methods.pilot.send import send
 from fed.state import check
 from llava.errors import InputError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fed.methods.pilot.refusals import refuse_own_tasks
 from llava.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,13 +51,6 @@ def prepare(specs: Sequence[ClientSpec], arguments: Arguments) -> Arguments:
             raise InputError(f"{WHO}: client {spec.name} of {fed.fed_clients} has no `task`")
     tasks = list(dict.fromkeys(_task_of(specs).values()))
     return arguments._replace(model=dataclasses.replace(model, pilot_tasks=tasks))
-
-
-def refuse_own_tasks(model: Any, who: str, why: str) -> None:
-    """Refuse the connector's flags that a run sets itself."""
-    for flag in ("pilot_tasks", "pilot_stage"):
-        if getattr(model, flag) != getattr(type(model)(), flag):
-            raise InputError(f"--{flag} has no place with {who}: {why}")
 
 
 def _task_of(specs: Sequence[ClientSpec]) -> dict[str, str]:

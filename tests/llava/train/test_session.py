@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+from llava.conversation import get_template
 from llava.errors import InputError
 from llava.train.arguments import DataArguments, parse
 from llava.train.data import make_supervised_data_module
@@ -64,9 +65,10 @@ def test_a_format_is_read_from_what_programs_for_upstream_fill(flags):
     data_args.version, data_args.mm_use_im_start_end = "v1", True
     data_args.is_multimodal = True
     found = SampleFormat.of_arguments(data_args)
-    assert found == SampleFormat("v1", is_multimodal=True, mm_use_im_start_end=True)
-    with pytest.raises(TypeError, match="version"):
-        SampleFormat.of_arguments(DataArguments())
+    expected = SampleFormat("v1", is_multimodal=True, image_tokens=None, mm_use_im_start_end=True)
+    assert found == expected
+    version = SampleFormat.of_arguments(DataArguments()).version
+    assert get_template(version).get_prompt() == get_template("vicuna_v1").get_prompt()
 
 
 def test_a_text_run_on_a_projectors_folder_saves_the_whole_model(flags, tiny, tmp_path):

@@ -75,7 +75,7 @@ def test_a_projector_only_run_saves_the_projector_and_upstreams_config(flags, ti
     assert {key: config[key] for key in expected} == expected
 
 
-def test_resume_is_exact_and_removes_what_a_killed_save_left(flags, tiny, tmp_path, capsys):
+def test_resume_is_exact_and_puts_away_what_a_killed_save_left(flags, tiny, tmp_path, capsys):
     saving = {"data_path": tiny / "a.json", "save_strategy": "steps", "save_steps": 1}
     train(argv=flags(**saving, output_dir=tmp_path / "whole"))
     for step in (2, 4):
@@ -87,7 +87,8 @@ def test_resume_is_exact_and_removes_what_a_killed_save_left(flags, tiny, tmp_pa
         (half / "trainer_state.json").write_text('{"global_step":')
         with progress_shown():
             assert last_checkpoint(str(cut)) == str(cut / f"checkpoint-{step}")
-        assert f"{half}: removed" in capsys.readouterr().out
+        said = f"{half}: cannot be continued; now called incomplete-{half.name}"
+        assert said in capsys.readouterr().out
         train(argv=flags(**saving, output_dir=cut))
         a, b = ((tmp_path / n / "mm_projector.bin").read_bytes() for n in ("whole", cut.name))
         assert a == b
