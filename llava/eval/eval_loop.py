@@ -30,6 +30,7 @@ from llava.eval.answer import (
     single_turn,
 )
 from llava.eval.questions import answer_id, get_chunk
+from llava.process_group import end_process_group
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -256,4 +257,4 @@ def _leave() -> None:
     import torch.distributed
 
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_process_group()

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from llava.errors import InputError
+from llava.process_group import end_process_group
 from llava.train.arguments import check_deepspeed, modernise
 
 
@@ -47,12 +48,4 @@ def start_process_group(argv: Sequence[str] | None = None) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(_end_process_group)
-
-
-def _end_process_group() -> None:
-    """Join the group's threads: a process that ends over one of them may abort, its work done."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    atexit.register(end_process_group)
