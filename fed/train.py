@@ -27,8 +27,10 @@ from fed.drivers.worker_group import WorkerGroup
 from fed.server.heldout import Measure, evaluation_set, measurer
 from fed.server.loop import RoundLoop, Secure
 from fed.server.resume_key import settings_of
+from fed.server.round_state import RoundState
 from fed.server.tracking import RunLogger
-from llava.errors import one_clear_error
+from llava.errors import InputError, one_clear_error
+from llava.folder_lock import sole_run
 from llava.progress import progress_shown
 from llava.train import private_run, private_statement
 from llava.train.distributed import start_process_group
@@ -63,7 +65,10 @@ def _train(argv: list[str], kind: type[Driver], group: WorkerGroup) -> None:
     logger = RunLogger(arguments.training, reporters if group.main else [])
 
     run = Run(specs, arguments, client_args, method, options, logger.of_client, group)
-    with contextlib.closing(kind(run)) as driver:
+    with (
+        sole_run(run.output_dir, main=run.main and group.main),
+        contextlib.closing(kind(run)) as driver,
+    ):
         _run(run, driver, logger)
 
 
@@ -97,15 +102,34 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
     logger.start()
     if fed_args.private and run.main and group.main:
         private_statement.write(run.output_dir, _guarantees(run, driver))
-    final = loop.run(driver.initial)
-    driver.store.config.use_cache = True
-    if group.main:
-        driver.store.export(final, functools.partial(loop.sent, final), run.output_dir)
-        if fed_args.private:
-            title = f"{len(run.specs)} clients by {method.name}"
-            own = [run.output_dir / "clients" / name for name in final.personal]
-            private_run.finish(run.output_dir, _guarantees(run, driver), title, own)
+    try:
+        final = loop.run(driver.initial)
+    except InputError:
+        # What a store brings together from all ranks is left to a run of one process.
+        alone = arguments.training.world_size == 1 or method.store is None
+        if loop.state is not None and loop.state.round and alone:
+            if run.main and group.main:
+                print(f"the model after round {loop.state.round} is left:", flush=True)
+            _export(run, driver, loop, loop.state, over=False)
+        raise
+    _export(run, driver, loop, final)
     logger.close()
+
+
+def _export(
+    run: Run, driver: Driver, loop: RoundLoop, state: RoundState, over: bool = True
+) -> None:
+    """Write the checkpoints of a round; unless the run is `over`, sites are told nothing of it."""
+    store = driver.store
+    store.config.use_cache = True
+    if not run.group.main:
+        return
+    export = store.export if over or driver.data_here else store.export_shared
+    export(state, functools.partial(loop.sent, state), run.output_dir)
+    if run.arguments.fed.private:
+        title = f"{len(run.specs)} clients by {run.method.name}"
+        own = [run.output_dir / "clients" / name for name in state.personal]
+        private_run.finish(run.output_dir, _guarantees(run, driver), title, own)
 
 
 def _secure(fed_args: FedArguments) -> Secure | None:

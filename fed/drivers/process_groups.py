@@ -121,18 +121,6 @@ def unwound_by_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold `folder` for this process alone; `InputError` with `refusal` if another one does."""
-    lock = try_lock(folder / _LOCK)
-    if lock is None:
-        raise InputError(refusal)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[int]:
     """Hold `folder`, once a process that a killed run has left at work there is ended.
 

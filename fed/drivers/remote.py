@@ -36,7 +36,6 @@ from fed.methods.interface.checks import check_not_zero
 from fed.remote.board import Board
 from fed.remote.courier import AWAY, RemoteFlags, make_courier
 from fed.remote.hello import Hello, model_fingerprint, read_hello, versions
-from fed.remote.lock import Lock
 from fed.remote.spool import Answer, Spool
 from fed.remote.state_file import Sender
 from fed.remote.ticket import Ticket, flags_of
@@ -106,8 +105,6 @@ class RemoteDriver(Driver):
         self.flags_sent = flags_of(run)
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
-            lock = Lock(self.folder, f"--output_dir {run.output_dir}: another run is at work there")
-            opened.callback(lock.release)
             self.run_name = run_name(self.folder)
             names = [spec.name for spec in run.specs]
             self.spools = {name: Spool(self.folder / "spool" / name, name) for name in names}
@@ -514,8 +511,11 @@ class _Store(ClientStore):
         self.inner, self.part_with = inner, part_with
 
     def export(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
-        self.inner.export_shared(final, sent, output_dir)
+        self.export_shared(final, sent, output_dir)
         self.part_with(final, sent)
+
+    def export_shared(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
+        self.inner.export_shared(final, sent, output_dir)
 
 
 def _nothing(task: ClientTask) -> Update:

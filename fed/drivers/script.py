@@ -42,7 +42,7 @@ from fed.clients.wire import carried
 from fed.drivers.client_process import PROCESS_KEYS, ProcessSpec, read_process
 from fed.drivers.driver import Driver, Run, driver
 from fed.drivers.flags import CommandFlags, ParallelFlags, TryFlags
-from fed.drivers.process_groups import ProcessGroups, locked, sole_use, unwound_by_signals
+from fed.drivers.process_groups import ProcessGroups, sole_use, unwound_by_signals
 from fed.drivers.script_clients import make_clients
 from fed.drivers.start import as_one_process, starting_point
 from fed.state import State, StateError
@@ -110,8 +110,7 @@ class ScriptDriver(Driver):
         if not tasks:
             return
         (self.output_dir / "logs").mkdir(parents=True, exist_ok=True)
-        refusal = f"--output_dir {self.output_dir}: another run is at work there"
-        with locked(self.output_dir / "logs", refusal), unwound_by_signals():
+        with unwound_by_signals():
             yield from self._side_by_side(tasks, go_on)
 
     def _side_by_side(

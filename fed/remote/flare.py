@@ -30,10 +30,10 @@ from typing import IO, TYPE_CHECKING
 
 from fed.remote.certificate import INSTALL
 from fed.remote.courier import AWAY, CONNECTED, CONNECTING, Courier, RemoteFlags, SiteCourier
-from fed.remote.lock import Lock, is_held
 from fed.remote.policy import Kit, check_kit
 from fed.remote.spool import Spool
 from llava.errors import InputError
+from llava.folder_lock import Lock, is_held
 from llava.json_files import read_json
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from nvflare.apis.signal import Signal
 from fed.remote.exchange import LostError, Message, ServerEnd, SiteEnd
 from fed.remote.flare import END, HEARD, REPORT, RUN, SILENCE, SPOOL_VARIABLE
 from fed.remote.flare_process import end_with_parent
-from fed.remote.lock import Lock
 from fed.remote.policy import withdrawn
 from fed.remote.spool import Spool
 from llava.atomic import write_text
 from llava.errors import InputError, reason
+from llava.folder_lock import Lock
 
 _TOPIC = "fedllava.exchange"
 _MESSAGE = "message"

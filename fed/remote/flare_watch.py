@@ -19,10 +19,10 @@ from nvflare.fuel.flare_api.flare_api import new_secure_session
 
 from fed.remote.flare import END, HEARD, STARTING, WATCH, changed, heard, no_answer, run_of
 from fed.remote.flare_process import end_with_parent
-from fed.remote.lock import is_held
 from fed.remote.policy import SERVER_CLASS, SITE_CLASS, check_kit
 from llava.atomic import write_text
 from llava.errors import reason
+from llava.folder_lock import is_held
 
 _PACE = 2.0  # seconds between two looks
 _CALM = 30.0  # seconds without a silent site after which there is nothing to watch

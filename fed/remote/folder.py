@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fed.remote.courier import AWAY, CONNECTED, Courier, RemoteFlags, SiteCourier
-from fed.remote.lock import Lock
 from fed.remote.site_yaml import SiteConfig
 from fed.remote.spool import Spool
+from llava.folder_lock import Lock
 from llava.processes import name_of
 
 ALIVE = "alive"

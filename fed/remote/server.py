@@ -18,10 +18,10 @@ from pathlib import Path
 
 from fed.remote.flare import check_installed, warn_of_end
 from fed.remote.flare_process import run_flare
-from fed.remote.lock import Lock
 from fed.remote.policy import check_kit, server_resources
 from llava.atomic import write_text
 from llava.errors import InputError, one_clear_error
+from llava.folder_lock import Lock
 
 
 def serve(folder: Path) -> None:

@@ -106,6 +106,7 @@ class RoundLoop:
     main: bool = True
     follows: bool = False
     barrier: Callable[[], None] = lambda: None
+    state: RoundState | None = field(default=None, init=False)  # of the last round that is whole
 
     @property
     def _folder(self) -> Path:
@@ -117,12 +118,12 @@ class RoundLoop:
 
     def run(self, initial: State) -> RoundState:
         """Run all rounds that are left, from `initial` if none was; returns the last state."""
-        state = self._resume(initial)
+        self.state = self._resume(initial)
         self.barrier()
         self._watch = Stopwatch()
-        while state.round < self.rounds:
-            state = self._round(state)
-        return state
+        while self.state.round < self.rounds:
+            self.state = self._round(self.state)
+        return self.state
 
     def _resume(self, initial: State) -> RoundState:
         self._records = Records(self.output_dir)

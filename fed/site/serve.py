@@ -16,7 +16,6 @@ from fed.clients.update import Update, save_update
 from fed.clients.wire import WIRES, encode
 from fed.remote.courier import SiteCourier, make_site_courier
 from fed.remote.hello import Hello
-from fed.remote.lock import Lock
 from fed.remote.site_yaml import SiteConfig
 from fed.remote.spool import Spool
 from fed.remote.state_file import read_state
@@ -24,6 +23,7 @@ from fed.remote.ticket import Ticket, read_ticket
 from fed.site.trainer import Trainer, make_run, remove_run
 from llava.atomic import own_name, write_text
 from llava.errors import InputError
+from llava.folder_lock import Lock
 from llava.json_files import read_json
 from llava.train.private_statement import sentence
 

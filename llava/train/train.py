@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.conversation import get_template
 from llava.errors import InputError, one_clear_error, reason
+from llava.folder_lock import sole_run
 from llava.model.lora import find_all_linear_names
 from llava.progress import progress_shown
 from llava.train import private_run, private_statement
@@ -162,13 +163,24 @@ def train(attn_implementation: str | None = None, argv: Sequence[str] | None = N
         check_goes_with(training_args)
     if training_args.eval_strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {training_args.eval_strategy} needs --eval_data_path")
-    prepare_output(training_args)
     if model_args.version:
         get_template(model_args.version)
     for flag in ("data_path", "eval_data_path"):
         file = getattr(data_args, flag)
         if file and not os.path.exists(file):
             raise InputError(f"--{flag} {file}: no such file")
+    prepare_output(training_args)
+    with sole_run(training_args.output_dir, main=training_args.process_index == 0):
+        _train(model_args, data_args, training_args, privacy)
+
+
+def _train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    privacy: PrivacyArguments,
+) -> None:
+    """A run whose flags are good."""
     settings = training_settings(model_args, data_args, training_args, privacy)
     checkpoint = starting_point(training_args, settings)
     if privacy.private and private_statement.finished(Path(training_args.output_dir)):

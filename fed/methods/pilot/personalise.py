@@ -24,6 +24,7 @@ from fed.methods.pilot.refusals import refuse_own_tasks
 from fed.methods.pilot.send import send
 from fed.state import check
 from llava.errors import InputError
+from llava.folder_lock import sole_run
 from llava.model.trainable_part import trainable_part
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.distributed import start_process_group
@@ -63,6 +64,20 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     tasks = [task, *(other for other in known if other != task)]
     model_args = dataclasses.replace(cast(Any, model_args), pilot_tasks=tasks)
     prepare_output(training_args)
+    with sole_run(training_args.output_dir, main=training_args.process_index == 0):
+        _fit(folder, task, run, model_args, data_args, training_args)
+
+
+def _fit(
+    folder: Path,
+    task: str,
+    run: FinishedRun,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> None:
+    """Fit them to the state of a finished run that lies in `folder`."""
+    known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
     settings = training_settings(model_args, data_args, training_args)
     settings |= {
         "--pilot_task": task,
@@ -83,7 +98,7 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     own.connector.train_groups("client", *(() if task in known else ("task",)))
     trained = sum(p.numel() for p in session.model.parameters() if p.requires_grad)
     if not trained:
-        why = f"it has one task, {task}" if tasks == [task] else "--pilot_mixture is False"
+        why = f"it has one task, {task}" if set(known) <= {task} else "--pilot_mixture is False"
         raise InputError(f"--pilot_run {folder}: {why}, so there is nothing to fit")
     kind = "a client of the known" if task in known else "the new"
     logger.info("%s task %s: %d parameters train", kind, task, trained)

@@ -484,17 +484,6 @@ def test_bad_flags(flags, tmp_path, entry, changes, message):
         train(flags(fed_clients=names, **{**REMOTE, **changes}))
 
 
-def test_two_runs_in_one_output_dir(sites, tmp_path):
-    from fed.remote.lock import Lock
-    from llava.processes import name_of
-
-    (tmp_path / "out" / "fed").mkdir(parents=True)
-    held = Lock(tmp_path / "out" / "fed", "")
-    with pytest.raises(InputError, match=f"another run is at work there .{name_of()}"):
-        sites()
-    held.release()
-
-
 def test_states_are_written_once_for_all_sites(sites):
     from fed.remote.spool import STATE
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fed import state
+from fed.server.round_state import RoundState
 from fed.train import train
 from llava.errors import InputError
 from llava.processes import name_of
@@ -276,14 +277,28 @@ def test_what_scripts_leave_travels_in_the_form_that_is_asked_for(fake, tmp_path
         assert torch.allclose(found["model.mm_projector.0.bias"], torch.tensor(value), atol=1e-5)
 
 
-def test_only_one_run_is_at_work_in_a_folder(fake, tmp_path):
-    from fed.drivers.process_groups import locked
+def test_a_run_that_stops_leaves_the_model_of_its_last_round(fake, tmp_path, capfd):
+    fake(out="whole")
+    seen, fixed = tmp_path / "seen", tmp_path / "fixed"
+    second = f"[ ! -e {seen} ] || [ -e {fixed} ] || exit 3; touch {seen}"
+    with pytest.raises(InputError, match="client b.* ended with exit code 3"):
+        fake(b=do(DO=second))
+    assert "the model after round 1 is left" in capfd.readouterr().out
+    left, whole = (tmp_path / out / "mm_projector.bin" for out in ("run", "whole"))
+    server = RoundState.load(tmp_path / "run" / "fed")
+    assert server.round == 1
+    for name, tensor in state.load(left).items():
+        assert torch.equal(tensor, server.shared[name])
+    assert (tmp_path / "run" / "config.json").exists()
+    fixed.touch()
+    fake(b=do(DO=second))
+    assert left.read_bytes() == whole.read_bytes()
 
-    (tmp_path / "run" / "logs").mkdir(parents=True)
-    busy = pytest.raises(InputError, match="another run is at work there")
-    with locked(tmp_path / "run" / "logs", "busy"), busy:
-        fake()
-    assert len(fake()) == 2
+
+def test_a_run_that_stops_in_its_first_round_leaves_no_model(fake, tmp_path):
+    with pytest.raises(InputError, match="exit code 3"):
+        fake(b=do(DO="exit 3"))
+    assert not (tmp_path / "run" / "mm_projector.bin").exists()
 
 
 def test_killed_and_started_again_ends_the_orphan_and_gives_the_same_bits(

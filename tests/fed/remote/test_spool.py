@@ -112,7 +112,7 @@ def test_a_file_that_was_cut_or_changed_or_is_gone_is_refused(spool):
 
 def test_other_files_are_let_be(spool):
     key, _ = asked(spool)
-    for name in ("lock", "alive", "notes.txt", f"x{REQUEST}", f"{key[:-1]}{DONE}"):
+    for name in (".lock", "alive", "notes.txt", f"x{REQUEST}", f"{key[:-1]}{DONE}"):
         (spool.folder / name).write_text("x")
     assert spool.requests() == [key]
     spool.forget()

@@ -1,0 +1,77 @@
+"""A run has its --output_dir to itself, whatever entry or driver it is of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fed.train import train as fed_train
+from llava.errors import InputError
+from llava.folder_lock import Lock, is_held, sole_run
+from llava.processes import name_of
+from llava.train.train import train as llava_train
+
+# Two runs may begin in one second; a holder's children may outlive it for a moment.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from llava.folder_lock import Lock
+
+lock = Lock(Path(sys.argv[1]), "")
+if os.fork() == 0:
+    time.sleep(float(sys.argv[2]))
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def refused():
+    return pytest.raises(InputError, match=f"another run is at work there .{name_of()}, as HOST")
+
+
+def test_a_second_run_is_refused(flags, tiny, tmp_path):
+    (tmp_path / "clients.yaml").write_text(f"clients:\n  - {{name: a, data_path: {tiny}/a.json}}\n")
+    federated = {"fed_clients": tmp_path / "clients.yaml", "fed_rounds": 1}
+    output = tmp_path / "out"
+    output.mkdir()
+    with sole_run(output):
+        with refused():
+            llava_train(argv=flags(data_path=tiny / "a.json", max_steps=1, output_dir=output))
+        with refused():
+            fed_train(flags(**federated, output_dir=output))
+        script = {"fed_driver": "script", "fed_client_command": "true"}
+        with refused():
+            fed_train(flags(**federated, **script, output_dir=output))
+        with refused():
+            fed_train(flags(fed_clients=_site(tmp_path), fed_driver="remote", output_dir=output))
+    assert [path.name for path in output.iterdir()] == [".lock"]
+    llava_train(argv=flags(data_path=tiny / "a.json", max_steps=1, output_dir=output))
+
+
+def _site(folder):
+    (folder / "sites.yaml").write_text("clients:\n  - {name: a}\n")
+    return folder / "sites.yaml"
+
+
+def test_of_those_that_run_together_one_holds_it(tmp_path):
+    with sole_run(tmp_path), sole_run(tmp_path, main=False):
+        assert is_held(tmp_path)
+    assert not is_held(tmp_path)
+
+
+@pytest.mark.parametrize("outlives", [0, 2])
+def test_a_killed_holder_gives_it_back_with_its_last_child(tmp_path, outlives):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path), str(outlives)], stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match=rf"busy \([\w-]+\.{holder.pid}\."):
+        Lock(tmp_path, "busy")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    Lock(tmp_path, "busy").release()
