@@ -146,6 +146,11 @@ def fingerprint(state: State) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(state: State) -> dict[str, str]:
+    """Those of each tensor with its name, by name."""
+    return {name: fingerprint({name: tensor}) for name, tensor in state.items()}
+
+
 def _check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise StateError(f"{path}: a state's file ends in {' or '.join(SUFFIXES)}")

@@ -2,13 +2,16 @@
 
 The server asks for one step of one exchange at a time. What a client adds to an exchange's sum are
 the terms of its method's `Sums`, of what its task has left. It trusts the server with nothing: the
-exchange's name has the digest of what the server gives for it, and every signature covers that
-name, so that clients that are given different tensors cannot take part in one sum; and range and
-names of the terms are what client and run have agreed on.
+exchange's name has the digest of what the server gives for it, of the flags of the task and of what
+the task began with, and every signature covers that name: clients that were given different ones
+cannot take part in one sum, so that none is made to stand still beside another. Range and names of
+the terms are what client and run have agreed on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 
 from fed.methods.interface.explained_sums import ExplainedSums
 from fed.methods.interface.method import Method
-from fed.methods.interface.sums import Own, Sums
+from fed.methods.interface.sums import Own, Sums, begun_with
 from fed.privacy.client import Client
 from fed.privacy.keys import Ed25519PrivateKey
 from fed.privacy.layout import Layout
@@ -24,6 +27,9 @@ from fed.privacy.terms import Terms
 from fed.state import State, fingerprint
 from llava.errors import InputError
 
+_COVERS = (
+    "; it covers what is given for the sum, the run's flags, and what the round's task began with"
+)
 _SPREAD = 2.0**-20  # of a bound: the rounding with which terms may be beyond it
 
 
@@ -38,6 +44,7 @@ class Agreed:
         norm: the largest Euclidean norm of what a client sends, or of one layer of it.
         least: the fewest clients whose sum the server may learn.
         threshold: how many clients it takes to unmask a sum; None: the usual number.
+        settings: a digest of the flags that all clients train with.
     """
 
     run: str
@@ -46,6 +53,7 @@ class Agreed:
     norm: float
     least: int = 3
     threshold: int | None = None
+    settings: str = ""
 
     def layout(self, sums: Sums, terms: State, clients: int) -> Layout:
         """The layout of the vectors of `clients` clients with terms like these."""
@@ -81,9 +89,16 @@ def sums_of(method: Method, options: Mapping[str, Any], explains: bool) -> Sums:
     return ExplainedSums(sums) if explains else sums
 
 
-def exchange_name(exchange: int, given: State) -> str:
-    """The name of an exchange in its terms: the number, and a digest of what is given for it."""
-    return f"e{exchange}-{fingerprint(given)[:56]}"
+def exchange_name(exchange: int, given: State, settings: str, begun: Mapping[str, str]) -> str:
+    """The name of an exchange in its terms: the number, and a digest of what is given for it, of
+    `Agreed.settings`, and of what all its clients have begun with (`begun_with`)."""
+    about = json.dumps([fingerprint(given), settings, sorted(begun.items())])
+    return f"e{exchange}-{hashlib.sha256(about.encode()).hexdigest()[:56]}"
+
+
+def common_of(sums: Sums, exchange: int, begun: Mapping[str, str]) -> dict[str, str]:
+    """Of the digests of `begun_with` those that an exchange's name covers."""
+    return {name: begun[name] for name in sums.common(exchange, begun)}
 
 
 class SumClient:
@@ -109,10 +124,11 @@ class SumClient:
         self.name, self.folder = name, folder
         self._key, self._trusted = key, trusted
         self._sums, self._own, self._agreed = sums, own, agreed
-        if not 0 <= own.weight <= agreed.weight:
+        if not 0 < own.weight <= agreed.weight:
             raise InputError(
-                f"client {name}: its weight is beyond {agreed.weight:g}, the most that was agreed"
+                f"client {name}: its weight is not above 0 and at most {agreed.weight:g}, as agreed"
             )
+        self._begun = begun_with(own.base) if own.begun is None else own.begun
 
     def answer(self, request: SumRequest) -> bytes | bytearray:
         """The client's message for a step; the same request has the same answer.
@@ -153,13 +169,18 @@ class SumClient:
         expected = {
             "run": self._agreed.run,
             "round": self._agreed.round,
-            "exchange": exchange_name(request.exchange, request.given),
+            "exchange": exchange_name(
+                request.exchange,
+                request.given,
+                self._agreed.settings,
+                common_of(self._sums, request.exchange, self._begun),
+            ),
         }
         for name, value in expected.items():
             if getattr(terms, name) != value:
                 raise InputError(
                     f"client {self.name}: the terms' {name} is {getattr(terms, name)!r}, "
-                    f"expected {value!r}"
+                    f"expected {value!r}" + _COVERS * (name == "exchange")
                 )
         return terms
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from fed.clients.sum_client import Agreed, SumClient, SumRequest
 from fed.clients.task import ClientError, ClientTask
 from fed.clients.update import load_update
-from fed.methods.interface.sums import Own, Sums
+from fed.methods.interface.sums import Own, Sums, begun_with
 from llava.errors import InputError
 
 
@@ -50,6 +50,7 @@ class SumsHere:
 
         self.folder, self.sums, self.agreed, self.explained = folder, sums, agreed, explained
         self._tasks = {task.name: task for task in tasks}
+        self._begun: dict[str, dict[str, str]] = {}
         files = {name: folder / name / "signing.pem" for name in self._tasks}
         for file in files.values():
             if not file.exists():
@@ -70,6 +71,15 @@ class SumsHere:
         task = self._tasks[name]
         update = load_update(task.update_file, check=False)
         explained = self.explained.get(name)
-        own = Own(update.state, task.state, float(update.num_samples), update.extras, explained)
+        if name not in self._begun:
+            self._begun[name] = begun_with(task.state, task.extras)
+        own = Own(
+            update.state,
+            task.state,
+            float(update.num_samples),
+            update.extras,
+            explained,
+            self._begun[name],
+        )
         key, place = self._keys[name], self.folder / name
         return SumClient(name, key, self.keys, place, self.sums, own, self.agreed)

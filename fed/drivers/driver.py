@@ -158,6 +158,11 @@ class Driver(ABC):
         """
         return [client for client in self.clients if client.samples(round) > 0]
 
+    @property
+    def common_settings(self) -> str:
+        """A digest of the flags that clients elsewhere all train with."""
+        return ""
+
     def summing(
         self,
         folder: Path,

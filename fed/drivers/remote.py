@@ -38,7 +38,7 @@ from fed.remote.courier import AWAY, RemoteFlags, make_courier
 from fed.remote.hello import Hello, model_fingerprint, read_hello, versions
 from fed.remote.spool import Answer, Spool
 from fed.remote.state_file import Sender
-from fed.remote.ticket import Ticket, flags_of
+from fed.remote.ticket import Ticket, digest_of, flags_of
 from llava.atomic import write_text
 from llava.errors import InputError
 from llava.json_files import read_json
@@ -103,6 +103,8 @@ class RemoteDriver(Driver):
         self.session = start.session if run.arguments.fed.fed_eval_data_path else None
         self.store: ClientStore = _Store(start.store, self._part_with)
         self.flags_sent = flags_of(run)
+        if run.arguments.fed.fed_secure:
+            _check_alike(run.specs)
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
             self.run_name = run_name(self.folder)
@@ -386,6 +388,10 @@ class RemoteDriver(Driver):
 
     # Secure sums.
 
+    @property
+    def common_settings(self) -> str:
+        return digest_of(self.flags_sent)
+
     def summing(
         self,
         folder: Path,
@@ -516,6 +522,16 @@ class _Store(ClientStore):
 
     def export_shared(self, final: FinishedRun, sent: Sent, output_dir: Path) -> None:
         self.inner.export_shared(final, sent, output_dir)
+
+
+def _check_alike(specs: Sequence[ClientSpec]) -> None:
+    """Refuse flags of single clients, by which a server could make the others stand still."""
+    for spec in specs:
+        if spec.overrides:
+            raise InputError(
+                f"--fed_secure True: client {spec.name} has {min(spec.overrides)} of its own in "
+                "clients.yaml; there a site's own flags are those in its site.yaml"
+            )
 
 
 def _nothing(task: ClientTask) -> Update:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from llava.errors import InputError
 from llava.model.multimodal_projector.connector import connector_flags
 from llava.suggest import did_you_mean
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Counts up when tickets or answers change; both sides must have the same."""
 
 KINDS = ("hello", "task", "sum", "stop")
@@ -225,6 +226,11 @@ def _word(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     return "none" if value is None else str(value)
+
+
+def digest_of(flags: Mapping[str, Flag]) -> str:
+    """A digest of a ticket's flags."""
+    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
 
 
 def words(flags: Mapping[str, Flag]) -> list[str]:

@@ -385,14 +385,22 @@ class RoundLoop:
         round = tasks[0].round
         heaviest = max(task.client.samples(round) for task in tasks)
         name = run_name(self._folder)
-        agreed = Agreed(name, round, float(heaviest), self.secure.norm, self.secure.least)
+        agreed = Agreed(
+            name,
+            round,
+            float(heaviest),
+            self.secure.norm,
+            self.secure.least,
+            settings=self.driver.common_settings,
+        )
         sums = sums_of(self.method, self.options, self.explains)
         clients = self.driver.summing(self._folder / "sums", tasks, sums, agreed, explained)
         secure = SecureSums(self._round_folder(round), agreed, clients.keys, clients.ask)
         names = [task.name for task in tasks]
         of_task = [self.task_of.get(name, "") for name in names]
         total = len(self.driver.clients)
-        known = Round(state.shared, state.memory, len(tasks), total, names, of_task)
+        sent = for_clients(state.memory) if self.method.send is None else {}
+        known = Round(state.shared, state.memory, len(tasks), total, names, of_task, sent)
         try:
             return secure.outcome(sums, known)
         finally:

@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from fed.clients.sum_client import Agreed, SumRequest, exchange_name
+from fed.clients.sum_client import Agreed, SumRequest, common_of, exchange_name
 from fed.clients.task import ClientError
 from fed.clients.tensor_file import load_with_facts, save_with_facts
 from fed.methods.interface.method import Outcome
-from fed.methods.interface.sums import Given, Groups, Own, Round, Summed, Sums
+from fed.methods.interface.sums import Given, Groups, Own, Round, Summed, Sums, begun_with
 from fed.privacy.client_memory import STEPS
 from fed.privacy.server import Server
 from fed.privacy.terms import Terms
@@ -57,6 +57,7 @@ class SecureSums:
         """
         server = sums.exchanges(round)
         given, there = next(server), list(self.sites)
+        self._begun = begun_with(round.base, round.sent)
         exchange = 0
         while True:
             total, there = self._exchange(sums, round, exchange, given, there)
@@ -73,12 +74,14 @@ class SecureSums:
         """The sums of an exchange, or by its groups' names `Summed`, and whose they are."""
         folder = self.folder / f"sum-{exchange}"
         if not isinstance(given, Groups):
-            return self._sum(folder, sums, round, exchange, given, asked)
+            begun = common_of(sums, exchange, self._begun)
+            return self._sum(folder, sums, round, exchange, given, begun, asked)
         totals, there = {}, set[str]()
         for number, (name, group) in enumerate(given.items()):
             place, clients = folder / str(number), [n for n in asked if n in group.clients]
             try:
-                found = self._sum(place, sums, round, exchange, group.given, clients)
+                begun = begun_with(group.base)
+                found = self._sum(place, sums, round, exchange, group.given, begun, clients)
             except InputError as error:
                 raise InputError(f"the sum of {name}: {error}") from None
             totals[name], there = Summed(*found), there.union(found[1])
@@ -91,12 +94,13 @@ class SecureSums:
         round: Round,
         exchange: int,
         given: State,
+        begun: Mapping[str, str],
         asked: list[str],
     ) -> tuple[State, list[str]]:
         """A sum of an exchange, and whose it is."""
         file = folder / "total.safetensors"
         if not file.exists():
-            terms = self._attempt(folder, sums, round, exchange, given, asked)
+            terms = self._attempt(folder, sums, round, exchange, given, begun, asked)
             server = Server(terms)
             try:
                 self._steps(folder, server, exchange, given)
@@ -119,6 +123,7 @@ class SecureSums:
         round: Round,
         exchange: int,
         given: State,
+        begun: Mapping[str, str],
         asked: list[str],
     ) -> Terms:
         """The terms of the attempt that was begun, or of a new one."""
@@ -131,7 +136,7 @@ class SecureSums:
         terms = Terms.new(
             self.agreed.run,
             self.agreed.round,
-            exchange_name(exchange, given),
+            exchange_name(exchange, given, self.agreed.settings, begun),
             {name: self.sites[name] for name in asked},
             self.agreed.layout(sums, like, len(asked)),
             self.agreed.threshold,

@@ -2,7 +2,8 @@
 
 FOLDER/held/NNNN.safetensors is the round's state, what the method sends beside it, and the state
 that the task began with; its facts are the number of samples, what the pictures have explained so
-far, and how the run sums. The last round that counted and the newest are kept.
+far, how the run sums, and digests of what the task began with. The last round that counted and the
+newest are kept.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from fed.clients.sum_client import Agreed, SumClient, SumRequest, sums_of
 from fed.clients.tensor_file import load_with_facts, save_with_facts
 from fed.clients.update import Update
 from fed.drivers.driver import Run
-from fed.methods.interface.sums import Own
+from fed.methods.interface.sums import Own, begun_with
 from fed.privacy.keys import make_site_key, read_site_key
 from fed.remote.site_yaml import SiteConfig
 from fed.remote.sums import MESSAGE, TERMS, bytes_of
-from fed.remote.ticket import Ticket
+from fed.remote.ticket import Ticket, digest_of
 from fed.server.reliability import gathered_sums
 from fed.server.round_metrics import OPEN
 from fed.state import State
@@ -46,8 +47,12 @@ class Held:
             make_site_key(file)
         return read_site_key(file).public_key().public_bytes_raw().hex()
 
-    def keep(self, ticket: Ticket, base: State, update: Update) -> Update:
-        """Keep a task's update; returns what is told of it."""
+    def keep(self, ticket: Ticket, base: State, sent: State, update: Update) -> Update:
+        """Keep a task's update; returns what is told of it.
+
+        Args:
+            base, sent: the state that the task began with, and what was sent beside it.
+        """
         earlier = {}
         if ticket.last_round:
             explained = load_with_facts(self._file(ticket.last_round))[1]["explained"]
@@ -62,7 +67,8 @@ class Held:
         facts = {
             "samples": update.num_samples,
             "explained": sums.get(""),
-            "summed": self._summed(),
+            "summed": self._summed(ticket),
+            "begun": begun_with(base, sent),
         }
         save_with_facts(tensors, facts, self._file(ticket.round))
         for file in self.folder.glob("[0-9]*.safetensors"):
@@ -89,7 +95,14 @@ class Held:
         )
         fed = self.run.arguments.fed
         least = max(fed.fed_secure_min, self.config.secure_min)
-        agreed = Agreed(ticket.run, ticket.round, ticket.weight, fed.fed_secure_norm, least)
+        agreed = Agreed(
+            ticket.run,
+            ticket.round,
+            ticket.weight,
+            fed.fed_secure_norm,
+            least,
+            settings=digest_of(ticket.flags),
+        )
         sums = sums_of(self.run.method, self.run.options, self.run.explains)
         client = SumClient(
             self.config.name,
@@ -97,30 +110,32 @@ class Held:
             {name: bytes.fromhex(key) for name, key in self.config.trust.items()},
             self.folder,
             sums,
-            self._own(ticket.round, check=ticket.step == "MaskedInputCollection"),
+            self._own(ticket, check=ticket.step == "MaskedInputCollection"),
             agreed,
         )
         return client.answer(request)
 
-    def _own(self, round: int, check: bool) -> Own:
+    def _own(self, ticket: Ticket, check: bool) -> Own:
         """What the round's task has left; `check` reads all of it, for the step that uses it."""
+        round = ticket.round
         file = self._file(round)
         if not file.exists():
             raise InputError(f"{file}: no such file; the task of round {round} was not done here")
         tensors, facts = load_with_facts(file, check)
-        if facts["summed"] != self._summed():
+        if facts["summed"] != self._summed(ticket):
             raise InputError(
                 f"the task of round {round} was for a sum by {facts['summed']}, "
-                f"it is asked for by {self._summed()}"
+                f"it is asked for by {self._summed(ticket)}"
             )
         parts: dict[str, State] = {part: {} for part in PARTS}
         for key, tensor in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = tensor
         state, extras, base = (parts[part] for part in PARTS)
-        return Own(state, base, float(facts["samples"]), extras, facts["explained"])
+        samples = float(facts["samples"])
+        return Own(state, base, samples, extras, facts["explained"], facts["begun"])
 
-    def _summed(self) -> dict[str, Any]:
+    def _summed(self, ticket: Ticket) -> dict[str, Any]:
         """How the run sums: a site's update goes into such a sum alone."""
         fed = self.run.arguments.fed
         return {
@@ -130,6 +145,7 @@ class Held:
             "least": fed.fed_secure_min,
             "norm": fed.fed_secure_norm,
             "shares": fed.fed_dp_shares,
+            "flags": ticket.flags,
         }
 
     def _file(self, round: int) -> Path:

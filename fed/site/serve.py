@@ -118,7 +118,7 @@ class Site:
         update = trainer.fit(ticket, key, state, extras, _teller(spool, key))
         file = own_name(spool.folder / "update")
         if trainer.secure:
-            sent = trainer.hold(ticket, state, update)
+            sent = trainer.hold(ticket, state, extras, update)
         else:
             metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
             sent = Update(update.state, update.num_samples, metrics, update.extras)
@@ -137,6 +137,11 @@ class Site:
         if trust.trust and not secure:
             raise RefusalError(
                 "its site.yaml has `trust`: it takes part in runs with --fed_secure True alone"
+            )
+        if secure and ticket.own:
+            raise RefusalError(
+                f"the run sets --{min(ticket.own)} for this site alone; in secure sums a site's "
+                "own flags are those in its site.yaml"
             )
         if secure and not trust.trust:
             raise RefusalError(

@@ -118,11 +118,11 @@ class Trainer:
         """Whether updates stay here, and take part in secure sums."""
         return self.run.arguments.fed.fed_secure
 
-    def hold(self, ticket: Ticket, base: State, update: Update) -> Update:
+    def hold(self, ticket: Ticket, base: State, sent: State, update: Update) -> Update:
         """Keep a task's update; returns what is told of it."""
         from fed.site.held import Held
 
-        return Held(self.config, self.run, self.folder).keep(ticket, base, update)
+        return Held(self.config, self.run, self.folder).keep(ticket, base, sent, update)
 
     def answer_sum(self, ticket: Ticket, state: State, given: State) -> Update:
         """The site's message in a secure sum."""

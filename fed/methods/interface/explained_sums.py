@@ -8,6 +8,7 @@ is n r as in the open round, and the server knows neither factor.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,12 @@ class ExplainedSums(Sums):
         rest = {name: tensor for name, tensor in given.items() if name not in (MEAN, DIFFER)}
         weighed = replace(own, weight=own.weight * spread.drawn(measured))
         return self.inner.terms(exchange - 1, weighed, rest)
+
+    def common(self, exchange: int, names: Collection[str]) -> Collection[str]:
+        if exchange:
+            return self.inner.common(exchange - 1, names)
+        own = range(self.inner.most_exchanges)
+        return [name for name in names if all(name in self.inner.common(e, names) for e in own)]
 
     def bound(self, name: str, weight: float, norm: float) -> float:
         numbers = {SHARE: 1.0, SQUARE: 1.0, ERROR: 1.0, TOLD: 1.0}

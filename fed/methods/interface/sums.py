@@ -11,15 +11,15 @@ weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fed.numerics.chunks import empty
-from fed.state import State
+from fed.state import State, fingerprints
 
 if TYPE_CHECKING:
     from fed.methods.interface.method import Method, Outcome
@@ -30,10 +30,14 @@ STATE, EXTRAS = "state/", "extras/"  # how the terms of what a client sends begi
 
 @dataclass(frozen=True)
 class Group:
-    """Clients whose terms make a sum by itself, and what they are given for it."""
+    """Clients whose terms make a sum by itself, and what they are given for it.
+
+    `base` is what all of them have begun with, of the names that `Sums.common` gives.
+    """
 
     given: State
     clients: Sequence[str]
+    base: State
 
 
 class Groups(dict[str, Group]):
@@ -57,7 +61,7 @@ Exchanges: TypeAlias = "Generator[Given, Any, Outcome]"
 def given_too(given: Given, more: State) -> Given:
     """What is given for an exchange, and more."""
     if isinstance(given, Groups):
-        return Groups((name, Group(of.given | more, of.clients)) for name, of in given.items())
+        return Groups((name, replace(of, given=of.given | more)) for name, of in given.items())
     return given | more
 
 
@@ -71,6 +75,7 @@ class Own:
         weight: its number of samples.
         extras: what its rule sends beside the state.
         explained: [H, H + I, spread], what its pictures explain, where that was measured.
+        begun: `begun_with` of the base and what was sent beside it; None: of the base alone.
     """
 
     state: State
@@ -78,6 +83,7 @@ class Own:
     weight: float
     extras: State = field(default_factory=dict)
     explained: Sequence[float] | None = None
+    begun: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class Round:
         memory: the method's.
         clients: how many are asked, of `total` in the run.
         names, tasks: theirs, where the method is one of tasks.
+        sent: what all were sent beside the base.
     """
 
     base: State
@@ -97,6 +104,7 @@ class Round:
     total: int
     names: Sequence[str] = ()
     tasks: Sequence[str] = ()
+    sent: State = field(default_factory=dict)
 
 
 class Sums(ABC):
@@ -120,6 +128,14 @@ class Sums(ABC):
     def terms(self, exchange: int, own: Own, given: State) -> State:
         """A client's terms of exchange 0, 1, …, by names that all share; what is one number has
         shape (1,)."""
+
+    def common(self, exchange: int, names: Collection[str]) -> Collection[str]:
+        """Of what clients have begun with, the names of what is the same for all in one sum.
+
+        Args:
+            names: of `begun_with`.
+        """
+        return names
 
     def bound(self, name: str, weight: float, norm: float) -> float:
         """How large a value of the term `name` can be, for the range of secure sums.
@@ -177,6 +193,11 @@ class MeanOnly(Sums):
     def equal(self) -> bool:
         """Whether clients count alike, whatever their weights."""
         return bool(self.options.get("paper_compat") or self.options.get("weighting") == "uniform")
+
+
+def begun_with(base: State, sent: State | None = None) -> dict[str, str]:
+    """The digests of what a client begins a task with: its state, and what is sent beside it."""
+    return fingerprints(base | {f"{EXTRAS}{name}": tensor for name, tensor in (sent or {}).items()})
 
 
 def differences(state: State, base: State) -> State:

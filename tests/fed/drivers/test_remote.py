@@ -484,6 +484,14 @@ def test_bad_flags(flags, tmp_path, entry, changes, message):
         train(flags(fed_clients=names, **{**REMOTE, **changes}))
 
 
+def test_secure_sums_have_no_flags_of_single_clients(flags, tmp_path):
+    names = clients_yaml(
+        tmp_path, {"name": "a", "learning_rate": 0.0}, {"name": "b"}, {"name": "c"}
+    )
+    with pytest.raises(InputError, match="client a has learning_rate of its own in clients.yaml"):
+        train(flags(fed_clients=names, **{**REMOTE, "fed_secure": True}))
+
+
 def test_states_are_written_once_for_all_sites(sites):
     from fed.remote.spool import STATE
 

@@ -43,6 +43,7 @@ class Hospitals:
         self.gone: set[tuple[str, str]] = set()  # a client, and the step that it does not answer
         self.asked, self.kill_at = 0, None
         self.changed = lambda name, request: request
+        self.base_of: dict[str, dict] = {}
 
     @property
     def round(self) -> Round:
@@ -51,7 +52,7 @@ class Hospitals:
     def client(self, name) -> SumClient:
         k = NAMES.index(name)
         extras = self.extras[k] if self.sums.method.sends_extras else {}
-        own = Own(self.states[k], self.base, WEIGHTS[k], extras)
+        own = Own(self.states[k], self.base_of.get(name, self.base), WEIGHTS[k], extras)
         place = self.folder / "sites" / name
         return SumClient(name, self.keys[name], self.sites, place, self.sums, own, self.agreed)
 
@@ -184,9 +185,34 @@ def test_clients_that_are_given_different_tensors_take_part_in_no_sum(tmp_path):
         sites.outcome()
 
 
+def test_clients_that_began_with_different_states_take_part_in_no_sum(tmp_path):
+    sites = Hospitals(tmp_path)
+    base = {name: tensor.clone() for name, tensor in sites.base.items()}
+    next(iter(base.values())).view(-1)[0] += 1e-3
+    sites.base_of["south"] = base  # as a server would send it to make the others stand still
+    with pytest.raises(InputError, match="client south: the terms' exchange .*began with"):
+        sites.outcome()
+
+
+def test_clients_that_were_sent_different_tensors_beside_it_take_part_in_no_sum(tmp_path):
+    sites = Hospitals(tmp_path)
+    assert sites.outcome().facts["clients"] == list(NAMES)
+    sites = Hospitals(tmp_path / "b")
+    known = dataclasses.replace(sites.round, sent={"c": torch.ones(2)})
+    with pytest.raises(InputError, match="client north: the terms' exchange .*began with"):
+        sites.server().outcome(sites.sums, known)
+
+
+def test_who_has_no_weight_is_in_no_sum(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "WEIGHTS", (300.0, 0.0, 200.0, 700.0))
+    with pytest.raises(InputError, match="client south: its weight is not above 0"):
+        Hospitals(tmp_path).outcome()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"settings": "learning_rate 0"}, "client north: the terms' exchange .*run's flags"),
         ({"round": 2}, "client north: the terms' round is 2, expected 1"),
         ({"run": "1" * 32}, "client north: the terms' run is '1"),
         ({"norm": 1e6}, "the vector that the server asks for is not that of fedavg"),
@@ -218,7 +244,7 @@ def test_what_is_too_long_or_too_heavy_is_refused_before_anything_is_sent(tmp_pa
     with pytest.raises(InputError, match="client north: tensor state/.* beyond"):
         sites.outcome()
     sites = Hospitals(tmp_path / "b", agreed=dataclasses.replace(AGREED, weight=250.0))
-    with pytest.raises(InputError, match="client north: its weight is beyond 250"):
+    with pytest.raises(InputError, match="client north: its weight is not above 0 and at most 250"):
         sites.outcome()
 
 

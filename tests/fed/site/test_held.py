@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ import torch
 
 from fed.clients.tensor_file import load_with_facts
 from fed.clients.update import Update
+from fed.methods.interface.sums import begun_with
 from fed.remote.site_yaml import read_site
 from fed.remote.spool import Spool
 from fed.remote.ticket import Ticket
@@ -113,6 +115,11 @@ def test_sites_send_sums_alone_and_end_as_the_open_run(flags, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("trust", "flags", "message"),
     [
+        (
+            {"south": "0" * 64},
+            {"fed_secure": "True", "learning_rate": "its own"},
+            "sets --learning_rate for this site alone",
+        ),
         ({}, {"fed_secure": "True"}, "its site.yaml has no `trust`, the public keys of the other"),
         ({"south": "0" * 64}, {}, "its site.yaml has `trust`: .* --fed_secure True alone"),
         ({"south": "0" * 64}, {"fed_secure": "False"}, "--fed_secure True alone"),
@@ -123,7 +130,10 @@ def test_who_takes_part_in_what(tiny, tmp_path, trust, flags, message, kind):
     file = site_yaml(tmp_path, tiny, "a", tmp_path, trust=trust)
     spool = Spool(tmp_path / "spool" / "a", "a")
     said = {"sha256": "", "bytes": 0} if kind != "hello" else None
-    key = spool.ask(Ticket(kind, "0" * 32, "a", flags=flags, round=1, state=said).as_json())
+    own = {name: "0" for name, value in flags.items() if value == "its own"}
+    flags = {name: value for name, value in flags.items() if name not in own}
+    ticket = Ticket(kind, "0" * 32, "a", flags=flags, own=own, round=1, state=said)
+    key = spool.ask(ticket.as_json())
     assert Site(read_site(file)).look(spool)  # before any model is loaded
     answer = spool.answer(key)
     assert answer.refused
@@ -164,8 +174,14 @@ def test_a_tasks_update_goes_into_no_other_kind_of_sum(tmp_path):
         )
         return Held(None, run, tmp_path)
 
-    state = {"w": torch.ones(2)}
-    held().keep(Ticket("task", "0" * 32, "a", round=1), state, Update(state, 3, {}))
-    assert held()._own(1, check=True).weight == 3
+    state, sent = {"w": torch.ones(2)}, {"c": torch.ones(3)}
+    task = Ticket("task", "0" * 32, "a", flags={"learning_rate": "0.1"}, round=1)
+    held().keep(task, state, sent, Update(state, 3, {}))
+    own = held()._own(task, check=True)
+    assert own.weight == 3
+    assert own.begun == begun_with(state, sent)
+    assert own.begun.keys() == {"w", "extras/c"}
     with pytest.raises(InputError, match="the task of round 1 was for a sum by .*8.*asked for by"):
-        held(fed_secure_min=3)._own(1, check=True)
+        held(fed_secure_min=3)._own(task, check=True)
+    with pytest.raises(InputError, match=r"was for .*'0\.1'.*asked for by .*'0\.2'"):
+        held()._own(dataclasses.replace(task, flags={"learning_rate": "0.2"}), check=True)

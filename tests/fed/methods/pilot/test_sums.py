@@ -76,7 +76,7 @@ def test_sums_are_the_open_round(explains):
     given, exchange, counted = next(server), 0, []
     while True:
         groups, found = isinstance(given, Groups), {}
-        for name, group in (given if groups else {"": Group(given, NAMES)}).items():
+        for name, group in (given if groups else {"": Group(given, NAMES, {})}).items():
             terms = [sums.terms(exchange, owns[NAMES.index(n)], group.given) for n in group.clients]
             total = {n: sum(of[n].double() for of in terms) for n in terms[0]}
             found[name] = Summed(total, group.clients)
