@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import io
 import os
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ LONGEST_SIDE = 100_000
 READING = 2
 """Counts up when a file is read as other pixels than before: features kept on disk hang on it."""
 
+_OF_THE_PATH = {
+    getattr(errno, name)
+    for name in "ENOENT ENOTDIR EISDIR EACCES ELOOP ENAMETOOLONG EINVAL".split()
+}
 _TIFF = {tag.name: number for number, tag in TiffTags.TAGS_V2.items()}
 
 
@@ -87,6 +92,17 @@ def load_image(path_or_url: str) -> Image.Image:
     except Exception as error:
         raise _unreadable(name, error) from error
     return open_image(data, name)
+
+
+def is_of_the_picture(error: InputError) -> bool:
+    """Whether a picture that was not read is at fault itself, or is not there.
+
+    Else the disk or the network failed, or memory or file handles were short: it may be read later.
+    """
+    cause = error.__cause__
+    if isinstance(cause, OSError):  # Pillow's own have no number
+        return cause.errno is None or cause.errno in _OF_THE_PATH
+    return not isinstance(cause, MemoryError)
 
 
 def load_images(paths_or_urls: Sequence[str]) -> list[Image.Image]:

@@ -22,6 +22,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Segment, get_template
 from llava.errors import InputError
 from llava.mm_utils import check_aspect_ratio, image_size, open_image, stack_same
+from llava.pictures import is_of_the_picture
 from llava.texts import half_character
 from llava.train.preprocess import fit, preprocess_multimodal, read_turns, render, tokenize
 from llava.train.sample_format import SampleFormat
@@ -220,7 +221,8 @@ class LazySupervisedDataset(Dataset):
 
         The first record of a wrong structure, the first whose picture's tokens do not fit into
         model_max_length, and the first whose picture cannot be decoded, is an `InputError`. With
-        `skip_bad_images` records of the last kind leave `records` and are counted instead. So do
+        `skip_bad_images` records of the last kind leave `records` and are counted instead, unless
+        it was the disk, the network or the memory that failed. So do
         those that teach nothing, as their answers are empty or cut off: they would take steps, and
         count where clients are weighed by their samples. If nothing is left, that is an error too.
         Pictures in the feature cache have been decoded before and are not read again.
@@ -230,8 +232,8 @@ class LazySupervisedDataset(Dataset):
         cache = self.feature_cache or ()
         broken = set()
         for path, error in _broken([p for p in self.pictures() if p not in cache]):
-            if not self.data_args.skip_bad_images:
-                raise InputError(f"{self.name(owners[path])}: {error}")
+            if not (self.data_args.skip_bad_images and is_of_the_picture(error)):
+                raise InputError(f"{self.name(owners[path])}: {error}") from error
             broken.add(path)
         readable = [i for i in range(len(self)) if broken.isdisjoint(self.paths(i))]
         if not readable:

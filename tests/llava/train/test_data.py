@@ -512,6 +512,15 @@ def test_bad_pictures_are_skipped_and_counted_on_demand(tmp_path, tokenizer, dat
         LazySupervisedDataset([cut, gone], tokenizer, data_args).check()
 
 
+def test_a_disk_that_fails_is_no_bad_picture(tmp_path, tokenizer, data_args):
+    # Reading a process's memory at address 0 is an input/output error, as of a failing disk.
+    (tmp_path / "disk.png").symlink_to("/proc/self/mem")
+    data_args.skip_bad_images = True
+    given = [RED, record("disk.png", "<image>", "x", name="disk")]
+    with pytest.raises(InputError, match=r"\(id 'disk'\): .*disk.png cannot be read.*Errno 5"):
+        LazySupervisedDataset(given, tokenizer, data_args).check()
+
+
 def test_deep_pictures_are_learnt_from_or_left_out_by_name(tmp_path, tokenizer, data_args):
     ramp = np.arange(256)[None].repeat(64, 0)
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "plain.png")
