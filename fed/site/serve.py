@@ -20,6 +20,7 @@ from fed.remote.site_yaml import SiteConfig
 from fed.remote.spool import Spool
 from fed.remote.state_file import read_state
 from fed.remote.ticket import Ticket, read_ticket
+from fed.site.kept_answer import keep_answer, kept_answer, to_hand_over
 from fed.site.trainer import Trainer, make_run, remove_run
 from llava.atomic import own_name, write_text
 from llava.errors import InputError
@@ -114,21 +115,22 @@ class Site:
             spool.give(key, {})
             _say(f"run {ticket.run[:8]}: over, its checkpoint is in {folder}")
             return
-        _say(f"run {ticket.run[:8]}: round {ticket.round} begins")
-        update = trainer.fit(ticket, key, state, extras, _teller(spool, key))
-        file = own_name(spool.folder / "update")
-        if trainer.secure:
-            sent = trainer.hold(ticket, state, extras, update)
+        where = f"run {ticket.run[:8]}: round {ticket.round}"
+        answer = kept_answer(folder, ticket)
+        if answer is None:
+            _say(f"{where} begins")
+            update = trainer.fit(ticket, key, state, extras, _teller(spool, key))
+            if trainer.secure:
+                sent = trainer.hold(ticket, state, extras, update)
+            else:
+                metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
+                sent = Update(update.state, update.num_samples, metrics, update.extras)
+                sent = encode(sent, state, str(ticket.flags.get("fed_wire", WIRES[0])))
+            answer = keep_answer(folder, ticket, sent)
+            _say(f"{where} done, {update.num_samples} samples, loss {update.metrics.get('loss')}")
         else:
-            metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
-            sent = Update(update.state, update.num_samples, metrics, update.extras)
-            sent = encode(sent, state, str(ticket.flags.get("fed_wire", WIRES[0])))
-        save_update(sent, file)
-        spool.give(key, {}, file)
-        _say(
-            f"run {ticket.run[:8]}: round {ticket.round} done, {update.num_samples} samples, "
-            f"loss {update.metrics.get('loss')}"
-        )
+            _say(f"{where} is done; its update is handed over again")
+        spool.give(key, {}, to_hand_over(answer, spool.folder))
 
     def _check_secure(self, ticket: Ticket) -> None:
         """Refuse a run without secure sums where the site takes part in no other, and one with them

@@ -29,6 +29,7 @@ from fed.drivers.resident import ResidentDriver
 from fed.remote.hello import Hello, data_fingerprint, model_fingerprint, versions
 from fed.remote.site_yaml import SiteConfig
 from fed.remote.ticket import Ticket, words
+from fed.site.kept_answer import forget_answers
 from fed.state import State
 from llava.errors import InputError
 from llava.train import private_run
@@ -279,6 +280,7 @@ def _leaves(path: str) -> bool:
 
 def remove_run(folder: Path) -> None:
     """Remove what a finished run needs no more; its checkpoint and private parameters stay."""
+    forget_answers(folder)
     for name in ("kept", "held", "logs", "begun"):
         with contextlib.suppress(OSError):
             (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import shutil
@@ -96,6 +97,37 @@ def test_the_model_is_loaded_once_for_settings(asker, tiny, capfd):
     assert loaded == 1
     asker.meet(flags={**FLAGS, "learning_rate": "0.1"})
     assert capfd.readouterr().out.count("loading the model") == 1
+
+
+def test_an_update_that_could_not_be_handed_over_is_not_trained_again(asker, monkeypatch, capfd):
+    flags = {**FLAGS, "fed_rounds": "2", "fed_one_pass": "False"}
+    asker.meet(flags=flags)
+    state = {name: tensor.clone() for name, tensor in asker.state().items()}
+
+    def task(round=1, **changes):
+        facts = {"facts": asker.facts.digest, "flags": flags}
+        return asker.ask("task", state, round=round, **facts, **changes)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "give", full)
+        assert "OSError" in task().reason
+    asker.site = Site(read_site(asker.file))  # it was ended, too
+    first = task(nonce="1" * 32).update.read_bytes()
+    again = task(nonce="2" * 32).update.read_bytes()
+    assert first == again
+    said = capfd.readouterr().out
+    assert said.count("round 1 begins") == 1
+    assert said.count("round 1 is done; its update is handed over again") == 2
+
+    (kept,) = (asker.site.config.work / "runs" / asker.run).glob("answer-*")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert load_update(task(nonce="3" * 32).update).num_samples == 12
+    assert task(round=2, last_round=1).reason is None
+    assert capfd.readouterr().out.count(" begins") == 2
+    assert len(list(kept.parent.glob("answer-*"))) == 1
 
 
 def test_what_is_not_allowed_is_refused_by_name_before_anything_is_loaded(asker, capfd):
@@ -251,7 +283,7 @@ def test_a_task_begins_with_what_was_kept_in_the_last_round_that_counted(
         assert expected.keys() == found.keys()
     for file in (asker.site.config.work / "runs").rglob("0001.safetensors"):
         file.unlink()
-    last = {"round": 4, "last_round": 1, "nonce": "1" * 32}  # asked for once more
+    last = {"round": 3, "last_round": 1, "nonce": "1" * 32}  # asked for once more
     answer = asker.ask("task", start_from, flags=flags, task="x", facts=asker.facts.digest, **last)
     assert "came to nothing" in answer.reason  # what was kept is lost, and is not made up
     assert "0001.safetensors" in capfd.readouterr().out
