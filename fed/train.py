@@ -110,7 +110,10 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
         if loop.state is not None and loop.state.round and alone:
             if run.main and group.main:
                 print(f"the model after round {loop.state.round} is left:", flush=True)
-            _export(run, driver, loop, loop.state, over=False)
+            try:
+                _export(run, driver, loop, loop.state, over=False)
+            except Exception as failed:  # what the run stopped for is what there is to say
+                print(f"warning: it could not be written: {failed}", flush=True)
         raise
     _export(run, driver, loop, final)
     logger.close()
@@ -119,7 +122,10 @@ def _run(run: Run, driver: Driver, logger: RunLogger) -> None:
 def _export(
     run: Run, driver: Driver, loop: RoundLoop, state: RoundState, over: bool = True
 ) -> None:
-    """Write the checkpoints of a round; unless the run is `over`, sites are told nothing of it."""
+    """Write the checkpoints of a round.
+
+    Unless the run is `over`, sites are told nothing of it, and what continuing needs stays.
+    """
     store = driver.store
     store.config.use_cache = True
     if not run.group.main:
@@ -129,7 +135,8 @@ def _export(
     if run.arguments.fed.private:
         title = f"{len(run.specs)} clients by {run.method.name}"
         own = [run.output_dir / "clients" / name for name in state.personal]
-        private_run.finish(run.output_dir, _guarantees(run, driver), title, own)
+        leave = private_run.finish if over else private_run.write_cards
+        leave(run.output_dir, _guarantees(run, driver), title, own)
 
 
 def _secure(fed_args: FedArguments) -> Secure | None:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.locks import try_lock
-from llava.processes import NAME, is_gone, name_of
+from llava.locks import try_lock, unlock
+from llava.processes import NAME, host, is_gone, name_of
 
-_FILE = ".lock"
-_CHILDREN = 10.0  # seconds that processes which a killed holder has started may outlive it
+LOCK_FILE = ".lock"
+# Seconds for which a holder that is dead may seem to hold on:
+_CHILDREN = 10.0  # processes that it has started outlive it
+_ELSEWHERE = 120.0  # on another host, which crashed: a file server drops its locks by and by
 
 
 class Lock:
@@ -25,19 +27,22 @@ class Lock:
     """
 
     def __init__(self, folder: Path, refusal: str):
-        deadline = time.monotonic() + _CHILDREN
-        while (lock := try_lock(folder / _FILE)) is None:
-            holder = _holder(folder / _FILE)
-            if not (re.fullmatch(NAME, holder) and is_gone(holder)) or time.monotonic() > deadline:
+        began, told = time.monotonic(), False
+        while (lock := try_lock(folder / LOCK_FILE)) is None:
+            holder = _holder(folder / LOCK_FILE)
+            if time.monotonic() - began >= _patience(holder):
                 raise InputError(f"{refusal} ({holder or 'unknown'}, as HOST.PID.BEGAN)")
+            if not told and time.monotonic() - began > 1:
+                print(f"{folder}: waiting for {holder} to let go of it", flush=True)
+                told = True
             time.sleep(0.1)
         self._file = lock
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, name_of().encode(), 0)
+        with contextlib.suppress(OSError):  # another user's file can be locked and not written
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, name_of().encode(), 0)
 
     def release(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._file)
+        unlock(self._file)
 
 
 @contextlib.contextmanager
@@ -60,6 +65,15 @@ def sole_run(output_dir: str | Path, main: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def _patience(holder: str) -> float:
+    """How many seconds a holder of this name may take to let go of its folder."""
+    if not re.fullmatch(NAME, holder):
+        return 0.0
+    if not holder.startswith(f"{host()}."):
+        return _ELSEWHERE
+    return _CHILDREN if is_gone(holder) else 0.0
+
+
 def _holder(file: Path) -> str:
     """What a lock's file says of its holder."""
     return file.read_bytes()[:200].decode(errors="replace")
@@ -70,7 +84,7 @@ def is_held(folder: Path) -> bool:
     import fcntl
 
     try:
-        with open(folder / _FILE) as file:
+        with open(folder / LOCK_FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -14,7 +15,10 @@ def try_lock(file: Path) -> int | None:
     """
     import fcntl  # Windows has none, and much of this package does without
 
-    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's
+        lock = os.open(file, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -23,3 +27,13 @@ def try_lock(file: Path) -> int | None:
     except OSError:
         pass  # a file system without locks
     return lock
+
+
+def unlock(lock: int) -> None:
+    """Give back what `try_lock` gave, also where children have copies of it."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    with contextlib.suppress(OSError):
+        os.close(lock)

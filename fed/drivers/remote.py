@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fed import state as states
 from fed.clients import reliability
@@ -38,7 +38,7 @@ from fed.remote.courier import AWAY, RemoteFlags, make_courier
 from fed.remote.hello import Hello, model_fingerprint, read_hello, versions
 from fed.remote.spool import Answer, Spool
 from fed.remote.state_file import Sender
-from fed.remote.ticket import Ticket, digest_of, flags_of
+from fed.remote.ticket import Ticket, deciding, digest_of, flags_of
 from llava.atomic import write_text
 from llava.errors import InputError
 from llava.json_files import read_json
@@ -390,7 +390,7 @@ class RemoteDriver(Driver):
 
     @property
     def common_settings(self) -> str:
-        return digest_of(self.flags_sent)
+        return digest_of(deciding(self.flags_sent))
 
     def summing(
         self,
@@ -527,9 +527,9 @@ class _Store(ClientStore):
 def _check_alike(specs: Sequence[ClientSpec]) -> None:
     """Refuse flags of single clients, by which a server could make the others stand still."""
     for spec in specs:
-        if spec.overrides:
+        if own := deciding(cast(Any, spec.overrides)):
             raise InputError(
-                f"--fed_secure True: client {spec.name} has {min(spec.overrides)} of its own in "
+                f"--fed_secure True: client {spec.name} has {min(own)} of its own in "
                 "clients.yaml; there a site's own flags are those in its site.yaml"
             )
 

@@ -50,6 +50,12 @@ OWN_FLAGS = (
     "deepspeed fed_dp_epsilon fed_dp_noise fed_dp_delta fed_dp_clip".split(),
 )
 
+# How a machine does its work, which decides no result: a run that is continued may change them.
+_HOW = frozenset(
+    "gradient_checkpointing activation_checkpointing dataloader_num_workers logging_steps "
+    "save_strategy save_steps save_total_limit".split()
+)
+
 Flag = str | list[str]
 
 
@@ -228,9 +234,14 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def digest_of(flags: Mapping[str, Flag]) -> str:
-    """A digest of a ticket's flags."""
-    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+def deciding(flags: Mapping[str, Flag]) -> dict[str, Flag]:
+    """Those of a ticket's flags that decide the result."""
+    return {name: value for name, value in flags.items() if name not in _HOW}
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """A digest of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def words(flags: Mapping[str, Flag]) -> list[str]:

@@ -215,6 +215,7 @@ class RoundLoop:
         next_state.records = self._records.mark
         if self.main:
             next_state.save(self._folder)
+            self.state = next_state
             self._clean(next_state, [round])
         self.log(curves(record), round)
         self._report(record)

@@ -20,7 +20,7 @@ from fed.methods.interface.sums import Own, begun_with
 from fed.privacy.keys import make_site_key, read_site_key
 from fed.remote.site_yaml import SiteConfig
 from fed.remote.sums import MESSAGE, TERMS, bytes_of
-from fed.remote.ticket import Ticket, digest_of
+from fed.remote.ticket import Ticket, deciding, digest_of
 from fed.server.reliability import gathered_sums
 from fed.server.round_metrics import OPEN
 from fed.state import State
@@ -101,7 +101,7 @@ class Held:
             ticket.weight,
             fed.fed_secure_norm,
             least,
-            settings=digest_of(ticket.flags),
+            settings=digest_of(deciding(ticket.flags)),
         )
         sums = sums_of(self.run.method, self.run.options, self.run.explains)
         client = SumClient(
@@ -145,7 +145,7 @@ class Held:
             "least": fed.fed_secure_min,
             "norm": fed.fed_secure_norm,
             "shares": fed.fed_dp_shares,
-            "flags": ticket.flags,
+            "flags": deciding(ticket.flags),
         }
 
     def _file(self, round: int) -> Path:

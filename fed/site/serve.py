@@ -19,8 +19,8 @@ from fed.remote.hello import Hello
 from fed.remote.site_yaml import SiteConfig
 from fed.remote.spool import Spool
 from fed.remote.state_file import read_state
-from fed.remote.ticket import Ticket, read_ticket
-from fed.site.kept_answer import keep_answer, kept_answer, to_hand_over
+from fed.remote.ticket import Ticket, deciding, read_ticket
+from fed.site.kept_answer import KeptAnswer, is_good
 from fed.site.trainer import Trainer, make_run, remove_run
 from llava.atomic import own_name, write_text
 from llava.errors import InputError
@@ -116,8 +116,10 @@ class Site:
             _say(f"run {ticket.run[:8]}: over, its checkpoint is in {folder}")
             return
         where = f"run {ticket.run[:8]}: round {ticket.round}"
-        answer = kept_answer(folder, ticket)
-        if answer is None:
+        answer = KeptAnswer(folder, ticket, self.config)
+        if answer.is_there():
+            _say(f"{where} is done; its update is handed over again")
+        else:
             _say(f"{where} begins")
             update = trainer.fit(ticket, key, state, extras, _teller(spool, key))
             if trainer.secure:
@@ -126,11 +128,9 @@ class Site:
                 metrics = {k: v for k, v in update.metrics.items() if k in _MEASURES}
                 sent = Update(update.state, update.num_samples, metrics, update.extras)
                 sent = encode(sent, state, str(ticket.flags.get("fed_wire", WIRES[0])))
-            answer = keep_answer(folder, ticket, sent)
+            answer.keep(sent, is_good(update, state, sent.metrics))
             _say(f"{where} done, {update.num_samples} samples, loss {update.metrics.get('loss')}")
-        else:
-            _say(f"{where} is done; its update is handed over again")
-        spool.give(key, {}, to_hand_over(answer, spool.folder))
+        spool.give(key, {}, answer.second(spool.folder))
 
     def _check_secure(self, ticket: Ticket) -> None:
         """Refuse a run without secure sums where the site takes part in no other, and one with them
@@ -140,9 +140,9 @@ class Site:
             raise RefusalError(
                 "its site.yaml has `trust`: it takes part in runs with --fed_secure True alone"
             )
-        if secure and ticket.own:
+        if secure and (own := deciding(ticket.own)):
             raise RefusalError(
-                f"the run sets --{min(ticket.own)} for this site alone; in secure sums a site's "
+                f"the run sets --{min(own)} for this site alone; in secure sums a site's "
                 "own flags are those in its site.yaml"
             )
         if secure and not trust.trust:

@@ -76,14 +76,18 @@ def begin(
     return stated, PrivateSteps(stated.clip, stated.noise, secret, "the run")
 
 
+def write_cards(
+    output: Path, stated: Mapping[str, Guarantee], title: str, others: Iterable[Path] = ()
+) -> None:
+    """Write the model card. `others` are the folders of further checkpoints of the run."""
+    for folder in (output, *others):
+        write_text(folder / CARD, card(title, stated))
+
+
 def finish(
     output: Path, stated: Mapping[str, Guarantee], title: str, others: Iterable[Path] = ()
 ) -> None:
-    """Write the model card, and remove the secret: nobody can take the noise off any more.
-
-    `others` are the folders of further checkpoints that the run has left.
-    """
-    for folder in (output, *others):
-        write_text(folder / CARD, card(title, stated))
+    """Write the model cards, and remove the secret: nobody can take the noise off any more."""
+    write_cards(output, stated, title, others)
     write(output, stated, finished=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)

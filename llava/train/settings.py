@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import InputError
+from llava.folder_lock import LOCK_FILE
 from llava.model.multimodal_projector.connector import connector_flags
 
 # Named one by one: what a later transformers adds, and what a machine may do in its own way
@@ -93,7 +94,8 @@ def fingerprint(path: Any) -> str | None:
     if not isinstance(path, (str, os.PathLike)) or not os.path.exists(path):
         return str(path)
     digest, path = hashlib.sha256(), Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    inside = () if path.is_file() else (p for p in path.iterdir() if p.name != LOCK_FILE)
+    files = [path] if path.is_file() else sorted(p for p in inside if p.is_file())
     for file in files:
         if len(files) > 1:
             digest.update(file.name.encode() + b"\0")

@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from fed.train import train as fed_train
+from llava import folder_lock
 from llava.errors import InputError
 from llava.folder_lock import Lock, is_held, sole_run
 from llava.processes import name_of
+from llava.train.settings import fingerprint
 from llava.train.train import train as llava_train
 
 # Two runs may begin in one second; a holder's children may outlive it for a moment.
@@ -51,6 +54,52 @@ def test_a_second_run_is_refused(flags, tiny, tmp_path):
             fed_train(flags(fed_clients=_site(tmp_path), fed_driver="remote", output_dir=output))
     assert [path.name for path in output.iterdir()] == [".lock"]
     llava_train(argv=flags(data_path=tiny / "a.json", max_steps=1, output_dir=output))
+
+
+def test_who_has_released_it_may_take_it_again_though_a_child_is_left(tmp_path):
+    child = 0
+    try:
+        with sole_run(tmp_path):
+            if (child := os.fork()) == 0:  # as a loader's process that an exception keeps alive
+                time.sleep(60)
+                os._exit(0)
+        with sole_run(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_holder_on_another_host_is_waited_for(tmp_path, monkeypatch):
+    """A file server drops a crashed host's locks by and by."""
+    monkeypatch.setattr(folder_lock, "_ELSEWHERE", 0.3)
+    with sole_run(tmp_path):
+        (tmp_path / ".lock").write_text("other-host.1.1")
+        began = time.monotonic()
+        with pytest.raises(InputError, match=r"busy \(other-host\.1\.1"):
+            Lock(tmp_path, "busy")
+        assert time.monotonic() - began > 0.3
+
+
+def test_another_users_lock_can_be_taken(tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_text("theirs")
+    usual = os.open
+
+    def opened(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return usual(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opened)
+    with sole_run(tmp_path):
+        assert is_held(tmp_path)
+
+
+def test_it_is_no_content_of_a_folder(tmp_path):
+    (tmp_path / "adapter.bin").write_bytes(b"x")
+    before = fingerprint(tmp_path)
+    with sole_run(tmp_path):
+        assert fingerprint(tmp_path) == before
 
 
 def _site(folder):

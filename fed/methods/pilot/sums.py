@@ -59,8 +59,8 @@ class PilotSums(Sums):
     def common(self, exchange: int, names: Collection[str]) -> Collection[str]:
         """A task's adapter: LoRA may be of an earlier round, others' adapters differ by task."""
         state = {name: None for name in names if not name.startswith(EXTRAS)}
-        of_sum = _parts(state)[exchange]
-        return of_sum if of_sum[0].startswith(ADAPTER) else []
+        adapter = [name for name in state if name.startswith(ADAPTER)]
+        return adapter if exchange == 0 else []
 
     def serve(self, round: Round) -> Exchanges:
         base, memory, lora = round.base, dict(round.memory), {}

@@ -14,6 +14,7 @@ import pytest
 from fed import report, validation
 from fed.clients.task import ClientTask
 from fed.drivers.private_clients import PrivateClients, entries_of
+from fed.server.loop import RoundLoop
 from fed.train import train
 from llava.errors import InputError
 from llava.train.arguments import parse
@@ -63,6 +64,46 @@ def test_a_run_states_what_each_clients_records_are_promised(
     said = capsys.readouterr().out
     assert "client a is private: epsilon 8 at delta 1e-06 for a record of 12" in said
     assert not (out / "noise").exists()
+
+
+def test_a_run_that_stops_keeps_its_secrets_for_going_on(private, tmp_path, monkeypatch):
+    usual = RoundLoop._aggregate
+
+    def stops(self, state, tasks, *rest):
+        if tasks[0].round == 2:
+            raise InputError("client b: its state has 1 NaN")
+        return usual(self, state, tasks, *rest)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundLoop, "_aggregate", stops)
+        with pytest.raises(InputError, match="client b: its state"):
+            train(private())
+    assert (out / "mm_projector.bin").exists()
+    assert "| a | 8 | 1e-06 |" in (out / "README.md").read_text()
+    assert not json.loads((out / "privacy.json").read_text())["finished"]
+    secrets_of = {file: file.read_bytes() for file in (out / "noise").iterdir()}
+    assert len(secrets_of) == 2
+    train(private())
+    assert json.loads((out / "privacy.json").read_text())["finished"]
+    assert not (out / "noise").exists()
+
+
+def test_what_cannot_be_written_does_not_hide_why_a_run_stops(
+    private, tmp_path, monkeypatch, capfd
+):
+    def stops(self, *rest):
+        raise InputError("client b: out of luck")
+
+    def full(*rest):
+        raise OSError(28, "No space left on device")
+
+    usual = RoundLoop._task
+    monkeypatch.setattr(RoundLoop, "_task", lambda *a: stops(*a) if a[-1] == 2 else usual(*a))
+    monkeypatch.setattr("fed.clients.store.ClientStore.export", full)
+    with pytest.raises(InputError, match="out of luck"):
+        train(private())
+    assert "warning: it could not be written: [Errno 28]" in capfd.readouterr().out
 
 
 def test_each_client_has_a_card_where_each_has_a_checkpoint(private, tmp_path):

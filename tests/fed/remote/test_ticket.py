@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from fed.remote.ticket import PROTOCOL, Ticket, read_ticket, run_flags, words
+from fed import methods
+from fed.arguments import FedArguments, own_flags
+from fed.remote.ticket import PROTOCOL, Ticket, deciding, read_ticket, run_flags, words
 from llava.errors import InputError
+from llava.model.multimodal_projector.connector import connector_flags
+from llava.train.settings import DECIDING
 
 GOOD = Ticket(
     "task",
@@ -26,6 +31,14 @@ GOOD = Ticket(
 def read(**changes):
     given = json.loads(json.dumps(GOOD.as_json()))
     return read_ticket({**given, **changes}, "a", run_flags())
+
+
+def test_what_is_left_of_its_flags_decides_the_result():
+    """The others may be changed when a run goes on, in the middle of a round, too."""
+    methods_own = {f.name for name in methods.names() for f in own_flags(methods.get(name))}
+    connectors = {f.name for kind in connector_flags() for f in dataclasses.fields(kind)}
+    decide = DECIDING | FedArguments.DECIDING | methods_own | connectors | {"fed_options"}
+    assert deciding(dict.fromkeys(run_flags(), "")).keys() == run_flags() & decide
 
 
 def test_a_good_ticket_is_what_it_was():

@@ -183,5 +183,7 @@ def test_a_tasks_update_goes_into_no_other_kind_of_sum(tmp_path):
     assert own.begun.keys() == {"w", "extras/c"}
     with pytest.raises(InputError, match="the task of round 1 was for a sum by .*8.*asked for by"):
         held(fed_secure_min=3)._own(task, check=True)
+    other = {**task.flags, "gradient_checkpointing": "True"}  # decides nothing
+    assert held()._own(dataclasses.replace(task, flags=other), check=True).weight == 3
     with pytest.raises(InputError, match=r"was for .*'0\.1'.*asked for by .*'0\.2'"):
         held()._own(dataclasses.replace(task, flags={"learning_rate": "0.2"}), check=True)

@@ -6,17 +6,20 @@ import dataclasses
 import errno
 import functools
 import json
+import math
 import shutil
 import signal
 import threading
 
 import pytest
+import torch
 
-from fed.clients.update import load_update
+from fed.clients.update import Update, load_update
 from fed.remote.site_yaml import read_site
 from fed.remote.spool import REQUEST, Spool
 from fed.remote.state_file import Sender
 from fed.remote.ticket import Ticket
+from fed.site.kept_answer import KeptAnswer, is_good
 from fed.site.serve import Site
 from fed.site.trainer import check_pictures
 from llava.errors import InputError
@@ -122,12 +125,31 @@ def test_an_update_that_could_not_be_handed_over_is_not_trained_again(asker, mon
     assert said.count("round 1 begins") == 1
     assert said.count("round 1 is done; its update is handed over again") == 2
 
+    # Where the site's own settings have changed it is another answer.
+    other = dataclasses.replace(asker.site.config, flags={"optim": "sgd"})
+    ticket = Ticket("task", asker.run, "a", flags=flags)
+    folder = asker.site.config.work
+    assert (
+        KeptAnswer(folder, ticket, other).file != KeptAnswer(folder, ticket, asker.site.config).file
+    )
+
     (kept,) = (asker.site.config.work / "runs" / asker.run).glob("answer-*")
     kept.write_bytes(kept.read_bytes()[:-100])
     assert load_update(task(nonce="3" * 32).update).num_samples == 12
     assert task(round=2, last_round=1).reason is None
     assert capfd.readouterr().out.count(" begins") == 2
     assert len(list(kept.parent.glob("answer-*"))) == 1
+
+
+def test_what_the_driver_will_refuse_is_not_given_again():
+    base, state = {"w": torch.ones(2)}, {"w": torch.full((2,), 2.0)}
+    told = {"loss": 1.0, "steps": 3, "seconds": 0.1, "parameters": {"w": 2}, "explained": [1.0]}
+    assert is_good(Update(state, 3, told), base, told)
+    assert not is_good(Update(state, 3), base, {**told, "loss": None})
+    assert not is_good(Update(state, 3), base, {**told, "loss": math.nan})
+    assert not is_good(Update({"w": torch.zeros(2)}, 3), base, told)
+    assert not is_good(Update({"w": torch.tensor([1.0, math.inf])}, 3), base, told)
+    assert not is_good(Update(state, 3, extras={"c": torch.tensor([math.nan])}), base, told)
 
 
 def test_what_is_not_allowed_is_refused_by_name_before_anything_is_loaded(asker, capfd):

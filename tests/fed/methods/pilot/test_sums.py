@@ -91,6 +91,32 @@ def test_sums_are_the_open_round(explains):
     assert exchange + 1 == sums.most_exchanges
 
 
+@pytest.mark.parametrize("explains", [False, True])
+def test_adapters_alone(tmp_path, explains):
+    """Without LoRA there is one exchange the less."""
+
+    def adapters(state):
+        return {name: t for name, t in state.items() if not name.startswith("x.")}
+
+    base, memory, starts, ends = draw(5)
+    base, starts, ends = adapters(base), [*map(adapters, starts)], [*map(adapters, ends)]
+    sums = methods.get("pilot").summed(MEAN)
+    sums = ExplainedSums(sums) if explains else sums
+    told = [9.0, 10.0, 0.5] if explains else None
+    keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
+    sites = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    agreed = Agreed("0" * 32, 1, weight=10.0, norm=100.0)
+
+    def ask(requests):
+        for name, request in requests.items():
+            k = NAMES.index(name)
+            own, place = Own(ends[k], starts[k], WEIGHTS[k], {}, told), tmp_path / name
+            yield name, SumClient(name, keys[name], sites, place, sums, own, agreed).answer(request)
+
+    secure = SecureSums(tmp_path / "round", agreed, sites, ask)
+    assert_alike(secure.outcome(sums, known(base, memory)), opened(base, memory, ends))
+
+
 def test_each_task_is_masked_by_its_own_clients(tmp_path):
     base, memory, starts, ends = draw(2)
     sums = methods.get("pilot").summed(MEAN)
