@@ -65,6 +65,33 @@ def known(base, memory):
     return Round(base, memory, len(NAMES), len(NAMES), NAMES, TASKS)
 
 
+class Sites:
+    """Clients in secure sums; `away` names one that vanishes after the keys."""
+
+    def __init__(self, folder, sums, owns, away=None):
+        self.folder, self.sums, self.owns, self.away = folder, sums, owns, away
+        self.keys = {name: Ed25519PrivateKey.generate() for name in owns}
+        self.sites = {n: key.public_key().public_bytes_raw() for n, key in self.keys.items()}
+        self.agreed = Agreed("0" * 32, 1, weight=10.0, norm=100.0)
+        self.asked: list[set[str]] = []
+
+    def ask(self, requests):
+        self.asked.append(set(requests))
+        for name, request in requests.items():
+            if name == self.away and request.step in STEPS[2:]:
+                yield name, ClientError(f"client {name}: away")
+                continue
+            place = self.folder / name
+            client = SumClient(
+                name, self.keys[name], self.sites, place, self.sums, self.owns[name], self.agreed
+            )
+            yield name, client.answer(request)
+
+    def outcome(self, round):
+        secure = SecureSums(self.folder / "round", self.agreed, self.sites, self.ask)
+        return secure.outcome(self.sums, round)
+
+
 @pytest.mark.parametrize("explains", [False, True])
 def test_sums_are_the_open_round(explains):
     base, memory, starts, ends = draw(1)
@@ -103,65 +130,32 @@ def test_adapters_alone(tmp_path, explains):
     sums = methods.get("pilot").summed(MEAN)
     sums = ExplainedSums(sums) if explains else sums
     told = [9.0, 10.0, 0.5] if explains else None
-    keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
-    sites = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
-    agreed = Agreed("0" * 32, 1, weight=10.0, norm=100.0)
-
-    def ask(requests):
-        for name, request in requests.items():
-            k = NAMES.index(name)
-            own, place = Own(ends[k], starts[k], WEIGHTS[k], {}, told), tmp_path / name
-            yield name, SumClient(name, keys[name], sites, place, sums, own, agreed).answer(request)
-
-    secure = SecureSums(tmp_path / "round", agreed, sites, ask)
-    assert_alike(secure.outcome(sums, known(base, memory)), opened(base, memory, ends))
+    owns = [Own(e, s, w, {}, told) for e, s, w in zip(ends, starts, WEIGHTS, strict=True)]
+    sites = Sites(tmp_path, sums, dict(zip(NAMES, owns, strict=True)))
+    assert_alike(sites.outcome(known(base, memory)), opened(base, memory, ends))
 
 
 def test_each_task_is_masked_by_its_own_clients(tmp_path):
     base, memory, starts, ends = draw(2)
+    owns = [Own(e, s, w) for e, s, w in zip(ends, starts, WEIGHTS, strict=True)]
     sums = methods.get("pilot").summed(MEAN)
-    keys = {name: Ed25519PrivateKey.generate() for name in NAMES}
-    sites = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
-    agreed, asked = Agreed("0" * 32, 1, weight=10.0, norm=100.0), []
-
-    def ask(requests):
-        asked.append(set(requests))
-        for name, request in requests.items():
-            k = NAMES.index(name)
-            own, place = Own(ends[k], starts[k], WEIGHTS[k]), tmp_path / name
-            client = SumClient(name, keys[name], sites, place, sums, own, agreed)
-            yield name, client.answer(request)
-
-    secure = SecureSums(tmp_path / "round", agreed, sites, ask)
-    assert_alike(secure.outcome(sums, known(base, memory)), opened(base, memory, ends))
-    assert [len(of) for of in asked] == [3] * 10 + [6] * 5
-    asked.clear()
+    sites = Sites(tmp_path, sums, dict(zip(NAMES, owns, strict=True)))
+    assert_alike(sites.outcome(known(base, memory)), opened(base, memory, ends))
+    assert [len(of) for of in sites.asked] == [3] * 10 + [6] * 5
     few = Round(base, memory, 6, 6, NAMES, ("ask", "tell", "ask", "tell", "tell", "tell"))
+    sites = Sites(tmp_path / "few", sums, sites.owns)
     with pytest.raises(InputError, match="the sum of ask: .*3"):
-        SecureSums(tmp_path / "few", agreed, sites, ask).outcome(sums, few)
+        sites.outcome(few)
 
 
 def test_who_vanishes_from_its_tasks_sum_is_in_no_fact(tmp_path):
     base, memory, starts, ends = draw(3)
     names, tasks = (*NAMES, "g", "h"), (*TASKS, "ask", "tell")
     starts, ends = [*starts, *starts[:2]], [*ends, *ends[2:4]]
-    sums = methods.get("pilot").summed(MEAN)
-    keys = {name: Ed25519PrivateKey.generate() for name in names}
-    sites = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
-    agreed = Agreed("0" * 32, 1, weight=10.0, norm=100.0)
-
-    def ask(requests):
-        for name, request in requests.items():
-            if name == "g" and request.step in STEPS[2:]:
-                yield name, ClientError("client g: away")
-                continue
-            k = names.index(name)
-            own, place = Own(ends[k], starts[k], 1.0), tmp_path / name
-            client = SumClient(name, keys[name], sites, place, sums, own, agreed)
-            yield name, client.answer(request)
-
+    owns = {name: Own(ends[k], starts[k], 1.0) for k, name in enumerate(names)}
+    sites = Sites(tmp_path, methods.get("pilot").summed(MEAN), owns, away="g")
     known = Round(base, memory, len(names), len(names), names, tasks)
-    found = SecureSums(tmp_path / "round", agreed, sites, ask).outcome(sums, known)
+    found = sites.outcome(known)
     there = [k for k, name in enumerate(names) if name != "g"]
     given = {key: [of[k] for k in there] for key, of in (("clients", names), ("tasks", tasks))}
     expected = methods.get("pilot")(
