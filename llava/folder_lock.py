@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llava.errors import InputError
-from llava.locks import try_lock, unlock
+from llava.locks import is_of, try_lock, unlock
 from llava.processes import NAME, host, is_gone, name_of
 
 LOCK_FILE = ".lock"
@@ -30,19 +30,24 @@ class Lock:
         began, told = time.monotonic(), False
         while (lock := try_lock(folder / LOCK_FILE)) is None:
             holder = _holder(folder / LOCK_FILE)
-            if time.monotonic() - began >= _patience(holder):
+            if time.monotonic() - began >= _patience(holder) and (folder / LOCK_FILE).exists():
                 raise InputError(f"{refusal} ({holder or 'unknown'}, as HOST.PID.BEGAN)")
             if not told and time.monotonic() - began > 1:
                 print(f"{folder}: waiting for {holder} to let go of it", flush=True)
                 told = True
             time.sleep(0.1)
-        self._file = lock
+        self._file, self._place = lock, folder / LOCK_FILE
         with contextlib.suppress(OSError):  # another user's file can be locked and not written
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, name_of().encode(), 0)
 
     def release(self) -> None:
+        """Give the folder back, and leave nothing in it."""
+        if is_of(self._file, self._place):
+            with contextlib.suppress(OSError):
+                self._place.unlink()
         unlock(self._file)
+        self._file = -1  # once more is no harm
 
 
 @contextlib.contextmanager
@@ -75,8 +80,11 @@ def _patience(holder: str) -> float:
 
 
 def _holder(file: Path) -> str:
-    """What a lock's file says of its holder."""
-    return file.read_bytes()[:200].decode(errors="replace")
+    """What a lock's file says of its holder; nothing where it has gone."""
+    try:
+        return file.read_bytes()[:200].decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def is_held(folder: Path) -> bool:

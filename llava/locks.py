@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def try_lock(file: Path) -> int | None:
-    """A descriptor that locks `file`, made when missing, until all its copies are closed.
+    """A descriptor that locks `file`, made when missing, until `unlock` or its copies are gone.
 
-    None if another one holds it. It locks a file and no folder: NFS, where locks hold between
-    hosts, locks no folders.
+    None if another one holds it, or has just removed the file. It locks a file and no folder: NFS,
+    where locks hold between hosts, locks no folders.
     """
     import fcntl  # Windows has none, and much of this package does without
 
@@ -26,7 +26,18 @@ def try_lock(file: Path) -> int | None:
         return None
     except OSError:
         pass  # a file system without locks
+    if not is_of(lock, file):  # its holder has removed it meanwhile: another one may hold the next
+        os.close(lock)
+        return None
     return lock
+
+
+def is_of(lock: int, file: Path) -> bool:
+    """Whether `file` is still the one that a descriptor of `try_lock` is of."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(file))
+    except OSError:
+        return False
 
 
 def unlock(lock: int) -> None:

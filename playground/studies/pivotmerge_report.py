@@ -25,6 +25,7 @@ from playground.studies.tables import (
 )
 
 BEST = "best single expert"
+KNOWS = 0.05  # exact captions of its own, below which what is kept of an expert tells nothing
 
 
 def loss(row: Mapping) -> float:
@@ -76,7 +77,7 @@ class PivotMergeResults(Results):
         job = self.plan.job_of(row)
         shares = []
         for name, expert in self.experts(job.scenario, job.seed).items():
-            if expert["domains"][name]["exact"]:
+            if expert["domains"][name]["exact"] >= KNOWS:
                 shares.append(row["domains"][name]["exact"] / expert["domains"][name]["exact"])
         return 100 * statistics.mean(shares)
 
@@ -215,7 +216,7 @@ best single expert is picked by the very loss that is shown.
 ## What is kept of each expert
 
 Where experts have domains, on each one's own: the share of its exact captions that the merged model
-has, in percent, the mean over experts.
+has, in percent, the mean over experts; not over one that names fewer than {KNOWS:.0%} of its own.
 
 {kept_table(results)}
 ## {ours} against the mean

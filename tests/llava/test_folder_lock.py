@@ -52,7 +52,8 @@ def test_a_second_run_is_refused(flags, tiny, tmp_path):
             fed_train(flags(**federated, **script, output_dir=output))
         with refused():
             fed_train(flags(fed_clients=_site(tmp_path), fed_driver="remote", output_dir=output))
-    assert [path.name for path in output.iterdir()] == [".lock"]
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert list(output.iterdir()) == []
     llava_train(argv=flags(data_path=tiny / "a.json", max_steps=1, output_dir=output))
 
 
@@ -93,6 +94,31 @@ def test_another_users_lock_can_be_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", opened)
     with sole_run(tmp_path):
         assert is_held(tmp_path)
+
+
+def test_takers_and_givers_in_a_row_never_hold_it_together(tmp_path):
+    """The file is removed and made anew all the time: none may hold one that is gone."""
+    taker = """
+import sys
+from pathlib import Path
+from llava.errors import InputError
+from llava.folder_lock import Lock
+
+folder, taken = Path(sys.argv[1]), 0
+while taken < 300:
+    try:
+        lock = Lock(folder, "busy")
+    except InputError:
+        continue
+    (folder / "inside").mkdir()  # an error where another one is inside
+    (folder / "inside").rmdir()
+    lock.release()
+    taken += 1
+"""
+    argv = [sys.executable, "-c", taker, str(tmp_path)]
+    takers = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[1] for process in takers]
+    assert [process.returncode for process in takers] == [0, 0, 0], said
 
 
 def test_it_is_no_content_of_a_folder(tmp_path):

@@ -23,16 +23,7 @@ def plan():
     return read_plan(ROOT / "playground/studies/pivotmerge.yaml")
 
 
-PLANS = ("pivotmerge", "pivotmerge_whole")
-
-
-def read(name):
-    return read_plan(ROOT / f"playground/studies/{name}.yaml")
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_every_setting_is_one_that_the_method_takes(name):
-    plan = read(name)
+def test_every_setting_is_one_that_the_method_takes(plan):
     start = {"0.weight": torch.eye(3), "0.bias": torch.ones(3)}
     states = [{n: t + k * t for n, t in start.items()} for k in (1, 2)]
 
@@ -55,9 +46,7 @@ def test_every_setting_is_one_that_the_method_takes(name):
         assert title in plan.methods
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_development_and_report_share_neither_seeds_nor_pictures(name):
-    plan = read(name)
+def test_development_and_report_share_neither_seeds_nor_pictures(plan):
     development, report = plan.document["development"], plan.document["report"]
     assert not set(development["seeds"]) & set(report["seeds"])
     assert len(report["seeds"]) >= 5
@@ -67,8 +56,7 @@ def test_development_and_report_share_neither_seeds_nor_pictures(name):
         assert (ROOT / f"playground/fed/{scenario['clients']}.yaml").is_file()
 
 
-def test_data_to_calibrate_on_are_the_experts_own_or_nobodys():
-    plan = read("pivotmerge_whole")
+def test_data_to_calibrate_on_are_the_experts_own_or_nobodys(plan):
     job = Job("report", "PivotMerge with data", "{}", "caption fresh", 41)
     names = ["name", "kind"]
     assert [file.name for file in plan.files(job, "own", names)] == ["name.json", "kind.json"]
@@ -77,9 +65,7 @@ def test_data_to_calibrate_on_are_the_experts_own_or_nobodys():
     assert plan.heldout(job) == "heldout_test_caption"
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_experts_data_are_where_their_clients_have_them(name):
-    plan = read(name)
+def test_experts_data_are_where_their_clients_have_them(plan):
     for part, place in ((p, place) for p in ("development", "report") for place in plan.places(p)):
         clients = ROOT / f"playground/fed/{plan.data(place[0])['clients']}.yaml"
         names = [spec.name for spec in load_clients(clients, [])]
