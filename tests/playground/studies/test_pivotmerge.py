@@ -184,5 +184,5 @@ def test_every_place_waits_for_its_start_and_is_trained_once(plan, monkeypatch, 
     assert "topic-fresh-1" not in tasks
     assert len(tasks) == len(set(tasks))
     assert tasks["start-fresh-1"].needs is None
-    assert tasks["style-brief-1"].needs == tmp_path / "start-brief-1"
+    assert tasks["topic-brief-1"].needs == tmp_path / "start-brief-1"
     assert tasks["start-brief-1"].needs == tmp_path / "start-fresh-1"
