@@ -34,7 +34,7 @@ def of(whose: str, name: str, task: str | None = None) -> Measure:
 
 
 EXACT = [TableColumn(f"{whose} exact %", of(whose, "exact"), 1, better=1) for whose in WHOSE]
-LOSS = TableColumn("loss", of("all", "loss"), 3)
+LOSS = [TableColumn(f"{whose} loss", of(whose, "loss"), 3) for whose in ("own", "all")]
 
 
 def ordered(results: Results, titles: Sequence[str], scenarios: Sequence[str]) -> list[str]:
@@ -49,7 +49,7 @@ def measures_of(results: Results, scenario: str) -> Mapping[str, Mapping]:
 
 def overall_table(results: Results, titles: Sequence[str], scenarios: Sequence[str]) -> str:
     """Exact answers and loss, the mean over tasks, by who is asked."""
-    places = [*itertools.product(scenarios, EXACT), *itertools.product(scenarios, [LOSS])]
+    places = [*itertools.product(scenarios, EXACT), *itertools.product(scenarios, LOSS)]
     columns = [(f"{s}: {column.name}", spread_cell(results, s, column)) for s, column in places]
     return table("", ordered(results, titles, scenarios), columns)
 
@@ -91,27 +91,26 @@ def paired_table(results: Results, others: Sequence[str]) -> str:
     body = []
     for other in others:
         cells = [other]
-        for column in [*EXACT, LOSS]:
+        for column in [*EXACT, *LOSS]:
             less = results.differences(results.plan.ours, other, column.measure)
             p = f"{wins(less, column.better)}, {sign_flip_p(less):.2g}"
             cells += [spread(less, column.digits), p]
         body.append(cells)
-    names = [*(f"{whose}: exact %" for whose in WHOSE), "all: loss"]
+    names = [column.name for column in [*EXACT, *LOSS]]
     return markdown_table(["", *(head for name in names for head in (name, "better, p"))], body)
 
 
 def cost_table(results: Results, titles: Sequence[str]) -> str:
-    """Numbers a client and exchange, in thousands, as the runs have counted them; seconds a run."""
+    """Numbers a client and exchange, in thousands, as the runs have counted them."""
     body = []
     for title in titles:
         rows = [r for place in results.places if (r := results.row(title, *place))]
         rows = [row for row in rows if row["job"]["scenario"] == rows[0]["job"]["scenario"]]
-        seconds = f"{statistics.mean(row['seconds'] for row in rows):.0f}"
         rounds, counts = rows[0]["parameters"], ["not counted"] * 3
         if None not in rounds:
             counts = [_each(rounds, name) for name in ("trained", "sent", "received")]
-        body.append([title, *counts, seconds])
-    return markdown_table(["", "trained", "sent", "received", "seconds a run"], body)
+        body.append([title, *counts])
+    return markdown_table(["", "trained", "sent", "received"], body)
 
 
 def _each(rounds: Sequence[Mapping], name: str) -> str:
@@ -185,7 +184,7 @@ the models of the clients of a task, asked that task; `others`: the models of al
 
 ## All tasks
 
-The mean over tasks; loss in nats a token, of all.
+The mean over tasks; loss in nats a token.
 
 {overall_table(results, results.methods, results.scenarios)}
 ![exact answers by method]({name}.png)

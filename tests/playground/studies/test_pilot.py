@@ -31,26 +31,19 @@ def plan():
     return read_plan(PLAN)
 
 
-@pytest.fixture(scope="module", params=["pilot", "pilot_whole"])
-def any_plan(request):
-    return read_plan(PLAN.with_stem(request.param))
-
-
 def all_jobs(plan):
     chosen = {title: plan.settings(title)[-1] for title in plan.methods}
     return [*plan.tuning(), *plan.reporting(chosen), *plan.ablating(chosen)]
 
 
-def test_every_method_has_as_many_settings(any_plan):
-    plan = any_plan
+def test_every_method_has_as_many_settings(plan):
     counts = {title: len(set(plan.settings(title))) for title in plan.methods}
     assert counts == {title: len(plan.settings(title)) for title in plan.methods}
     assert len(set(counts.values())) == 1
     assert min(counts.values()) >= 3
 
 
-def test_development_and_report_share_neither_seeds_nor_samples(any_plan):
-    plan = any_plan
+def test_development_and_report_share_neither_seeds_nor_samples(plan):
     assert not set(plan.seeds("development")) & set(plan.seeds("report"))
     assert len(plan.seeds("report")) >= 5
     for job in all_jobs(plan):
@@ -58,8 +51,7 @@ def test_development_and_report_share_neither_seeds_nor_samples(any_plan):
         assert plan.heldout(job) == f"heldout_{kind}_{job.scenario}"
 
 
-def test_every_run_has_flags_that_fed_train_knows_and_as_much_training(any_plan):
-    plan = any_plan
+def test_every_run_has_flags_that_fed_train_knows_and_as_much_training(plan):
     seen = set()
     for job in all_jobs(plan):
         key = (job.part, job.title, job.setting, job.scenario)
