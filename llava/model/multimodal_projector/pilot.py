@@ -17,7 +17,8 @@ Stage 2, cross-task mixture of adapters (CT-MoA), routed per visual token:
 psi^t_i of the other tasks come from their clients and are frozen; psi_s, psi^c and phi never leave
 the client. With `router_own` above 0 the router has a bias, which begins with that number for the
 own task's adapter and with 0 for the others, so that a client sets out from what its own task
-knows, and learns from there what others' tasks add: ours, the published router has none. The two
+knows, and learns from there what others' tasks add: ours, and the default; the published router has
+none. The two
 stages, what trains in them and what is sent are known from the paper and its
 released code, L_b, L_z and the three coefficients' defaults from the code. With `top_k` below T the
 chosen gates are scaled to sum to one: our reading, the published runs use all T.
@@ -79,7 +80,7 @@ class PilotSettings:
     stage: int = _setting(2, "1 or 2.")
     init: str = _setting("split", "added adapters start at 0 (split), or as the projector (copy).")
     top_k: int = _setting(0, "experts a token, two at least; 0: all.")
-    router_own: float = _setting(0.0, "the own adapter's logit at the start; 0: no bias.")
+    router_own: float = _setting(6.0, "the own adapter's logit at the start; 0: no bias.")
     difference: float = _setting(0.1, "weight of the difference loss of stage 1.")
     balance: float = _setting(0.1, "weight of the balance loss of stage 2.")
     z: float = _setting(0.01, "weight of the router-z loss of stage 2.")

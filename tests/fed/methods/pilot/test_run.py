@@ -70,7 +70,7 @@ def test_stages_follow_each_other_and_each_client_gets_a_model_of_its_own(pilot,
     assert set(records[-1]["heldout"]) == set(TASKS)
     adapter, lora = 48 * 32 + 48 + 48 * 48 + 48, records[0]["clients"]["a"]["parameters"]["sent"]
     lora -= adapter
-    router = 2 * 32
+    router = 2 * 32 + 2
     assert lora > 0
     for record, trained, received in (
         (records[0], 2 * adapter, adapter),
@@ -170,7 +170,7 @@ def test_what_is_the_clients_own_is_in_nothing_sent_and_in_no_file_of_the_server
         for file in (out / "clients" / name / "own").iterdir():
             for key, tensor in load_file(file).items():
                 private[name, file.stem, key] = tensor
-    assert len(private) == 3 * 2 * 9
+    assert len(private) == 3 * 2 * 10
     shapes = {"0.weight": (48, 32), "0.bias": (48,), "2.weight": (48, 48), "2.bias": (48,)}
     adapter = {f"model.mm_projector.{name}": shape for name, shape in shapes.items()}
     lora = {key for key in passed[0][2] if ".lora_" in key}

@@ -28,7 +28,7 @@ CLIENT_PARTS = ("pilot.client.", "pilot.cross.", "pilot.router.")
 
 def make(seed: int = 0, **settings) -> PilotConnector:
     torch.manual_seed(seed)
-    connector = PilotConnector(6, 8, PilotSettings(**{"tasks": TASKS, **settings}))
+    connector = PilotConnector(6, 8, PilotSettings(**{"tasks": TASKS, "router_own": 0.0, **settings}))
     connector.derive()
     return connector
 
@@ -305,7 +305,7 @@ def test_a_lora_run_resumes_to_the_bit_and_comes_back_whole(flags, tiny, start, 
     for name in ("adapter_model.safetensors", "non_lora_trainables.bin"):
         assert (tmp_path / "whole" / name).read_bytes() == (cut / name).read_bytes()
     found = torch.load(cut / "non_lora_trainables.bin", weights_only=True)
-    assert len(found) == 4 * 6 + 1  # own, client, two others, two cross, and the router
+    assert len(found) == 4 * 6 + 2  # own, client, two others, two cross, and the router's
     _, model, _, _ = load_pretrained_model(str(cut), str(tiny / "llm"), "llava", device="cpu")
     for name, tensor in model.get_model().mm_projector.state_dict().items():
         assert torch.equal(tensor, found[f"base_model.model.model.mm_projector.{name}"])
