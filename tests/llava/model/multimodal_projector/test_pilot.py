@@ -27,8 +27,10 @@ CLIENT_PARTS = ("pilot.client.", "pilot.cross.", "pilot.router.")
 
 
 def make(seed: int = 0, **settings) -> PilotConnector:
+    """One with the published router, unless `settings` say otherwise."""
     torch.manual_seed(seed)
-    connector = PilotConnector(6, 8, PilotSettings(**{"tasks": TASKS, "router_own": 0.0, **settings}))
+    settings = {"tasks": TASKS, "router_own": 0.0, **settings}
+    connector = PilotConnector(6, 8, PilotSettings(**settings))
     connector.derive()
     return connector
 
