@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fed import state as states
 from fed.clients import reliability
@@ -527,7 +527,7 @@ class _Store(ClientStore):
 def _check_alike(specs: Sequence[ClientSpec]) -> None:
     """Refuse flags of single clients, by which a server could make the others stand still."""
     for spec in specs:
-        if own := deciding(cast(Any, spec.overrides)):
+        if own := deciding(spec.overrides):
             raise InputError(
                 f"--fed_secure True: client {spec.name} has {min(own)} of its own in "
                 "clients.yaml; there a site's own flags are those in its site.yaml"

@@ -234,7 +234,7 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def deciding(flags: Mapping[str, Flag]) -> dict[str, Flag]:
+def deciding(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a ticket's flags that decide the result."""
     return {name: value for name, value in flags.items() if name not in _HOW}
 

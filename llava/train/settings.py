@@ -94,8 +94,9 @@ def fingerprint(path: Any) -> str | None:
     if not isinstance(path, (str, os.PathLike)) or not os.path.exists(path):
         return str(path)
     digest, path = hashlib.sha256(), Path(path)
-    inside = () if path.is_file() else (p for p in path.iterdir() if p.name != LOCK_FILE)
-    files = [path] if path.is_file() else sorted(p for p in inside if p.is_file())
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name != LOCK_FILE)
     for file in files:
         if len(files) > 1:
             digest.update(file.name.encode() + b"\0")

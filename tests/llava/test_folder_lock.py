@@ -18,7 +18,7 @@ from llava.processes import name_of
 from llava.train.settings import fingerprint
 from llava.train.train import train as llava_train
 
-# Two runs may begin in one second; a holder's children may outlive it for a moment.
+# A holder's children may outlive it for a moment.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
@@ -140,7 +140,8 @@ def test_of_those_that_run_together_one_holds_it(tmp_path):
 
 
 @pytest.mark.parametrize("outlives", [0, 2])
-def test_a_killed_holder_gives_it_back_with_its_last_child(tmp_path, outlives):
+def test_a_killed_holder_gives_it_back_with_its_last_child(tmp_path, monkeypatch, outlives):
+    monkeypatch.setattr(folder_lock, "_CHILDREN", 600.0)  # however slow this machine is
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path), str(outlives)], stdout=subprocess.PIPE
     )

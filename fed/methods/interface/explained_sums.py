@@ -46,8 +46,8 @@ class ExplainedSums(Sums):
     def common(self, exchange: int, names: Collection[str]) -> Collection[str]:
         if exchange:
             return self.inner.common(exchange - 1, names)
-        own = range(self.inner.most_exchanges)
-        return [name for name in names if all(name in self.inner.common(e, names) for e in own)]
+        later = [set(self.inner.common(e, names)) for e in range(self.inner.most_exchanges)]
+        return set(names).intersection(*later)
 
     def bound(self, name: str, weight: float, norm: float) -> float:
         numbers = {SHARE: 1.0, SQUARE: 1.0, ERROR: 1.0, TOLD: 1.0}

@@ -65,19 +65,19 @@ def personalise(argv: Sequence[str], read: Callable[[Path], FinishedRun]) -> Non
     model_args = dataclasses.replace(cast(Any, model_args), pilot_tasks=tasks)
     prepare_output(training_args)
     with sole_run(training_args.output_dir, main=training_args.process_index == 0):
-        _fit(folder, task, run, model_args, data_args, training_args)
+        _fit(folder, task, known, run, model_args, data_args, training_args)
 
 
 def _fit(
     folder: Path,
     task: str,
+    known: list[str],
     run: FinishedRun,
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: TrainingArguments,
 ) -> None:
-    """Fit them to the state of a finished run that lies in `folder`."""
-    known = list(dict.fromkeys(name.partition("/")[0] for name in run.memory))
+    """Fit them to the state of a finished run that lies in `folder`; `known` are its tasks."""
     settings = training_settings(model_args, data_args, training_args)
     settings |= {
         "--pilot_task": task,

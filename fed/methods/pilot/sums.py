@@ -7,13 +7,11 @@ the other weightings are refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection
 
 from fed.methods.interface.each import Each
 from fed.methods.interface.method import Outcome
 from fed.methods.interface.sums import (
-    EXTRAS,
     STATE,
     Exchanges,
     Group,
@@ -25,7 +23,7 @@ from fed.methods.interface.sums import (
     parts_of,
     weighted,
 )
-from fed.methods.pilot.send import ADAPTER, of_task
+from fed.methods.pilot.send import ADAPTER, lora_of, of_task
 from fed.state import State
 
 
@@ -58,9 +56,7 @@ class PilotSums(Sums):
 
     def common(self, exchange: int, names: Collection[str]) -> Collection[str]:
         """A task's adapter: LoRA may be of an earlier round, others' adapters differ by task."""
-        state = {name: None for name in names if not name.startswith(EXTRAS)}
-        adapter = [name for name in state if name.startswith(ADAPTER)]
-        return adapter if exchange == 0 else []
+        return [name for name in names if name.startswith(ADAPTER)] if exchange == 0 else []
 
     def serve(self, round: Round) -> Exchanges:
         base, memory, lora = round.base, dict(round.memory), {}
@@ -73,16 +69,16 @@ class PilotSums(Sums):
         }
         for names in _parts(base):
             if names[0].startswith(ADAPTER):
+                own = {name: base[name] for name in names}
+                begun = {task: of_task(task, own, memory) for task in clients_of}
                 found = yield Groups(
-                    (task, Group({}, there, _begun(task, names, base, memory)))
-                    for task, there in clients_of.items()
+                    (task, Group({}, there, begun[task])) for task, there in clients_of.items()
                 )
                 for task, summed in found.items():
                     made[task] = list(summed.clients)
                     (moved,) = parts_of(summed.sums, STATE)
                     for name in names:
-                        before = _begun(task, [name], base, memory)[name]
-                        after = before.double() + moved[name]
+                        after = begun[task][name].double() + moved[name]
                         memory[f"{task}/{name}"] = after.to(base[name].dtype)
             else:
                 (lora,) = parts_of((yield {}), STATE)
@@ -93,13 +89,8 @@ class PilotSums(Sums):
         return Outcome(Each(len(round.names), of_client), memory, {"tasks": made})
 
 
-def _begun(task: str, names: Sequence[str], base: State, memory: State) -> State:
-    """What a task's clients begin with, of these names."""
-    return {name: memory.get(f"{task}/{name}", base[name]) for name in names}
-
-
-def _parts(state: Mapping[str, Any]) -> list[list[str]]:
+def _parts(state: State) -> list[list[str]]:
     """The names of an exchange each: of the task adapter, and of LoRA, as far as they train."""
-    adapter = [name for name in state if name.startswith(ADAPTER)]
-    lora = [name for name in state if not name.startswith(ADAPTER)]
-    return [names for names in (adapter, lora) if names]
+    lora = lora_of(state)
+    adapter = [name for name in state if name not in lora]
+    return [names for names in (adapter, list(lora)) if names]
