@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fed import state
 from fed.train import train as fed_train
 from llava.train.train import train as llava_train
-from tests.conftest import assert_moved_alike
+from tests.conftest import EVEN_ROUTER, assert_moved_alike
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[3]
@@ -182,6 +182,7 @@ def test_pilot_on_two_ranks_with_zero_3_equals_one_process(flags, tiny, tmp_path
         "  - {name: b, task: y, data_path: even.json}\n"
     )
     lora = {"tune_mm_mlp_adapter": False, "lora_enable": True, "mm_projector_type": "pilot"}
+    lora |= EVEN_ROUTER
     begin = {"lora_dropout": 0.0, "lora_r": 4, "max_steps": 2, "output_dir": tmp_path / "start"}
     tasks = ["--pilot_tasks", "x", "y"]
     llava_train(argv=[*flags(data_path=tiny / "a.json", **lora, **begin), *tasks])

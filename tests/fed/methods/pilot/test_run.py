@@ -19,7 +19,7 @@ from llava.errors import InputError
 from llava.model import convert
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import load_projector
-from tests.conftest import assert_moved_alike, make_llm, tool
+from tests.conftest import EVEN_ROUTER, assert_moved_alike, make_llm, tool
 from tests.fed.drivers.test_script import SCRIPT
 from tests.fed.test_train import StopError, stop_after
 
@@ -211,9 +211,10 @@ def test_scripts_give_what_the_resident_driver_gives(pilot, tiny, tmp_path, monk
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TUNE", "False")
     launcher = f"{sys.executable} -m llava.train.train --per_device_train_batch_size 2"
-    more = "--lora_enable True --mm_projector_type pilot"
+    more = "--lora_enable True --mm_projector_type pilot --pilot_router_own 0"
     (tmp_path / "client.sh").write_text(SCRIPT.format(launcher=launcher, tiny=tiny, more=more))
     common = {"fed_rounds": 1, "pilot_stage1_learning_rate": 5e-3, "fed_clients": tmp_path / "two"}
+    common |= EVEN_ROUTER
     entry = "{{name: {0}, task: {1}, data_path: {2}/{0}.json, image_folder: {2}/images}}"
     entries = [entry.format(name, task, tiny) for name, task in (("a", "colour"), ("b", "shape"))]
     (tmp_path / "two").write_text("clients:\n" + "".join(f"  - {e}\n" for e in entries))

@@ -19,7 +19,7 @@ from fed.privacy.keys import Ed25519PrivateKey
 from fed.server.secure_sums import SecureSums
 from fed.train import train
 from llava.errors import InputError
-from tests.conftest import assert_moved_alike
+from tests.conftest import EVEN_ROUTER, assert_moved_alike
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 TASKS = ("ask", "tell", "ask", "tell", "ask", "tell")
@@ -179,7 +179,8 @@ def pilot(flags, tiny, tmp_path):
         values = {
             "fed_clients": tmp_path / "pilot.yaml", "fed_method": "pilot", "fed_rounds": 1,
             "mm_projector_type": "pilot", "tune_mm_mlp_adapter": False, "lora_enable": True,
-            "lora_r": 2, "fed_options": ["weighting=mean"], "output_dir": output, **changes,
+            "lora_r": 2, "fed_options": ["weighting=mean"], "output_dir": output, **EVEN_ROUTER,
+            **changes,
         }  # fmt: skip
         train(flags(**values))
         return [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
