@@ -25,8 +25,8 @@ def near(expected):
     return pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-# The published router of Pilot. One that begins at the own adapter gives others next to nothing, and
-# of gradients as small as Adam's epsilon a rounding makes steps: two runs would not move alike.
+# Pilot's published router. One that begins at the own adapter gives others next to nothing, and of
+# gradients as small as Adam's epsilon a rounding makes steps: two runs would not move alike.
 EVEN_ROUTER = {"pilot_router_own": 0.0}
 
 
